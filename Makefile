@@ -1,0 +1,71 @@
+# make demo | test | bench | lint, each on its own and in any order.
+#
+# Everything is installed into one virtual environment and nothing into the system:
+#   PYTHON=... given: its environment; a new one on top of it (build/venv-...) where it is not in one
+#   an active virtual environment with torch in it: that one
+#   else .venv, made on the first call
+# TORCH=... asks for a certain torch; else the torch that is there is taken, and $(TORCH) where there is none.
+# ARGS=... goes to the program that is run: make test ARGS="-k lengths -x".
+
+TORCH_ASKED := $(filter command line environment,$(origin TORCH))
+TORCH ?= torch==2.13.0
+DEMO_NEEDS := numpy scikit-learn matplotlib tqdm ninja
+TEST_NEEDS := $(DEMO_NEEDS) setuptools pybind11 pytest pytest-benchmark pytest-xdist hypothesis
+LINT_NEEDS := ruff
+
+BASE := python3
+ifneq ($(PYTHON),)
+  BASE := $(shell command -v $(PYTHON))
+  $(if $(BASE),,$(error PYTHON=$(PYTHON) is not a program))
+  ENV := $(shell $(BASE) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')
+  ifeq ($(ENV),)
+    ENV := build/venv$(subst /,-,$(BASE))
+    ON_TOP := --system-site-packages
+  endif
+else ifneq ($(and $(VIRTUAL_ENV),$(shell $(VIRTUAL_ENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("torch") or "")')),)
+  ENV := $(VIRTUAL_ENV)
+else
+  ENV := .venv
+endif
+
+PY := $(ENV)/bin/python
+INSTALL := $(PY) -m pip install --disable-pip-version-check
+STAMP := $(ENV)/.convfast
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.PHONY: demo test bench lint FORCE
+
+demo: $(STAMP)-demo
+	$(PY) -m convfast.info
+	$(PY) examples/moving_digits.py $(ARGS)
+
+test: $(STAMP)-test
+	$(PY) -m pytest $(ARGS)
+
+bench: $(STAMP)-test
+	$(PY) -m pytest bench $(ARGS)
+
+lint: $(STAMP)-lint
+	$(PY) -m ruff check .
+
+$(STAMP)-env:
+	$(PY) -m pip --version >/dev/null 2>&1 || { test -x $(PY) && $(PY) -m ensurepip; } || \
+	  $(BASE) -m venv $(ON_TOP) $(ENV) || { echo "make: no virtual environment (on Debian: apt install python3-venv)"; exit 1; }
+	$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"Python >= 3.10 needed, {sys.version} found")'
+	touch $@
+
+$(STAMP)-torch: $(STAMP)-env $(if $(TORCH_ASKED),FORCE)
+	$(if $(TORCH_ASKED),,$(PY) -c 'import torch' 2>/dev/null ||) $(INSTALL) "$(TORCH)"
+	touch $@
+
+$(STAMP)-demo: $(STAMP)-torch Makefile
+	$(INSTALL) $(DEMO_NEEDS)
+	touch $@
+
+$(STAMP)-test: $(STAMP)-torch Makefile
+	$(INSTALL) $(TEST_NEEDS)
+	touch $@
+
+$(STAMP)-lint: $(STAMP)-env Makefile
+	$(INSTALL) $(LINT_NEEDS)
+	touch $@

@@ -1,0 +1,1 @@
+"""Throughput reports: `pytest bench/`."""

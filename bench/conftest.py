@@ -1,0 +1,55 @@
+"""`pytest bench/ [--short] [--case TEXT] [--out DIR]`: collects rows, then prints and saves the report."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bench import cases, machine
+from bench.report import Report
+
+REPORT = pytest.StashKey[Report]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("throughput report")
+    group.addoption("--short", action="store_true", help="few cases, few rounds, fewer compiled opponents")
+    group.addoption("--case", action="append", default=[], help="only cases whose id contains this text (repeatable)")
+    group.addoption("--out", type=Path, help="folder of the report (default: bench/results/<machine>-<date>)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ or getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("bench/: timings need the machine for themselves; expected one process, got -n")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    wanted = metafunc.config.option.case
+    table = getattr(cases, metafunc.module.CASES)
+    chosen = [case for case in table if not wanted or any(text in case.id for text in wanted)]
+    if metafunc.config.option.short and not wanted:
+        chosen = [case for case in chosen if case.id in cases.SHORT]
+    metafunc.parametrize("case", chosen, ids=[case.id for case in chosen])
+
+
+@pytest.fixture(scope="session")
+def report(pytestconfig: pytest.Config) -> Report:
+    described = machine.describe()
+    arguments = [str(a) for a in pytestconfig.invocation_params.args if not str(a).startswith(("/", "--out"))]
+    described["command"] = " ".join(["pytest", *arguments])
+    described["peaks"] = machine.peaks(0.2 if pytestconfig.option.short else 2.0)
+    pytestconfig.stash[REPORT] = Report(described)
+    return pytestconfig.stash[REPORT]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    report = config.stash.get(REPORT, None)
+    if report is None or not (report.rows or report.memory):
+        return
+    folder = config.option.out or report.folder()
+    names = report.save(folder)
+    terminalreporter.section("throughput")
+    terminalreporter.write_line(report.markdown())
+    terminalreporter.write_line(f"saved in {folder}: {', '.join(names)}")

@@ -1,0 +1,226 @@
+"""Every way to run a case: the opponents in plain torch, compiled, in other runtimes, and each convfast backend."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import convfast
+from bench import runtimes
+from bench.cases import ConvLSTMCase, GatesCase
+from bench.harness import Contestant
+from bench.reference_models import CatConvLSTM, HoistedConvLSTM, load_weights, lstm_cell
+
+Forward = Callable[..., Tensor]
+OPPONENTS = {"cat": CatConvLSTM, "hoisted": HoistedConvLSTM}
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
+
+
+class Problem:
+    """Input, weights and output gradient of a ConvLSTM case; the same for everyone."""
+
+    def __init__(self, case: ConvLSTMCase) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.case = case
+        frames = () if case.same_frame else (case.time,)
+        self.input = torch.randn(case.batch, *frames, case.channels, case.height, case.width, generator=generator)
+        self.grad = torch.randn(self.output_shape, generator=generator)
+        torch.manual_seed(0)
+        template = CatConvLSTM(case.channels, list(case.hidden), case.kernel)
+        self.weights = {name: weight.detach().clone() for name, weight in template.weights()}
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        case = self.case
+        time = () if case.same_frame else (case.time,)
+        return case.batch, *time, case.hidden[-1], case.height, case.width
+
+    def opponent(self, name: str, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> nn.Module:
+        model = OPPONENTS[name](self.case.channels, list(self.case.hidden), self.case.kernel).to(dtype)
+        load_weights(model, self.weights)
+        return model.to(memory_format=torch.channels_last) if channels_last else model
+
+    def convfast(self, backend: str, memory: str = "fast") -> nn.Module:
+        case = self.case
+        last = {"step": case.time, "effective_step": [case.time - 1]} if case.same_frame else {}
+        model = convfast.ConvLSTM(case.channels, list(case.hidden), case.kernel, memory=memory, backend=backend, **last)
+        model.load_state_dict(self.weights)
+        return model
+
+    def opponent_forward(self, model: Callable[..., tuple[Tensor, object]]) -> Forward:
+        if self.case.same_frame:
+            return lambda x: model(x, None, self.case.time)[0][:, -1]
+        return lambda x: model(x)[0]
+
+    def convfast_forward(self, model: nn.Module) -> Forward:
+        return (lambda x: model(x)[0][0]) if self.case.same_frame else (lambda x: model(x)[0])
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Logical [..., C, H, W] with C innermost in memory."""
+    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
+def inference(name: str, kind: str, forward: Forward, *inputs: Tensor) -> Contestant:
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return forward(*inputs)
+
+    return Contestant(name, kind, run, lambda: {"output": run()})
+
+
+def training(
+    name: str, kind: str, forward: Forward, x: Tensor, grad: Tensor, model: nn.Module, grads: Callable[[], Iterator]
+) -> Contestant:
+    """Forward and backward, gradients of the input and of every weight."""
+    x = x.detach().requires_grad_()
+    # The gradient comes in the layout of the output, as from a pointwise loss.
+    laid_out: list[Tensor] = []
+
+    def run() -> Tensor:
+        x.grad = None
+        model.zero_grad(set_to_none=True)
+        output = forward(x)
+        if not laid_out:
+            laid_out.append(torch.empty_like(output).copy_(grad).detach())
+        output.backward(laid_out[0])
+        return output
+
+    def results() -> dict[str, Tensor]:
+        output = run().detach()
+        return {"output": output, "dx": x.grad.clone()} | {f"d{name}": g.clone() for name, g in grads()}
+
+    return Contestant(name, kind, run, results, [x, *model.parameters()])
+
+
+def convfast_grads(model: nn.Module) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+    return lambda: ((name, weight.grad) for name, weight in model.named_parameters())
+
+
+def usable_backends(op: str) -> list[str]:
+    return [name for name, usable in convfast.available(op).items() if usable is True]
+
+
+def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, Callable[[], Contestant]]:
+    """Everyone who takes part, built on demand; plain eager first. `short` leaves out the slowest to compile."""
+    everyone: dict[str, Callable[[], Contestant]] = {}
+
+    def opponent(label: str, kind: str, name: str, last: bool, **compiled: object) -> None:
+        label = f"{label} {name}" + (" channels_last" if last else "")
+
+        def build() -> Contestant:
+            model = problem.opponent(name, channels_last=last)
+            x = channels_last(problem.input) if last else problem.input
+            call = torch.compile(model, fullgraph=True, dynamic=False, **compiled) if kind == "compile" else model
+            forward = problem.opponent_forward(call)
+            if train:
+                return training(label, kind, forward, x, problem.grad, model, model.grads)
+            return inference(label, kind, forward, x)
+
+        everyone[label] = build
+
+    def ours(backend: str, memory: str) -> None:
+        label = f"convfast {backend}" + (f" {memory}" if train else "")
+
+        def build() -> Contestant:
+            model = problem.convfast(backend, memory)
+            forward = problem.convfast_forward(model)
+            if train:
+                grads = convfast_grads(model)
+                return training(label, "convfast", forward, problem.input, problem.grad, model, grads)
+            return inference(label, "convfast", forward, problem.input)
+
+        everyone[label] = build
+
+    def runtime(name: str) -> None:
+        def build() -> Contestant:
+            model = problem.opponent("cat").eval()
+            run = runtimes.BUILDERS[name](model, problem.opponent_forward(model), problem.input)
+            return Contestant(name, "runtime", run, lambda: {"output": run()})
+
+        everyone[name] = build
+
+    for name in OPPONENTS:
+        for last in (False, True):
+            opponent("eager", "eager", name, last)
+    for name in ("cat",) if short else OPPONENTS:
+        for last in (False, True):
+            opponent("compile", "compile", name, last)
+    if not short:
+        opponent("compile max-autotune", "compile", "cat", True, mode=MAX_AUTOTUNE)
+    if not train:
+        opponent("compile frozen", "compile", "cat", True, options={"freezing": True})
+        for name in runtimes.BUILDERS:
+            runtime(name)
+    for backend in usable_backends("conv_lstm"):
+        for memory in ("fast", "lean") if train else ("fast",):
+            ours(backend, memory)
+    return everyone
+
+
+def conv_lstm_oracle(problem: Problem, train: bool) -> dict[str, Tensor]:
+    """The copy-paste loop in float64."""
+    model = problem.opponent("cat", torch.float64)
+    forward = problem.opponent_forward(model)
+    x, grad = problem.input.double(), problem.grad.double()
+    if train:
+        return training("oracle", "oracle", forward, x, grad, model, model.grads).results()
+    return inference("oracle", "oracle", forward, x).results()
+
+
+class GatesProblem:
+    """Pre-activations, c and the gradient of h, for the pointwise cell alone."""
+
+    def __init__(self, case: GatesCase) -> None:
+        generator = torch.Generator().manual_seed(0)
+        size = case.height, case.width
+        gates = torch.randn(case.batch, 4 * case.channels, *size, generator=generator)
+        c, dh = (torch.randn(case.batch, case.channels, *size, generator=generator) for _ in range(2))
+        self.gates, self.c, self.dh = map(channels_last, (gates, c, dh)) if case.channels_last else (gates, c, dh)
+
+    def contestant(
+        self,
+        name: str,
+        kind: str,
+        cell: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        train: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> Contestant:
+        inputs = [t.to(dtype).detach().requires_grad_(train) for t in (self.gates, self.c)]
+        dh = self.dh.to(dtype)
+
+        def run() -> tuple[Tensor, Tensor]:
+            if not train:
+                with torch.inference_mode():
+                    return cell(*inputs)
+            for tensor in inputs:
+                tensor.grad = None
+            h, c = cell(*inputs)
+            h.backward(dh)
+            return h, c
+
+        def results() -> dict[str, Tensor]:
+            h, c = run()
+            grads = {"dgates": inputs[0].grad, "dc": inputs[1].grad} if train else {}
+            return {"h": h.detach(), "c": c.detach(), **grads}
+
+        return Contestant(name, kind, run, results)
+
+
+def lstm_gates(problem: GatesProblem, train: bool, short: bool = False) -> dict[str, Callable[[], Contestant]]:
+    """As conv_lstm."""
+    build = partial(partial, problem.contestant, train=train)
+    everyone = {"eager": build("eager", "eager", lstm_cell)}
+    modes = {"compile": {}} if short else {"compile": {}, "compile max-autotune": {"mode": MAX_AUTOTUNE}}
+    for name, options in modes.items():
+        compiled = torch.compile(lstm_cell, fullgraph=True, dynamic=False, **options)
+        everyone[name] = build(name, "compile", compiled)
+    for backend in usable_backends("lstm_gates"):
+        name = f"convfast {backend}"
+        everyone[name] = build(name, "convfast", partial(convfast.lstm_gates, backend=backend))
+    return everyone
+
+
+def lstm_gates_oracle(problem: GatesProblem, train: bool) -> dict[str, Tensor]:
+    return problem.contestant("oracle", "oracle", lstm_cell, train, torch.float64).results()

@@ -1,0 +1,111 @@
+"""Fair timing: contestants agree with a float64 oracle first, then run interleaved in one process."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Another order of summation rounds a few times worse or better; a wrong formula is wrong by orders of magnitude more.
+ERROR_FACTOR = 16.0
+
+
+@dataclass
+class Contestant:
+    """One way to compute a case. `run` is timed; `results` runs once and names the tensors to be checked."""
+
+    name: str
+    kind: str  # "eager" | "compile" | "runtime" | "convfast"
+    run: Callable[[], object]
+    results: Callable[[], dict[str, Tensor]]
+    inputs: list[Tensor] = field(default_factory=list)  # inputs and parameters: there before the step
+
+
+@dataclass
+class Timing:
+    """Seconds of one run, one entry per round."""
+
+    rounds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+class Disagreement(AssertionError):
+    """A contestant's numbers are not those of the reference; its time means nothing."""
+
+
+def errors(actual: Tensor, oracle: Tensor) -> tuple[float, float]:
+    """(RMS, max) of actual - oracle, relative to the RMS and the max of the float64 oracle."""
+    if actual.shape != oracle.shape:
+        raise Disagreement(f"shape {list(actual.shape)}, expected {list(oracle.shape)}")
+    difference = actual.double() - oracle
+    rms = difference.square().mean().sqrt() / oracle.square().mean().sqrt()
+    return rms.item(), (difference.abs().max() / oracle.abs().max()).item()
+
+
+def check(contestant: Contestant, oracle: dict[str, Tensor], eager: dict[str, Tensor], terms: int = 1) -> float:
+    """Compare with the oracle; the worst error in units of the bound (at most 1).
+
+    Bound per tensor, for RMS and max alike: ERROR_FACTOR times the larger of eager's own error and half an ulp u.
+    Gradients of weights and biases are sums of `terms` products over batch, time and space. Adding n random terms one by
+    one loses 0.28 sqrt(n) u relative to the sum, so sqrt(n) u is granted to them where eager happened to do better.
+    """
+    worst = 0.0
+    actual = contestant.results()
+    for name, expected in oracle.items():
+        unit = torch.finfo(eager[name].dtype).eps / 2
+        serial = math.sqrt(terms) * unit if name.startswith(("dweight", "dbias")) else 0.0
+        pairs = zip(errors(actual[name], expected), errors(eager[name], expected), ("RMS", "max"), strict=True)
+        for got, eagers, norm in pairs:
+            bound = max(ERROR_FACTOR * max(eagers, unit), serial)
+            if not got <= bound:  # NaN too
+                raise Disagreement(f"{contestant.name}: {norm} error of {name} is {got:.1e}, bound {bound:.1e}")
+            worst = max(worst, got / bound)
+    return worst
+
+
+def race(
+    contestants: list[Contestant], budget: float, min_rounds: int = 7, max_rounds: int = 60, at_least: float = 5e-3
+) -> dict[str, Timing]:
+    """Time all contestants in turn, round after round, in about `budget` seconds; each round starts at the next one.
+
+    Runs shorter than `at_least` seconds are repeated inside a round. At least `min_rounds` rounds whatever the budget.
+    """
+    loops = {}
+    round_time = 0.0
+    for contestant in contestants:
+        contestant.run()
+        contestant.run()
+        start = time.perf_counter()
+        contestant.run()
+        once = time.perf_counter() - start
+        loops[contestant.name] = max(1, round(at_least / once))
+        round_time += once * loops[contestant.name]
+    timings = {contestant.name: Timing() for contestant in contestants}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(min(max_rounds, max(min_rounds, int(budget / round_time)))):
+            first = i % len(contestants)
+            for contestant in contestants[first:] + contestants[:first]:
+                n = loops[contestant.name]
+                start = time.perf_counter()
+                for _ in range(n):
+                    contestant.run()
+                timings[contestant.name].rounds.append((time.perf_counter() - start) / n)
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return timings
+
+
+def ratio(slower: Timing, faster: Timing) -> float:
+    """Median over the rounds of slower / faster: drift of the machine hits both sides of a round alike."""
+    return statistics.median(a / b for a, b in zip(slower.rounds, faster.rounds, strict=True))

@@ -1,0 +1,78 @@
+"""The machine of a report: what it is, and the peaks measured on it."""
+
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import convfast
+from convfast import native
+
+
+def describe() -> dict[str, object]:
+    """CPU model, cores, threads, versions, instruction sets, commit and date."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa_torch": torch.backends.cpu.get_cpu_capability(),
+        "isa_convfast": torch.ops.convfast.cpu_capability() if native.reason() is None else f"none: {native.reason()}",
+        "torch": torch.__version__,
+        "convfast": convfast.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "load_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def slug(machine: dict[str, object]) -> str:
+    """A folder name: CPU, threads and date."""
+    cpu = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", str(machine["cpu"]).lower())
+    cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-") or "cpu"
+    return f"{cpu}-{str(machine['isa_torch']).lower()}-{machine['threads']}t-{machine['date']}"
+
+
+def peaks(seconds: float = 1.0) -> dict[str, float]:
+    """Best float32 matmul (GFLOP/s) and copy (GB/s, bytes read + written) seen, with torch's thread count."""
+    matmul = 0.0
+    for n in (512, 1024, 2048):
+        a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+        matmul = max(matmul, 2e-9 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds))
+    source = torch.zeros(1 << 26)
+    target = torch.empty_like(source)
+    copy = 2e-9 * source.nbytes / _best(lambda: target.copy_(source), seconds)
+    return {"GFLOP/s": matmul, "GB/s": copy}
+
+
+def _best(run: Callable[[], object], seconds: float) -> float:
+    run()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

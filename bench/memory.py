@@ -1,0 +1,70 @@
+"""Memory of one training step, in a process of its own: `python -m bench.memory CASE CONTESTANT` prints JSON."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.cases import CONV_LSTM, ConvLSTMCase
+from bench.contestants import Problem, conv_lstm
+
+ROOT = Path(__file__).resolve().parents[1]
+# Freed blocks go back to the system at once; else the heap's fragmentation would be measured too.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def measure(case: ConvLSTMCase, contestant: str) -> dict[str, float]:
+    """Start the measuring process. {"peak_mb": growth of the resident peak over the state before the step (model, input
+    and library resident), "saved_tensors": tensors of hidden size kept for the backward, per time step}."""
+    command = [sys.executable, "-m", "bench.memory", case.id, contestant]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"memory of {contestant} on {case.id}: exit status {done.returncode}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _resident(field: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (peak)."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def _saved_bytes(step: object, excluded: list[Tensor]) -> int:
+    """Distinct storages that autograd keeps between forward and backward, without inputs and parameters."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(kept.values())
+
+
+def _main(case_id: str, name: str) -> None:
+    case = next(case for case in CONV_LSTM if case.id == case_id)
+    # Code, thread pools and the compiled library are in place before the measurement, no buffer of the real size is.
+    conv_lstm(Problem(replace(case, batch=1, height=8, width=8)), train=True)[name]().run()
+    problem = Problem(case)
+    contestant = conv_lstm(problem, train=True)[name]()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    before = _resident("VmRSS")
+    for _ in range(3):
+        contestant.run()
+    peak = _resident("VmHWM") - before
+    hidden = 4 * case.time * case.batch * case.height * case.width * sum(case.hidden)
+    saved = _saved_bytes(contestant.run, contestant.inputs) / hidden
+    print(json.dumps({"peak_mb": peak / 1e6, "saved_tensors": saved}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

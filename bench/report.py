@@ -1,0 +1,225 @@
+"""The report: rows as measured, and their tables and picture. A loss is a row like any other."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.cases import ConvLSTMCase, GatesCase
+from bench.harness import Contestant, Timing, ratio
+from bench.machine import slug
+
+Row = dict[str, Any]
+MODES = {False: "inference", True: "training"}
+TORCH_KINDS = ("eager", "compile")
+BARS = {
+    "eager": ("best eager", "#b8bcc4"),
+    "compile": ("best torch.compile", "#7d8594"),
+    "ours": ("convfast", "#d1495b"),
+}
+
+
+def race_row(
+    op: str,
+    case: ConvLSTMCase | GatesCase,
+    train: bool,
+    contestants: list[Contestant],
+    timings: dict[str, Timing],
+    errors: dict[str, float],
+    peak: float,
+    headline: str,
+    absent: dict[str, str],
+) -> Row:
+    """Every contestant's figures. `ratio`: median over the rounds of (best torch opponent's time / this one's)."""
+    torch_ones = [c.name for c in contestants if c.kind in TORCH_KINDS]
+    best = min(torch_ones, key=lambda name: timings[name].median)
+    work = case.work(train)
+    figures = {}
+    for contestant in contestants:
+        timing = timings[contestant.name]
+        figures[contestant.name] = {
+            "kind": contestant.kind,
+            "ms": 1e3 * timing.median,
+            "ratio": ratio(timings[best], timing),
+            "rate": 1e-9 * work / timing.median,
+            "of_peak": 1e-9 * work / timing.median / peak,
+            "frames_per_s": case.frames / timing.median,
+            "error_of_bound": errors[contestant.name],
+        }
+    return {
+        "op": op,
+        "case": case.id,
+        "mode": MODES[train],
+        "unit": case.unit,
+        "rounds": len(timings[best].rounds),
+        "best_opponent": best,
+        "headline": headline,
+        "contestants": figures,
+        "absent": absent,
+    }
+
+
+def refused_row(op: str, case: ConvLSTMCase | GatesCase, train: bool, reason: str) -> Row:
+    return {"op": op, "case": case.id, "mode": MODES[train], "refused": reason}
+
+
+class Report:
+    """`machine`: what machine.describe() says, and the peaks; `rows` of races; `memory` rows of training steps."""
+
+    def __init__(self, machine: dict[str, Any], rows: list[Row] | None = None, memory: list[Row] | None = None) -> None:
+        self.machine, self.rows, self.memory = machine, rows or [], memory or []
+
+    @classmethod
+    def load(cls, path: Path) -> "Report":
+        return cls(**json.loads(path.read_text()))
+
+    def save(self, folder: Path) -> list[str]:
+        """Writes report.json, report.md and, with ConvLSTM rows, conv_lstm.png; their names."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(vars(self), indent=1) + "\n")
+        (folder / "report.md").write_text(self.markdown())
+        if not self._races("conv_lstm"):
+            return ["report.json", "report.md"]
+        self.picture(folder / "conv_lstm.png")
+        return ["report.json", "report.md", "conv_lstm.png"]
+
+    def folder(self) -> Path:
+        return Path(__file__).parent / "results" / slug(self.machine)
+
+    def markdown(self) -> str:
+        parts = ["# convfast throughput", self.machine_line(), self.summary()]
+        if self.memory:
+            parts += ["## Memory of a training step", self.memory_table()]
+        parts += ["## Every contestant", self.details()]
+        return "\n\n".join(parts) + "\n"
+
+    def machine_line(self) -> str:
+        m = self.machine
+        isa = f"{m['isa_torch']} (torch), {m['isa_convfast']} (convfast)"
+        return (
+            f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {isa}; torch {m['torch']}, "
+            f"convfast {m['convfast']} ({m['commit'] or 'no commit'}), Python {m['python']}, "
+            f"{m['system']}; {m['date']}; `{m['command']}`. Measured peaks: "
+            f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul, {m['peaks']['GB/s']:.1f} GB/s copy."
+        )
+
+    def summary(self) -> str:
+        """Per op and mode: the best torch opponent against the backend that convfast picks by itself."""
+        parts = []
+        for op in ("conv_lstm", "lstm_gates"):
+            for mode in MODES.values():
+                races = [row for row in self._races(op) if row["mode"] == mode]
+                if races:
+                    parts += [f"## {op}, {mode}", _summary_table(races)]
+        refused = [
+            f"- {row['op']} {row['case']} {row['mode']}: {row['refused']}" for row in self.rows if "refused" in row
+        ]
+        if refused:
+            parts += ["## Refused: results disagree with the float64 reference", "\n".join(refused)]
+        return "\n\n".join(parts)
+
+    def memory_table(self) -> str:
+        """Peak of the step and tensors of hidden size kept per time step, against the eager loop."""
+        lines = []
+        for row in self.memory:
+            eager = row["contestants"]["eager cat"]["peak_mb"]
+            for name, figures in row["contestants"].items():
+                peak = figures["peak_mb"]
+                lines.append(
+                    [row["case"], name, f"{peak:.1f}", f"{peak / eager:.2f}", f"{figures['saved_tensors']:.2f}"]
+                )
+        return _table(["case", "contestant", "peak MB", "of eager", "saved tensors per step"], lines)
+
+    def details(self) -> str:
+        lines = []
+        for row in self.rows:
+            start = [row["case"], row["mode"]]
+            for name, f in row.get("contestants", {}).items():
+                figures = [
+                    f"{f['ms']:.3f}",
+                    f"{f['ratio']:.2f}",
+                    f"{f['rate']:.1f} {row['unit']}",
+                    f"{f['of_peak']:.0%}",
+                ]
+                lines.append([*start, name, *figures, f"{f['frames_per_s']:.0f}", f"{f['error_of_bound']:.2f}"])
+            lines += [[*start, name, reason, *[""] * 5] for name, reason in row.get("absent", {}).items()]
+        head = ["case", "mode", "contestant", "ms", "best/this", "rate", "of peak", "frames/s", "error/bound"]
+        return _table(head, lines)
+
+    def picture(self, path: Path) -> None:
+        """Bars of time (log) per case, inference and training; the ratio to the best opponent beside ours."""
+        races = {mode: [r for r in self._races("conv_lstm") if r["mode"] == mode] for mode in MODES.values()}
+        races = {mode: rows for mode, rows in races.items() if rows}
+        tallest = max(map(len, races.values()))
+        figure, axes = plt.subplots(1, len(races), figsize=(7 * len(races), 1.6 + 0.62 * tallest), squeeze=False)
+        for axis, (mode, rows) in zip(axes[0], races.items(), strict=True):
+            _bars(axis, mode, rows)
+        m = self.machine
+        figure.suptitle(f"convfast.ConvLSTM on {m['cpu']}, {m['threads']} threads, torch {m['torch']}", fontsize=11)
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+    def _races(self, op: str) -> list[Row]:
+        return [row for row in self.rows if row["op"] == op and "refused" not in row]
+
+
+def _bars(axis: plt.Axes, mode: str, rows: list[Row]) -> None:
+    kinds = {
+        "eager": ("best eager", "#b8bcc4"),
+        "compile": ("best torch.compile", "#7d8594"),
+        "ours": ("convfast", "#d1495b"),
+    }
+    height = 0.8 / len(kinds)
+    longest = 0.0
+    for y, row in enumerate(rows):
+        times = {kind: min(f["ms"] for f in row["contestants"].values() if f["kind"] == kind) for kind in TORCH_KINDS}
+        ours = row["contestants"][row["headline"]]
+        times["ours"] = ours["ms"]
+        longest = max(longest, *times.values())
+        for i, (kind, (label, color)) in enumerate(BARS.items()):
+            axis.barh(y + (i - 1) * height, times[kind], height, color=color, label=label if y == 0 else None)
+        axis.text(ours["ms"] * 1.08, y + height, f"{ours['ratio']:.2f}×", va="center", fontsize=8, color="#8f1d2f")
+    axis.set_xscale("log")
+    axis.set_xlim(right=longest * 1.6)
+    axis.set_yticks(range(len(rows)), [row["case"].replace("_", " ") for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("ms per sequence (log); × = best torch opponent / convfast")
+    axis.set_title(mode)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=3)
+
+
+def _summary_table(races: list[Row]) -> str:
+    columns = ["case", "best torch opponent", "its ms", "convfast ms", "ratio"]
+    lean = races[0]["headline"].endswith(" fast")
+    columns += ["lean ms", "lean ratio"] if lean else []
+    lines = []
+    for row in races:
+        best, ours = row["contestants"][row["best_opponent"]], row["contestants"][row["headline"]]
+        line = [
+            row["case"],
+            row["best_opponent"],
+            f"{best['ms']:.3f}",
+            f"{ours['ms']:.3f}",
+            f"**{ours['ratio']:.2f}×**",
+        ]
+        if lean:
+            figures = row["contestants"][row["headline"].removesuffix("fast") + "lean"]
+            line += [f"{figures['ms']:.3f}", f"{figures['ratio']:.2f}×"]
+        lines.append([*line, f"{ours['rate']:.1f}", f"{ours['of_peak']:.0%}", f"{ours['frames_per_s']:.0f}"])
+    return _table([*columns, races[0]["unit"], "of peak", "frames/s"], lines)
+
+
+def _table(head: Sequence[str], lines: Any) -> str:
+    """Markdown, padded so that it reads on a terminal too."""
+    lines = [list(head), *lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    padded.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(padded)

@@ -1,0 +1,7 @@
+"""ConvLSTM and its parts, fast and exact. Importing compiles nothing; the first call may build the native library."""
+
+from .backends import available, release_workspace
+from .ops import conv_lstm, lstm_gates
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "available", "conv_lstm", "lstm_gates", "release_workspace"]

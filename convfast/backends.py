@@ -1,0 +1,108 @@
+"""Which backend runs which call, and why another cannot.
+
+`CONVFAST_BACKEND` in the environment names the backend of every call that does not name one itself.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import native, reference
+
+OPS = ("lstm_gates", "conv_lstm")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend can take: devices (None: any), why it cannot be had at all, and its functions by name."""
+
+    devices: tuple[str, ...] | None
+    ops: tuple[str, ...]
+    reason: Callable[[], str | None]
+    function: Callable[[str], Callable[..., Any]]
+
+
+_fakes_lock = threading.Lock()
+_fakes_registered = False
+
+
+def _native_reason() -> str | None:
+    global _fakes_registered
+    reason = native.reason()
+    if reason is None and not _fakes_registered:
+        from . import ops
+
+        with _fakes_lock:
+            if not _fakes_registered:
+                ops.register_fakes()
+                _fakes_registered = True
+    return reason
+
+
+# Best first: an automatic choice takes the first that can run the call.
+BACKENDS = {
+    "cpu": Backend(("cpu",), OPS, _native_reason, lambda name: getattr(torch.ops.convfast, name)),
+    "reference": Backend(None, OPS, lambda: None, lambda name: getattr(reference, name)),
+}
+
+
+def available(op: str) -> dict[str, bool | str]:
+    """For each backend, True or the reason why it cannot run `op`. May build the native library.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    _check_op(op)
+    return {name: _why_not(op, name) or True for name in reversed(BACKENDS)}
+
+
+@torch.compiler.assume_constant_result
+def select(op: str, backend: str | None, device_type: str) -> str:
+    """The name of the backend that runs `op` on tensors of `device_type`; may build the native library.
+
+    Captured graphs keep the choice made when they were traced.
+
+    Raises:
+        ValueError: there is no such op or backend.
+        RuntimeError: the backend asked for cannot run the call; the message gives the reason.
+    """
+    _check_op(op)
+    wanted = backend or os.environ.get("CONVFAST_BACKEND") or None
+    if wanted is None:
+        return next(name for name in BACKENDS if _why_not(op, name, device_type) is None)
+    if wanted not in BACKENDS:
+        source = "backend" if backend else "CONVFAST_BACKEND"
+        raise ValueError(f"{op}: {source} is {wanted!r}, expected one of {', '.join(BACKENDS)}")
+    reason = _why_not(op, wanted, device_type)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {wanted!r} is not available: {reason}")
+    return wanted
+
+
+def function(backend: str, name: str) -> Callable[..., Any]:
+    """`<op>_forward` or `<op>_backward` of a backend that `select` returned."""
+    return BACKENDS[backend].function(name)
+
+
+def release_workspace() -> None:
+    """Free the memory that the native library keeps between calls; the next call takes it anew."""
+    if native.origin() is not None:
+        torch.ops.convfast.release_workspace()
+
+
+def _check_op(op: str) -> None:
+    if op not in OPS:
+        raise ValueError(f"convfast: op is {op!r}, expected one of {', '.join(OPS)}")
+
+
+def _why_not(op: str, name: str, device_type: str | None = None) -> str | None:
+    backend = BACKENDS[name]
+    if op not in backend.ops:
+        return f"it has no {op}"
+    if device_type is not None and backend.devices is not None and device_type not in backend.devices:
+        return f"tensors are on {device_type}, expected {' or '.join(backend.devices)}"
+    return backend.reason()

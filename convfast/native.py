@@ -1,0 +1,305 @@
+"""The compiled library: found ahead of time or built just in time, so that `torch.ops.convfast.*` exists.
+
+In this order: a library that setup.py built next to this file, a library in the cache, a build into the cache by
+`torch.utils.cpp_extension`. Nothing is looked for, built or loaded at import; torch itself is imported by `load()`, so
+that setup.py can read this file for the one list of sources and flags, csrc/build.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ENVIRONMENT = {
+    "CONVFAST_BACKEND": "backend taken where a call names none: reference or cpu",
+    "CONVFAST_NO_NATIVE": "1: neither build nor load the compiled library",
+    "CONVFAST_CACHE": "directory for libraries built just in time (else TORCH_EXTENSIONS_DIR, else torch's own)",
+    "CONVFAST_POISON": "1: fill fresh memory with NaN, to find values that are read before they are written",
+    "ATEN_CPU_CAPABILITY": "default, avx2 or avx512: instruction set, where the machine has it",
+    "CXX": "C++ compiler of a just-in-time build (else c++)",
+}
+PACKAGE = Path(__file__).resolve().parent
+BUILD_FILE = PACKAGE.parent / "csrc" / "build.json"
+OLDEST_TORCH = (2, 10)
+WAIT_SECONDS = 600.0
+
+log = logging.getLogger("convfast")
+
+
+class NativeUnavailable(RuntimeError):
+    """The compiled library cannot be had; the message is the reason, in one line."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What csrc/build.json says, and a digest of everything that goes into the library."""
+
+    sources: tuple[str, ...]
+    cflags: tuple[str, ...]
+    ldflags: tuple[str, ...]
+    digest: str
+
+    @property
+    def prebuilt_name(self) -> str:
+        return f"_native_{self.digest}.so"
+
+
+def read_build(path: Path) -> Build:
+    """Read a build file; its sources are relative to the folder above its own, and come back absolute."""
+    listed = json.loads(path.read_text())
+    root = path.parent.parent
+    sources = [root / source for source in listed["sources"]]
+    digest = hashlib.sha256()
+    included = (file for file in path.parent.rglob("*") if file.suffix in (".h", ".inc"))
+    for file in sorted({path, *sources, *included}):
+        if not file.is_file():
+            raise NativeUnavailable(f"source file {file} is missing")
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return Build(tuple(map(str, sources)), tuple(listed["cflags"]), tuple(listed["ldflags"]), digest.hexdigest()[:16])
+
+
+_lock = threading.Lock()
+_origin: str | None = None
+_failure: str | None = None
+
+
+def _after_fork() -> None:
+    # A thread of the parent may have held the lock; it does not exist in the child.
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def load() -> None:
+    """Make `torch.ops.convfast.*` exist. Safe to call again, from any thread and any number of processes.
+
+    Raises:
+        NativeUnavailable: with the reason. It is found once per process and then repeated.
+    """
+    global _origin, _failure
+    if _origin is not None:
+        return
+    with _lock:
+        if _origin is not None:
+            return
+        if _failure is None:
+            try:
+                _origin = _load()
+                return
+            except NativeUnavailable as error:
+                _failure = str(error)
+            except Exception as error:
+                _failure = f"{type(error).__name__}: {_first_line(str(error))}"
+        raise NativeUnavailable(_failure)
+
+
+def reason() -> str | None:
+    """None when the library is loaded or can be, else why not, in one line. Loads it (and may build it) to find out."""
+    try:
+        load()
+    except NativeUnavailable as error:
+        return str(error)
+    return None
+
+
+def origin() -> str | None:
+    """Where the loaded library came from, None while none is."""
+    return _origin
+
+
+def _load() -> str:
+    if os.environ.get("CONVFAST_NO_NATIVE", "0") not in ("", "0"):
+        raise NativeUnavailable("disabled by CONVFAST_NO_NATIVE")
+    import torch
+
+    if torch.__version__ < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise NativeUnavailable(f"built for torch >= {oldest}, you have {torch.__version__}")
+    # To register the ops twice ends the process, from a static initializer where nothing can be caught.
+    if hasattr(torch.ops.convfast, "cpu_capability"):
+        return "loaded by someone else"
+
+    prebuilt = sorted(PACKAGE.glob("_native_*.so"))
+    if not BUILD_FILE.is_file():
+        if not prebuilt:
+            raise NativeUnavailable(f"no prebuilt library in {PACKAGE} and no sources at {BUILD_FILE.parent}")
+        _dlopen(prebuilt[0])
+        return f"{prebuilt[0]} (prebuilt)"
+    build = read_build(BUILD_FILE)
+    for path in prebuilt:
+        if path.name == build.prebuilt_name:
+            _dlopen(path)
+            return f"{path} (prebuilt)"
+    if not prebuilt:
+        return _load_cached(build)
+    refused = f"{prebuilt[0]} was built from other sources (run setup.py build_ext --inplace, or delete it)"
+    try:
+        return f"{_load_cached(build)}; not taken: {refused}"
+    except NativeUnavailable as error:
+        raise NativeUnavailable(f"{error}; not taken: {refused}") from error
+
+
+def _dlopen(path: Path) -> None:
+    import torch
+
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise NativeUnavailable(f"{path} does not load: {_first_line(str(error))}") from error
+
+
+def _load_cached(build: Build) -> str:
+    folder = cache_dir() / f"convfast-{_key(build, compiler())}"
+    try:
+        if library := _cached_library(folder):
+            _dlopen(library)
+            return f"{library} (cache)"
+        folder.mkdir(parents=True, exist_ok=True)
+        with _exclusive(folder / "flock"):
+            if library := _cached_library(folder):
+                _dlopen(library)
+                return f"{library} (cache)"
+            for left in folder.glob("build-*"):  # by processes that died: whoever builds holds the lock
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as scratch:
+                library = _compile(build, Path(scratch), folder / "build.log")
+                # The name holds the content's digest and the move is atomic: no other process sees half of it.
+                library = library.rename(folder / _library_name(library))
+        return f"{library} (built just in time)"
+    except OSError as error:
+        cause = f"cannot use {folder} ({error.strerror or _first_line(str(error))})"
+    with tempfile.TemporaryDirectory(prefix="convfast-", ignore_cleanup_errors=True) as scratch:
+        warnings.warn(
+            f"convfast: {cause}; building for this process only, set CONVFAST_CACHE to a writable directory",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        _compile(build, Path(scratch), None)
+    return f"built just in time for this process only: {cause}"
+
+
+def cache_dir() -> Path:
+    """The folder under which just-in-time builds are kept."""
+    chosen = os.environ.get("CONVFAST_CACHE") or os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not chosen:
+        from torch.utils import cpp_extension
+
+        chosen = cpp_extension.get_default_build_root()
+    return Path(chosen).expanduser().absolute()
+
+
+def compiler() -> str:
+    """The C++ compiler's command and version; NativeUnavailable where there is none."""
+    command = os.environ.get("CXX", "c++")
+    try:
+        shown = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        raise NativeUnavailable(f"no C++ compiler: cannot run '{command}' (install g++, or set CXX)") from None
+    return f"{command}: {_first_line(shown)}"
+
+
+def _key(build: Build, made_by: str) -> str:
+    import torch
+
+    cuda = (torch.version.cuda or "cpu").split(".")[0]
+    parts = (build.digest, torch.__version__, made_by, cuda, platform.machine())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _library_name(file: Path) -> str:
+    return f"convfast-{hashlib.sha256(file.read_bytes()).hexdigest()[:32]}.so"
+
+
+def _cached_library(folder: Path) -> Path | None:
+    # A damaged file can kill the process in dlopen, so its content is checked first.
+    for path in sorted(folder.glob("convfast-*.so")) if folder.is_dir() else ():
+        if path.name == _library_name(path):
+            return path
+    return None
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold `path` against all other processes. The kernel lets go when the holder dies, so no lock is ever stale."""
+    import fcntl
+
+    deadline = time.monotonic() + WAIT_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise NativeUnavailable(
+                        f"waited {WAIT_SECONDS:g} s for a running process that builds the library and holds {path}"
+                    ) from None
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would leave it with children forked meanwhile
+
+
+def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
+    """Compile into the empty `folder`, load the library from there and return its path."""
+    from torch.utils import cpp_extension
+
+    log.warning("convfast: compiling the CPU library, once, for %s", folder.parent if log_file else "this process")
+    with _ninja_on_path():
+        try:
+            # In a folder of its own: torch's lock file there outlives its process and would block all others for ever.
+            cpp_extension.load(
+                "convfast_native",
+                list(build.sources),
+                extra_cflags=list(build.cflags),
+                extra_ldflags=list(build.ldflags),
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+        except RuntimeError as error:
+            shown = str(error)
+            lines = [line for line in shown.splitlines() if "error:" in line] or [_first_line(shown)]
+            where = ""
+            if log_file is not None:
+                log_file.write_text(shown)
+                where = f" (log: {log_file})"
+            raise NativeUnavailable(f"the build failed: {lines[0].strip()}{where}") from error
+    return next(folder.glob("*.so"))
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """Let torch find the ninja of the package of that name, also where its environment is not activated."""
+    path = os.environ.get("PATH", os.defpath)
+    try:
+        if not shutil.which("ninja"):
+            try:
+                from ninja import BIN_DIR
+            except ImportError:
+                raise NativeUnavailable("no ninja: it is neither on PATH nor a package (pip install ninja)") from None
+            os.environ["PATH"] = os.pathsep.join((path, BIN_DIR))
+        yield
+    finally:
+        os.environ["PATH"] = path
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]

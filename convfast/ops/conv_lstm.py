@@ -1,0 +1,396 @@
+"""One ConvLSTM layer over a whole sequence."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ..reference.conv_lstm import channels_last
+from ..reference.lstm_gates import state_dtype
+from ..reference.padded_conv import conv, same_padding
+from .checks import (
+    autocast_dtype,
+    autocast_to,
+    check_shape,
+    check_tensors,
+    empty_channels_last,
+    forward_mode,
+    needs_function,
+)
+
+_OP = "conv_lstm"
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def conv_lstm(
+    input: Tensor | None,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    peephole: Tensor | None = None,
+    state: tuple[Tensor | None, Tensor | None] | None = None,
+    lengths: Tensor | None = None,
+    *,
+    steps: int | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = "same",
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    reverse: bool = False,
+    memory: str = "fast",
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run one ConvLSTM layer over a sequence of frames of 1 to 3 dims.
+
+    With gates (i, f, g, o) = W_ih * x_t + W_hh * h_{t-1} + b, `*` being convolution (Shi et al. 2015):
+    i = σ(i + p_i∘c), f = σ(f + p_f∘c), c' = f∘c + i∘tanh(g), o = σ(o + p_o∘c'), h = o∘tanh(c').
+
+    `stride`, `padding`, `dilation`, `groups` and `padding_mode` are those of the input convolution, as in
+    `torch.nn.Conv2d`; the recurrent one always keeps the size, with zeros. `"same"` pads d(k-1) in all, half of it
+    (rounded down) before.
+
+    Args:
+        input: `[B, T, Cin, *S]`, any memory layout; an expanded frame (stride 0 over time) is convolved once. None for
+            no input, then `steps` and `state` are needed. `[B, T, 4C, *S']` with `weight_ih` None: the input
+            convolution, already computed.
+        weight_ih: `[4C, Cin / groups, *K]`, gates in the order i f g o.
+        weight_hh: `[4C, C, *K']`.
+        bias: `[4C]`.
+        peephole: `[3, C, *S']` for i, f and o.
+        state: `(h, c)`, each `[B, C, *S']` or None for zero; c may be float32 where the rest is narrower.
+        lengths: `[B]` integers in 0..T; the state stops at each sample's length and outputs past it are zero.
+        steps: number of steps without input.
+        reverse: read each sample from its last frame to its first; outputs stay with their frames.
+        memory: what is kept for the backward: "fast" the activated gates and c, "lean" only c.
+        backend: a name from `convfast.available("conv_lstm")`; None takes the best.
+
+    Returns:
+        output `[B, T, C, *S']` in the dtype of `weight_hh` and `(h_n, c_n)`, each `[B, C, *S']`, c_n float32 for
+        bfloat16 and float16. Memory is channels-last.
+
+    Raises:
+        ValueError: a shape, a size, an option or a device is wrong.
+        TypeError: dtypes are mixed (outside autocast), not floating, or `lengths` is not of an integer type.
+        RuntimeError: the backend asked for cannot be had.
+    """
+    if isinstance(weight_hh, Tensor) and (dtype := autocast_dtype(weight_hh)) is not None:
+        input, weight_ih, weight_hh, bias, peephole = autocast_to(dtype, input, weight_ih, weight_hh, bias, peephole)
+        h0, c0 = _unpack(state)
+        (h0,) = autocast_to(dtype, h0)
+        if isinstance(c0, Tensor) and c0.dtype != state_dtype(weight_hh.dtype):
+            (c0,) = autocast_to(dtype, c0)
+        with torch.autocast(weight_hh.device.type, enabled=False):
+            return conv_lstm(
+                input, weight_ih, weight_hh, bias, peephole, (h0, c0), lengths, steps=steps, stride=stride,
+                padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode, reverse=reverse,
+                memory=memory, backend=backend,
+            )  # fmt: skip
+
+    h0, c0 = _unpack(state)
+    tensors = {"weight_hh": weight_hh, "input": input, "weight_ih": weight_ih, "bias": bias, "peephole": peephole}
+    check_tensors(_OP, {**tensors, "state h": h0, "state c": c0}, state="state c")
+    _check_options(padding_mode, memory)
+    dims, channels = _check_weights(weight_ih, weight_hh, groups)
+    stride = _numbers("stride", stride, dims, 1)
+    dilation = _numbers("dilation", dilation, dims, 1)
+    pads = _padding(padding, weight_ih, dilation, dims)
+    batch, time, space = _check_input(input, weight_ih, weight_hh, h0, c0, steps, groups)
+    if input is not None and weight_ih is not None:
+        space = _output_size(space, weight_ih, stride, pads, dilation, padding_mode)
+    check_shape(_OP, "bias", bias, (4 * channels,), "[4C]")
+    check_shape(_OP, "peephole", peephole, (3, channels, *space), "[3, C, *S']")
+    check_shape(_OP, "state h", h0, (batch, channels, *space), "[B, C, *S']")
+    check_shape(_OP, "state c", c0, (batch, channels, *space), "[B, C, *S']")
+    lengths = _check_lengths(lengths, batch, time, weight_hh.device)
+    name = backends.select(_OP, backend, weight_hh.device.type)
+
+    repeated = input is not None and input.shape[1] > 1 and input.stride(1) == 0
+    if input is not None and weight_ih is not None and (repeated or groups > 1):
+        input = _input_convolution(input, weight_ih, stride, pads, dilation, padding_mode, groups, repeated)
+        weight_ih = None
+
+    operands = (input, weight_ih, weight_hh, bias, peephole, h0, c0)
+    options = (time, stride, pads, dilation, padding_mode, reverse)
+    if forward_mode():
+        outputs = reference.conv_lstm_forward(*operands, lengths, *options, "none")
+    elif needs_function(*operands):
+        outputs = _ConvLSTM.apply(*operands, lengths, *options, memory, name)
+    else:
+        outputs = backends.function(name, "conv_lstm_forward")(*operands, lengths, *options, "none")
+    return outputs[0], (outputs[1], outputs[2])
+
+
+def _unpack(state: tuple[Tensor | None, Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        got = f"{len(state)} items" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
+        raise TypeError(f"{_OP}: state has {got}, expected a pair (h, c)")
+    return state[0], state[1]
+
+
+def _check_options(padding_mode: str, memory: str) -> None:
+    if padding_mode not in _PADDING_MODES:
+        raise ValueError(f"{_OP}: padding_mode is {padding_mode!r}, expected one of {', '.join(_PADDING_MODES)}")
+    if memory not in ("fast", "lean"):
+        raise ValueError(f"{_OP}: memory is {memory!r}, expected 'fast' or 'lean'")
+
+
+def _check_weights(weight_ih: Tensor | None, weight_hh: Tensor, groups: int) -> tuple[int, int]:
+    """→ (spatial dims, C)."""
+    shape = list(weight_hh.shape)
+    if weight_hh.ndim not in (3, 4, 5):
+        raise ValueError(f"{_OP}: weight_hh has shape {shape}, expected [4C, C, *K] with 1 to 3 kernel dims")
+    if shape[0] != 4 * shape[1] or 0 in shape:
+        raise ValueError(f"{_OP}: weight_hh has shape {shape}, expected [4C, C, *K] with C > 0")
+    if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
+        raise ValueError(f"{_OP}: groups is {groups!r}, expected a positive divisor of 4C={shape[0]}")
+    if weight_ih is not None and (
+        weight_ih.ndim != weight_hh.ndim or weight_ih.shape[0] != shape[0] or 0 in weight_ih.shape
+    ):
+        raise ValueError(
+            f"{_OP}: weight_ih has shape {list(weight_ih.shape)}, expected [4C, Cin / groups, *K] with "
+            f"4C={shape[0]} and {weight_hh.ndim - 2} kernel dims, like weight_hh {shape}"
+        )
+    return weight_hh.ndim - 2, shape[1]
+
+
+def _numbers(name: str, value: int | tuple[int, ...], dims: int, least: int) -> list[int]:
+    numbers = [value] * dims if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else None
+    if numbers is None or len(numbers) != dims or not all(isinstance(n, int) and n >= least for n in numbers):
+        raise ValueError(f"{_OP}: {name} is {value!r}, expected an int >= {least} or {dims} of them")
+    return numbers
+
+
+def _padding(
+    padding: str | int | tuple[int, ...], weight_ih: Tensor | None, dilation: list[int], dims: int
+) -> list[int]:
+    """→ (before, behind) of each dim."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"{_OP}: padding is {padding!r}, expected 'same', 'valid', an int or {dims} of them")
+        if padding == "valid" or weight_ih is None:
+            return [0] * (2 * dims)
+        return same_padding(weight_ih.shape[2:], dilation)
+    return [p for p in _numbers("padding", padding, dims, 0) for _ in range(2)]
+
+
+def _check_input(
+    input: Tensor | None,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    steps: int | None,
+    groups: int,
+) -> tuple[int, int, list[int]]:
+    """→ (B, T, spatial size of the input, or of the state where there is no input)."""
+    dims = weight_hh.ndim - 2
+    if steps is not None and (not isinstance(steps, (int, torch.SymInt)) or steps < 1):
+        raise ValueError(f"{_OP}: steps is {steps!r}, expected an int >= 1")
+    if input is None:
+        if weight_ih is not None:
+            raise ValueError(f"{_OP}: input is None, expected a Tensor with weight_ih of shape {list(weight_ih.shape)}")
+        like = h0 if h0 is not None else c0
+        if like is None or steps is None:
+            missing = "state" if like is None else "steps"
+            raise ValueError(f"{_OP}: {missing} is None, expected both state and steps where input is None")
+        if like.ndim != dims + 2 or 0 in like.shape[2:]:
+            part = "state h" if h0 is not None else "state c"
+            raise ValueError(f"{_OP}: {part} has shape {list(like.shape)}, expected [B, C, *S'] with {dims} dims")
+        return like.shape[0], steps, list(like.shape[2:])
+    legend = f"input shape {list(input.shape)}, layout [B, T, {'4C' if weight_ih is None else 'C'}, *S]"
+    if input.ndim != dims + 3:
+        raise ValueError(f"{_OP}: input has {input.ndim} dims, expected {dims + 3} ({legend})")
+    channels = weight_hh.shape[0] if weight_ih is None else weight_ih.shape[1] * groups
+    if input.shape[2] != channels:
+        source = "4C of weight_hh" if weight_ih is None else f"weight_ih {list(weight_ih.shape)}, groups={groups}"
+        raise ValueError(f"{_OP}: input has {input.shape[2]} channels, expected {channels} from {source} ({legend})")
+    if input.shape[1] == 0:
+        raise ValueError(f"{_OP}: input has 0 time steps, expected at least 1 ({legend})")
+    if 0 in input.shape[3:]:
+        raise ValueError(f"{_OP}: input has an empty frame, expected at least 1 pixel ({legend})")
+    if steps is not None and steps != input.shape[1]:
+        raise ValueError(f"{_OP}: steps is {steps}, expected None or the {input.shape[1]} steps of input ({legend})")
+    return input.shape[0], input.shape[1], list(input.shape[3:])
+
+
+def _output_size(
+    space: list[int], weight_ih: Tensor, stride: list[int], pads: list[int], dilation: list[int], mode: str
+) -> list[int]:
+    sizes = []
+    for axis, size in enumerate(space):
+        before, behind = pads[2 * axis : 2 * axis + 2]
+        most = {"reflect": size - 1, "circular": size}.get(mode)
+        if most is not None and max(before, behind) > most:
+            raise ValueError(
+                f"{_OP}: padding is {max(before, behind)} in spatial dim {axis}, expected at most {most} "
+                f"with padding_mode={mode!r} and size {size}"
+            )
+        extent = dilation[axis] * (weight_ih.shape[2 + axis] - 1) + 1
+        if size + before + behind < extent:
+            raise ValueError(
+                f"{_OP}: input has size {size} in spatial dim {axis}, expected at least {extent - before - behind} "
+                f"for a kernel that spans {extent} with padding {before}+{behind}"
+            )
+        sizes.append((size + before + behind - extent) // stride[axis] + 1)
+    return sizes
+
+
+def _check_lengths(lengths: Tensor | None, batch: int, time: int, device: torch.device) -> Tensor | None:
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+        got = f"dtype {lengths.dtype}" if isinstance(lengths, Tensor) else f"type {type(lengths).__name__}"
+        raise TypeError(f"{_OP}: lengths has {got}, expected a Tensor of integers")
+    check_shape(_OP, "lengths", lengths, (batch,), "[B]")
+    # Values are looked at only where that costs no synchronization and they are there: not while tracing or in vmap.
+    if (
+        not torch.compiler.is_compiling()
+        and type(lengths) is Tensor
+        and not torch._C._functorch.is_batchedtensor(lengths)
+        and lengths.device.type == "cpu"
+        and batch > 0
+    ):
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > time:
+            wrong = least if least < 0 else most
+            raise ValueError(f"{_OP}: lengths has {wrong}, expected 0 to {time} (the number of time steps)")
+    return lengths.to(device=device, dtype=torch.int64)
+
+
+def _input_convolution(
+    input: Tensor,
+    weight_ih: Tensor,
+    stride: list[int],
+    pads: list[int],
+    dilation: list[int],
+    padding_mode: str,
+    groups: int,
+    repeated: bool,
+) -> Tensor:
+    """`[B, T, 4C, *S']` by the library's convolution, once per distinct frame."""
+    frames = input[:, 0] if repeated else input.flatten(0, 1)
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(frames.ndim, torch.contiguous_format)
+    gates = conv(frames.contiguous(memory_format=layout), weight_ih, None, stride, pads, dilation, padding_mode, groups)
+    if repeated:
+        return gates.unsqueeze(1).expand(-1, input.shape[1], *[-1] * (gates.ndim - 1))
+    return gates.unflatten(0, input.shape[:2])
+
+
+class _ConvLSTM(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        *arguments, backend = inputs
+        return backends.function(backend, "conv_lstm_forward")(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *operands, lengths = inputs[:8]
+        ctx.options, ctx.backend = inputs[8:14], inputs[15]
+        h, _, _, c, gates = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(c, gates)
+        ctx.save_for_backward(*operands, lengths, h, c, gates)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 9
+        if dh is None and dh_n is None and dc_n is None:
+            return (None,) * 7 + nothing
+        *inputs, h, c, gates = ctx.saved_tensors
+        # Copies only under vmap, which stacks what it saves in an order of its own.
+        h, c = channels_last(h, 2), channels_last(c, 2)
+        gates = channels_last(gates, 2) if gates.ndim > 1 else gates
+        needs = [int(n) for n in ctx.needs_input_grad[:7]]
+        backward = backends.function(ctx.backend, "conv_lstm_backward")
+        if torch.is_grad_enabled():
+            # A second derivative may follow: the reference is differentiable, the kernels are not.
+            h, _, _, c, gates = reference.conv_lstm_forward(*inputs, *ctx.options, "fast")
+            backward = reference.conv_lstm_backward
+        grads = backward(dh, dh_n, dc_n, *inputs, h, c, gates, *ctx.options, needs)
+        return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
+
+
+def register_fakes() -> None:
+    """Shapes and strides of the native ops; csrc/ops.h has the contract."""
+
+    @torch.library.register_fake("convfast::conv_lstm_forward")
+    def _(
+        x: Tensor | None,
+        w_ih: Tensor | None,
+        w_hh: Tensor,
+        bias: Tensor | None,
+        peephole: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        time: int,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        padding_mode: str,
+        reverse: bool,
+        save: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        source = x if x is not None else h0 if h0 is not None else c0
+        space = list(source.shape[3 if x is not None else 2 :])
+        if x is not None and w_ih is not None:
+            space = [
+                (size + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (w_ih.shape[2 + d] - 1) - 1) // stride[d]
+                + 1
+                for d, size in enumerate(space)
+            ]
+        batch, channels, dtype = source.shape[0], w_hh.shape[1], state_dtype(w_hh.dtype)
+        sequence, state = [batch, time, channels, *space], [batch, channels, *space]
+        gates = [batch, time, 4 * channels, *space]
+        none = w_hh.new_empty(0, dtype=dtype)
+        return (
+            empty_channels_last(w_hh, sequence, 2, w_hh.dtype),
+            empty_channels_last(w_hh, state, 1, w_hh.dtype),
+            empty_channels_last(w_hh, state, 1, dtype),
+            none if save == "none" else empty_channels_last(w_hh, sequence, 2, dtype),
+            empty_channels_last(w_hh, gates, 2, dtype) if save == "fast" else none.clone(),
+        )
+
+    @torch.library.register_fake("convfast::conv_lstm_backward")
+    def _(
+        dh: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        x: Tensor | None,
+        w_ih: Tensor | None,
+        w_hh: Tensor,
+        bias: Tensor | None,
+        peephole: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        h: Tensor,
+        c: Tensor,
+        gates: Tensor,
+        time: int,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        padding_mode: str,
+        reverse: bool,
+        needs: list[int],
+    ) -> tuple[Tensor, ...]:
+        def like(tensor: Tensor | None, need: int, channel_dim: int | None) -> Tensor:
+            if not need:
+                return w_hh.new_empty(0)
+            if channel_dim is None:
+                return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            return empty_channels_last(w_hh, list(tensor.shape), channel_dim, tensor.dtype)
+
+        dims = (2, None, None, None, None, 1, 1)
+        *grads, dc0 = map(like, (x, w_ih, w_hh, bias, peephole, h0, c0), needs, dims)
+        return *grads, dc0 if needs[6] else c.new_empty(0)

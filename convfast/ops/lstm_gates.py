@@ -1,0 +1,140 @@
+"""The pointwise LSTM cell."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ..reference.lstm_gates import state_dtype
+from .checks import (
+    autocast_dtype,
+    autocast_to,
+    check_shape,
+    check_tensors,
+    empty_channels_last,
+    forward_mode,
+    needs_function,
+)
+
+_OP = "lstm_gates"
+
+
+def lstm_gates(
+    gates: Tensor, c: Tensor | None = None, peephole: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Apply the LSTM cell to pre-activations, for people with a convolution of their own.
+
+    i = σ(i + p_i∘c), f = σ(f + p_f∘c), c' = f∘c + i∘tanh(g), o = σ(o + p_o∘c'), h = o∘tanh(c') (Shi et al. 2015).
+
+    Args:
+        gates: `[B, 4C, *S]` pre-activations in the order i f g o; channels-first or channels-last memory.
+        c: `[B, C, *S]` cell state in the dtype of `gates`, or float32 where that is narrower; None is zero.
+        peephole: `[3, C, *S]` for i, f and o, in the dtype of `gates`.
+        backend: a name from `convfast.available("lstm_gates")`; None takes the best.
+
+    Returns:
+        h `[B, C, *S]` in the dtype of `gates`, and the new c `[B, C, *S]`, float32 for bfloat16 and float16.
+
+    Raises:
+        ValueError: a shape, a device or the name of the backend is wrong.
+        TypeError: dtypes are mixed (outside autocast) or not floating.
+        RuntimeError: the backend asked for cannot be had.
+    """
+    if isinstance(gates, Tensor) and (dtype := autocast_dtype(gates)) is not None:
+        gates, peephole = autocast_to(dtype, gates, peephole)
+        if c is not None and c.dtype != state_dtype(gates.dtype):
+            (c,) = autocast_to(gates.dtype, c)
+        with torch.autocast(gates.device.type, enabled=False):
+            return lstm_gates(gates, c, peephole, backend=backend)
+
+    check_tensors(_OP, {"gates": gates, "c": c, "peephole": peephole}, state="c")
+    if gates.ndim < 2 or gates.shape[1] == 0 or gates.shape[1] % 4:
+        raise ValueError(
+            f"{_OP}: gates has shape {list(gates.shape)}, expected [B, 4C, *S] with a multiple of 4 as second size"
+        )
+    batch, channels, space = gates.shape[0], gates.shape[1] // 4, tuple(gates.shape[2:])
+    check_shape(_OP, "c", c, (batch, channels, *space), "[B, C, *S]")
+    check_shape(_OP, "peephole", peephole, (3, channels, *space), "[3, C, *S]")
+    name = backends.select(_OP, backend, gates.device.type)
+    if forward_mode():
+        return reference.lstm_gates_forward(gates, c, peephole, False)[:2]
+    if needs_function(gates, c, peephole):
+        return _LSTMGates.apply(gates, c, peephole, name)[:2]
+    return backends.function(name, "lstm_gates_forward")(gates, c, peephole, False)[:2]
+
+
+class _LSTMGates(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        gates: Tensor, c: Tensor | None, peephole: Tensor | None, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backends.function(backend, "lstm_gates_forward")(gates, c, peephole, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        gates, c, peephole, ctx.backend = inputs
+        _, c_out, activated = output
+        ctx.dtype = gates.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(c, peephole, c_out, activated)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dh: Tensor | None, dc_out: Tensor | None, dactivated: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dh is None and dc_out is None and dactivated is None:
+            return None, None, None, None
+        c, peephole, c_out, activated = ctx.saved_tensors
+        needs = [int(n) for n in ctx.needs_input_grad[:3]]
+        if torch.is_grad_enabled() or dactivated is not None:
+            # A second derivative: the reference is differentiable, also through the saved outputs; kernels are not.
+            grads = reference.lstm_gates_backward(activated, c, c_out, peephole, dh, dc_out, needs, dactivated)
+        else:
+            backward = backends.function(ctx.backend, "lstm_gates_backward")
+            grads = backward(activated, c, c_out, peephole, dh, dc_out, needs)
+        dgates, dc, dpeephole = grads
+        return (
+            dgates.to(ctx.dtype) if needs[0] else None,
+            dc.to(c.dtype) if needs[1] else None,
+            dpeephole if needs[2] else None,
+            None,
+        )
+
+
+def _fake_like(layout: Tensor, shape: list[Any], dtype: torch.dtype) -> Tensor:
+    """Channels-last where `layout` is, else contiguous, as the native op does."""
+    if layout.ndim > 2 and not layout.is_contiguous() and layout.movedim(1, -1).is_contiguous():
+        return empty_channels_last(layout, shape, 1, dtype)
+    return layout.new_empty(shape, dtype=dtype)
+
+
+def register_fakes() -> None:
+    """Shapes and strides of the native ops; csrc/ops.h has the contract."""
+
+    @torch.library.register_fake("convfast::lstm_gates_forward")
+    def _(gates: Tensor, c: Tensor | None, peephole: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+        shape = [gates.shape[0], gates.shape[1] // 4, *gates.shape[2:]]
+        dtype = state_dtype(gates.dtype)
+        activated = _fake_like(gates, list(gates.shape), dtype) if save else gates.new_empty(0, dtype=dtype)
+        return _fake_like(gates, shape, gates.dtype), _fake_like(gates, shape, dtype), activated
+
+    @torch.library.register_fake("convfast::lstm_gates_backward")
+    def _(
+        activated: Tensor,
+        c: Tensor | None,
+        c_out: Tensor,
+        peephole: Tensor | None,
+        dh: Tensor | None,
+        dc_out: Tensor | None,
+        needs: list[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = activated.dtype if dh is None else dh.dtype
+        none = activated.new_empty(0)
+        return (
+            _fake_like(activated, list(activated.shape), dtype) if needs[0] else none.to(dtype),
+            _fake_like(activated, list(c_out.shape), activated.dtype) if needs[1] else none,
+            torch.empty_like(peephole, memory_format=torch.contiguous_format) if needs[2] else none,
+        )

@@ -1,0 +1,38 @@
+// Messages: op, argument, what was expected, what came.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+namespace convfast {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+inline std::string shape_string(const std::vector<int64_t>& shape) {
+  std::string s = "[";
+  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + "]";
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+#define CONVFAST_CHECK(condition, op, argument, expected, got) \
+  STD_TORCH_CHECK(condition, op, ": ", argument, " must be ", expected, ", got ", got)
+
+inline void check_shape(const char* op, const char* argument, const Tensor& t, const std::vector<int64_t>& shape) {
+  CONVFAST_CHECK(shape_of(t) == shape, op, argument, "of shape " + shape_string(shape), shape_string(shape_of(t)));
+}
+
+inline void check_dtype(const char* op, const char* argument, const Tensor& t, ScalarType dtype, ScalarType or_dtype) {
+  CONVFAST_CHECK(t.scalar_type() == dtype || t.scalar_type() == or_dtype, op, argument,
+                 std::string("of the same dtype as the weights") + (dtype == or_dtype ? "" : ", or of the wide dtype of the cell"),
+                 torch::headeronly::toString(t.scalar_type()));
+}
+
+}  // namespace convfast

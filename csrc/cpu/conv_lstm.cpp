@@ -1,0 +1,872 @@
+// ConvLSTM on the CPU, direct engine: glue between tensors and the kernels. The contract is in ops.h.
+//
+// Forward, per step: x_t is packed into a bordered frame, then every row of every sample is one GEMM over the taps of x_t and h_{t-1}
+// with the cell behind it; h_t goes to the output and, bordered, to the next step's frame. Backward, per step: gate gradients, then
+// dgrad (GEMM over the taps of dgates), dx (one GEMM, then a gather over taps) and wgrad, all from dgates while it is in cache.
+// Floor: 2 * taps * (Cin + C) * 4C operations per pixel and step at the FMA peak, three times that for training.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "frames.h"
+
+namespace convfast {
+namespace cpu {
+namespace {
+
+constexpr const char* kForward = "conv_lstm_forward";
+constexpr const char* kBackward = "conv_lstm_backward";
+
+struct ConvDims {
+  Extent kernel, stride, dilation, before{0, 0, 0}, behind{0, 0, 0};
+  long taps() const { return kernel.pixels(); }
+};
+
+// Everything about one call that both passes share, in plain numbers.
+struct Problem {
+  long batch = 0, time = 0, spatial = 0, channels = 0, x_channels = 0;
+  bool has_x = false, convolved = false;  // convolved: x is the input convolution's result
+  Extent in, out;
+  ConvDims x_conv, h_conv;
+  std::string padding_mode;
+  bool reverse = false;
+  std::vector<long> lengths;
+
+  long pixels() const { return out.pixels(); }
+  long frame_of(long sample, long step) const { return reverse ? lengths[sample] - 1 - step : step; }
+  bool uniform_frames() const {
+    return !reverse || std::all_of(lengths.begin(), lengths.end(), [&](long n) { return n == time; });
+  }
+  std::vector<long> active(long step) const {
+    std::vector<long> samples;
+    for (long b = 0; b < batch; ++b)
+      if (step < lengths[b]) samples.push_back(b);
+    return samples;
+  }
+  std::vector<int64_t> shape(std::vector<int64_t> leading) const {
+    const long dims[] = {out.d, out.h, out.w};
+    for (long i = 3 - spatial; i < 3; ++i) leading.push_back(dims[i]);
+    return leading;
+  }
+  long blocks() const { return (channels + kBlock - 1) / kBlock; }
+  long block_channels(long block) const { return std::min<long>(kBlock, channels - block * kBlock); }
+};
+
+Extent extent_from(const std::vector<int64_t>& dims, long skip, long fill = 1, long every = 1) {
+  long v[3] = {fill, fill, fill};
+  const long n = (dims.size() - skip + every - 1) / every;
+  for (long i = 0; i < n; ++i) v[3 - n + i] = dims[skip + i * every];
+  return {v[0], v[1], v[2]};
+}
+
+// Strides of x [.., C, *S] whose channel axis is `axis`.
+FrameStrides frame_strides(const Tensor& t, long axis) {
+  long v[3] = {0, 0, 0};
+  const long n = t.dim() - axis - 1;
+  for (long i = 0; i < n; ++i) v[3 - n + i] = t.stride(axis + 1 + i);
+  return {t.stride(axis), v[0], v[1], v[2]};
+}
+
+bool dense_channels_last(const Tensor& t, long axis) {
+  long expected = t.size(axis);
+  if (expected > 1 && t.stride(axis) != 1) return false;
+  for (long i = t.dim() - 1; i > axis; --i) {
+    if (t.size(i) > 1 && t.stride(i) != expected) return false;
+    expected *= t.size(i);
+  }
+  return true;
+}
+
+struct Inputs {
+  const OptionalTensor &x, &w_ih;
+  const Tensor& w_hh;
+  const OptionalTensor &bias, &peephole, &h0, &c0, &lengths;
+};
+
+Problem make_problem(const char* op, const Inputs& in, int64_t time, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, const std::string& padding_mode,
+                     bool reverse) {
+  Problem p;
+  const ScalarType dtype = in.w_hh.scalar_type();
+  const ScalarType wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  p.spatial = in.w_hh.dim() - 2;
+  CONVFAST_CHECK(p.spatial >= 1 && p.spatial <= 3, op, "w_hh", "[4C, C, *K] with 1 to 3 kernel dims", shape_string(shape_of(in.w_hh)));
+  p.channels = in.w_hh.size(1);
+  CONVFAST_CHECK(p.channels >= 1 && in.w_hh.size(0) == 4 * p.channels, op, "w_hh", "[4C, C, *K]", shape_string(shape_of(in.w_hh)));
+  CONVFAST_CHECK(time >= 1, op, "time", "at least 1", time);
+  p.time = time;
+  p.has_x = defined(in.x);
+  p.convolved = p.has_x && !defined(in.w_ih);
+  p.padding_mode = padding_mode;
+  p.reverse = reverse;
+
+  const Extent one, zero{0, 0, 0};
+  const auto kernel = shape_of(in.w_hh);
+  p.h_conv = {extent_from(kernel, 2), one, one, zero, zero};
+  const Extent& k = p.h_conv.kernel;
+  CONVFAST_CHECK(k.d >= 1 && k.h >= 1 && k.w >= 1, op, "w_hh", "of at least one tap a dim", shape_string(kernel));
+  p.h_conv.before = {(k.d - 1) / 2, (k.h - 1) / 2, (k.w - 1) / 2};
+  p.h_conv.behind = {k.d / 2, k.h / 2, k.w / 2};
+
+  const int64_t rank = p.spatial + 2;
+  if (p.has_x) {
+    CONVFAST_CHECK(in.x->dim() == rank + 1, op, "x", "of rank " + std::to_string(rank + 1), shape_string(shape_of(*in.x)));
+    CONVFAST_CHECK(in.x->size(1) == time, op, "x", "of time extent " + std::to_string(time), shape_string(shape_of(*in.x)));
+    p.batch = in.x->size(0);
+    p.in = extent_from(shape_of(*in.x), 3);
+    p.x_channels = in.x->size(2);
+    p.out = p.in;
+    check_dtype(op, "x", *in.x, dtype, dtype);
+    if (p.convolved) {
+      CONVFAST_CHECK(p.x_channels == 4 * p.channels, op, "x", "of 4C channels when w_ih is undefined", shape_string(shape_of(*in.x)));
+    } else {
+      const auto w = shape_of(*in.w_ih);
+      CONVFAST_CHECK(int64_t(w.size()) == rank && w[0] == 4 * p.channels && w[1] == p.x_channels, op, "w_ih", "[4C, Cin, *K]",
+                     shape_string(w));
+      check_dtype(op, "w_ih", *in.w_ih, dtype, dtype);
+      CONVFAST_CHECK(int64_t(stride.size()) == p.spatial && int64_t(dilation.size()) == p.spatial &&
+                         int64_t(padding.size()) == 2 * p.spatial,
+                     op, "stride, padding, dilation", "of n, 2n and n elements", shape_string(padding));
+      std::vector<int64_t> before, behind;
+      for (long i = 0; i < p.spatial; ++i) {
+        before.push_back(padding[2 * i]);
+        behind.push_back(padding[2 * i + 1]);
+      }
+      p.x_conv = {extent_from(w, 2), extent_from(stride, 0), extent_from(dilation, 0), extent_from(before, 0, 0), extent_from(behind, 0, 0)};
+      const ConvDims& c = p.x_conv;
+      const auto out_size = [&](long n, long k, long s, long d, long lo, long hi) {
+        CONVFAST_CHECK(k >= 1 && s >= 1 && d >= 1 && lo >= 0 && hi >= 0, op, "stride, padding, dilation", "positive", s);
+        const long most = padding_mode == "reflect" ? n - 1 : padding_mode == "circular" ? n : lo + hi;
+        CONVFAST_CHECK(lo <= most && hi <= most, op, "padding", "at most " + std::to_string(most) + " for this size", std::max(lo, hi));
+        const long span = n + lo + hi - d * (k - 1) - 1;
+        CONVFAST_CHECK(span >= 0, op, "x", "at least as large as the kernel", shape_string(shape_of(*in.x)));
+        return span / s + 1;
+      };
+      CONVFAST_CHECK(padding_mode == "zeros" || padding_mode == "reflect" || padding_mode == "replicate" || padding_mode == "circular", op,
+                     "padding_mode", "zeros, reflect, replicate or circular", padding_mode);
+      p.out.d = out_size(p.in.d, c.kernel.d, c.stride.d, c.dilation.d, c.before.d, c.behind.d);
+      p.out.h = out_size(p.in.h, c.kernel.h, c.stride.h, c.dilation.h, c.before.h, c.behind.h);
+      p.out.w = out_size(p.in.w, c.kernel.w, c.stride.w, c.dilation.w, c.before.w, c.behind.w);
+    }
+  } else {
+    CONVFAST_CHECK(defined(in.h0) || defined(in.c0), op, "h0 or c0", "given when x is undefined", "neither");
+    const Tensor& state = defined(in.h0) ? *in.h0 : *in.c0;
+    CONVFAST_CHECK(state.dim() == rank, op, defined(in.h0) ? "h0" : "c0", "of rank " + std::to_string(rank), shape_string(shape_of(state)));
+    p.batch = state.size(0);
+    p.out = p.in = extent_from(shape_of(state), 2);
+  }
+  const auto state_shape = p.shape({p.batch, p.channels});
+  if (defined(in.h0)) {
+    check_shape(op, "h0", *in.h0, state_shape);
+    check_dtype(op, "h0", *in.h0, dtype, dtype);
+  }
+  if (defined(in.c0)) {
+    check_shape(op, "c0", *in.c0, state_shape);
+    check_dtype(op, "c0", *in.c0, dtype, wide);
+  }
+  if (defined(in.bias)) {
+    check_shape(op, "bias", *in.bias, {4 * p.channels});
+    check_dtype(op, "bias", *in.bias, dtype, dtype);
+  }
+  if (defined(in.peephole)) {
+    check_shape(op, "peephole", *in.peephole, p.shape({3, p.channels}));
+    check_dtype(op, "peephole", *in.peephole, dtype, dtype);
+  }
+  p.lengths.assign(p.batch, time);
+  if (defined(in.lengths)) {
+    check_shape(op, "lengths", *in.lengths, {p.batch});
+    CONVFAST_CHECK(in.lengths->scalar_type() == ScalarType::Long, op, "lengths", "int64", torch::headeronly::toString(in.lengths->scalar_type()));
+    const int64_t* n = static_cast<const int64_t*>(in.lengths->const_data_ptr());
+    for (long b = 0; b < p.batch; ++b) {
+      p.lengths[b] = n[b * in.lengths->stride(0)];
+      CONVFAST_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= time, op, "lengths", "between 0 and " + std::to_string(time), p.lengths[b]);
+    }
+  }
+  return p;
+}
+
+// A convolution's reads as runs over bordered frames of `pixel` elements a pixel.
+struct FrameLayout {
+  Extent padded;
+  long pixel = 0, frame = 0, run = 0;
+  RowMap map{};
+  std::vector<long> offsets;
+
+  FrameLayout(const Extent& padded, const ConvDims& conv, long pixel) : padded(padded), pixel(pixel) {
+    frame = padded.pixels() * pixel;
+    map = {conv.stride.d * padded.h * padded.w * pixel, conv.stride.h * padded.w * pixel};
+    const bool joined = conv.dilation.w == 1;  // neighbouring taps of a kernel row are neighbours in memory
+    run = joined ? conv.kernel.w * pixel : pixel;
+    for (long d = 0; d < conv.kernel.d; ++d)
+      for (long h = 0; h < conv.kernel.h; ++h)
+        for (long w = 0; w < (joined ? 1 : conv.kernel.w); ++w)
+          offsets.push_back(((d * conv.dilation.d * padded.h + h * conv.dilation.h) * padded.w + w * conv.dilation.w) * pixel);
+  }
+
+  template <class T>
+  Operand<T> operand(const T* frames, long stride_w) const {
+    return {frames, frame, map, {offsets.data(), long(offsets.size()), run, pixel * stride_w}};
+  }
+};
+
+// The engine for activations A, cell arithmetic T.
+template <class A>
+struct Engine {
+  using T = Wide<A>;
+  static constexpr bool kNarrow = !std::is_same_v<A, T>;
+
+  const Problem& p;
+  const Inputs& in;
+  const Kernels<T>& k = kernels<T>();
+  Workspace workspace;
+  long pixels, c1, state;  // state: elements of one sample's h
+  PaddingMaps x_maps, h_maps;
+  FrameLayout x_layout, h_layout;
+  T *x_frames = nullptr, *gates_x = nullptr;
+  const T* peephole = nullptr;
+
+  Engine(const Problem& p, const Inputs& in)
+      : p(p),
+        in(in),
+        pixels(p.pixels()),
+        c1(p.channels),
+        state(pixels * c1),
+        x_maps{padding_map(p.in.d, p.x_conv.before.d, p.x_conv.behind.d, p.padding_mode),
+               padding_map(p.in.h, p.x_conv.before.h, p.x_conv.behind.h, p.padding_mode),
+               padding_map(p.in.w, p.x_conv.before.w, p.x_conv.behind.w, p.padding_mode)},
+        h_maps{padding_map(p.out.d, p.h_conv.before.d, p.h_conv.behind.d, "zeros"),
+               padding_map(p.out.h, p.h_conv.before.h, p.h_conv.behind.h, "zeros"),
+               padding_map(p.out.w, p.h_conv.before.w, p.h_conv.behind.w, "zeros")},
+        x_layout(x_maps.extent(), p.x_conv, p.x_channels),
+        h_layout(h_maps.extent(), p.h_conv, c1) {
+    if (defined(in.peephole)) {
+      T* q = workspace.take<T>(3 * state);
+      const FrameStrides strides = frame_strides(*in.peephole, 1);
+      const PaddingMaps maps = plain_maps();
+      for (long i = 0; i < 3; ++i)
+        for (long row = 0; row < p.out.rows(); ++row)
+          pack_row(data(*in.peephole) + i * in.peephole->stride(0), strides, maps, row, c1, q + i * state + row * p.out.w * c1);
+      peephole = q;
+    }
+    if (convolves_x()) x_frames = workspace.take<T>(p.batch * x_layout.frame);
+    if (p.convolved) gates_x = workspace.take<T>(p.batch * 4 * state);
+  }
+
+  bool convolves_x() const { return p.has_x && !p.convolved; }
+  static const A* data(const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); }
+  static A* out_data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
+
+  PaddingMaps plain_maps() const {
+    return {padding_map(p.out.d, 0, 0, "zeros"), padding_map(p.out.h, 0, 0, "zeros"), padding_map(p.out.w, 0, 0, "zeros")};
+  }
+
+  Rows rows(const std::vector<long>& active) const {
+    return {active.data(), long(active.size()), p.out.h, p.out.rows(), p.out.w};
+  }
+
+  // Packs frame(sample) of t, whose channel axis is `axis`, for every active sample.
+  template <class B, class Frame>
+  void pack(const std::vector<long>& active, const Tensor& t, long axis, const PaddingMaps& maps, T* dst, const Frame& frame) {
+    const FrameStrides strides = frame_strides(t, axis);
+    const long channels = t.size(axis), n = maps.extent().rows(), row_size = maps.w.size() * channels;
+    const B* base = static_cast<const B*>(t.const_data_ptr());
+    parallel(active.size() * n, [&](long begin, long end) {
+      for (long r = begin; r < end; ++r) {
+        const long s = active[r / n], row = r % n;
+        pack_row(base + frame(s), strides, maps, row, channels, dst + (s * n + row) * row_size);
+      }
+    });
+  }
+
+  // State tensors [B, C, *S'] in activations or in the wide type.
+  void pack_state(const Tensor& t, const PaddingMaps& maps, T* dst) {
+    const std::vector<long> all = everyone();
+    const auto frame = [&](long s) { return s * t.stride(0); };
+    if (t.scalar_type() == scalar_type<A>()) pack<A>(all, t, 1, maps, dst, frame);
+    else pack<T>(all, t, 1, maps, dst, frame);
+  }
+
+  std::vector<long> everyone() const {
+    std::vector<long> all(p.batch);
+    for (long b = 0; b < p.batch; ++b) all[b] = b;
+    return all;
+  }
+
+  // An expanded x shows the same frame at every step: it is packed once, for whoever takes part in step 0.
+  bool same_x() const { return p.has_x && in.x->stride(1) == 0; }
+
+  void pack_x(const std::vector<long>& active, long step) {
+    const auto frame = [&](long s) { return s * in.x->stride(0) + p.frame_of(s, step) * in.x->stride(1); };
+    if (p.convolved) pack<A>(active, *in.x, 2, plain_maps(), gates_x, frame);
+    else pack<A>(active, *in.x, 2, x_maps, x_frames, frame);
+  }
+
+  long k_rows() const { return (convolves_x() ? p.x_conv.taps() * p.x_channels : 0) + p.h_conv.taps() * c1; }
+
+  // Gate weights: [block][panel][k][panel columns], k = taps of x, then taps of h. Bias: [4 * first channel of block + column].
+  std::pair<T*, T*> pack_gate_weights() {
+    const long kx = convolves_x() ? p.x_conv.taps() * p.x_channels : 0, kh = p.h_conv.taps() * c1;
+    long columns = 0;
+    for (long b = 0; b < p.blocks(); ++b) columns += round_up(4 * p.block_channels(b), k.lanes);
+    T* packed = workspace.take<T>(columns * (kx + kh));
+    T* bias = workspace.take<T>(4 * c1);
+    // Both weights are one operand only if they are one array; so they are packed apart into a common layout.
+    const Tensor w_hh = torch::stable::contiguous(in.w_hh);
+    const Tensor w_ih = kx ? torch::stable::contiguous(*in.w_ih) : w_hh;
+    parallel(p.blocks(), [&](long begin, long end) {
+      for (long b = begin; b < end; ++b) {
+        const long n = p.block_channels(b), width = 4 * n;
+        T* block = packed + 4 * kBlock * b * (kx + kh);
+        for (long n0 = 0; n0 < width; n0 += k.panel) {
+          const long left = width - n0, w = left > k.lanes ? k.panel : k.lanes;
+          T* panel = block + n0 * (kx + kh);
+          std::memset(static_cast<void*>(panel), 0, (kx + kh) * w * sizeof(T));
+          for (long j = 0; j < std::min(left, w); ++j) {
+            const long row = (n0 + j) / n * c1 + b * kBlock + (n0 + j) % n;
+            if (kx) pack_column(data(w_ih) + row * kx, p.x_channels, p.x_conv.taps(), panel + j, w);
+            pack_column(data(w_hh) + row * kh, c1, p.h_conv.taps(), panel + kx * w + j, w);
+          }
+        }
+        for (long j = 0; j < width; ++j)
+          bias[4 * kBlock * b + j] = defined(in.bias) ? static_cast<T>(data(*in.bias)[(j / n * c1 + b * kBlock + j % n) * in.bias->stride(0)]) : T(0);
+      }
+    });
+    return {packed, bias};
+  }
+
+  // w [channels][taps] of one output channel into a column, k = tap * channels + channel.
+  static void pack_column(const A* w, long channels, long taps, T* column, long width) {
+    for (long t = 0; t < taps; ++t)
+      for (long c = 0; c < channels; ++c) column[(t * channels + c) * width] = static_cast<T>(w[c * taps + t]);
+  }
+
+  // The arguments of a step that do not change from step to step.
+  ConvLSTMStep<T> step_arguments(const T* weights, const T* bias) {
+    ConvLSTMStep<T> s{};
+    s.weights = weights;
+    s.bias = bias;
+    s.k = k_rows();
+    s.channels = c1;
+    s.gates_x = gates_x;
+    s.gates_x_frame = 4 * state;
+    s.peephole = peephole;
+    if (convolves_x()) s.x = x_layout.template operand<T>(x_frames, p.x_conv.stride.w);
+    return s;
+  }
+
+  void run_step(const ConvLSTMStep<T>& s) {
+    parallel(s.rows.samples * s.rows.rows, [&](long begin, long end) { k.conv_lstm_step(s, begin, end); });
+  }
+
+  // Interior rows of a bordered frame, rounded to A in place and copied out.
+  void round_rows(const std::vector<long>& active, T* frames, A* out, const std::vector<long>& out_sample) {
+    const long n = p.out.rows();
+    parallel(active.size() * n, [&](long begin, long end) {
+      for (long r = begin; r < end; ++r) {
+        T* src = frames + active[r / n] * h_layout.frame + h_origin() + (r % n) / p.out.h * h_layout.map.depth + (r % n) % p.out.h * h_layout.map.height;
+        A* dst = out + out_sample[r / n] + (r % n) * p.out.w * c1;
+        for (long i = 0; i < p.out.w * c1; ++i) {
+          dst[i] = static_cast<A>(src[i]);
+          src[i] = static_cast<T>(dst[i]);
+        }
+      }
+    });
+  }
+
+  long h_origin() const {
+    const Extent& e = h_layout.padded;
+    return ((p.h_conv.before.d * e.h + p.h_conv.before.h) * e.w + p.h_conv.before.w) * c1;
+  }
+
+  std::vector<int64_t> last_order(long dims) const {  // channels-last order of [.., C, *S'] with C at axis dims - spatial - 1
+    std::vector<int64_t> order;
+    for (long i = 0; i < dims; ++i)
+      if (i != dims - p.spatial - 1) order.push_back(i);
+    order.push_back(dims - p.spatial - 1);
+    return order;
+  }
+
+  Tensor new_channels_last(const std::vector<int64_t>& shape, ScalarType dtype) const {
+    return empty_ordered(shape, last_order(shape.size()), dtype);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const std::string& save) {
+    const ScalarType narrow = scalar_type<A>(), wide = scalar_type<T>();
+    const bool keep_c = save != "none", keep_gates = save == "fast";
+    Tensor h = new_channels_last(p.shape({p.batch, p.time, c1}), narrow);
+    Tensor h_n = new_channels_last(p.shape({p.batch, c1}), narrow), c_n = new_channels_last(p.shape({p.batch, c1}), wide);
+    Tensor c = keep_c ? new_channels_last(p.shape({p.batch, p.time, c1}), wide) : empty_cpu({0}, wide);
+    Tensor gates = keep_gates ? new_channels_last(p.shape({p.batch, p.time, 4 * c1}), wide) : empty_cpu({0}, wide);
+    T* c_last = static_cast<T*>(c_n.mutable_data_ptr());
+    T* c_all = keep_c ? static_cast<T*>(c.mutable_data_ptr()) : nullptr;
+    T* gates_all = keep_gates ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
+    A* h_all = out_data(h);
+
+    const auto [weights, bias] = pack_gate_weights();
+    T* h_frames[2] = {workspace.take<T>(p.batch * h_layout.frame), workspace.take<T>(p.batch * h_layout.frame)};
+    if (defined(in.h0)) pack_state(*in.h0, h_maps, h_frames[0]);
+    for (int i = defined(in.h0) ? 1 : 0; i < 2; ++i) clear(h_frames[i], p.batch * h_layout.frame);
+    if (defined(in.c0)) pack_state(*in.c0, plain_maps(), c_last);
+    else clear(c_last, p.batch * state);
+
+    ConvLSTMStep<T> s = step_arguments(weights, bias);
+    std::vector<long> out_sample;
+    for (long step = 0; step < p.time; ++step) {
+      const std::vector<long> active = p.active(step);
+      if (active.empty()) break;
+      if (p.has_x && (step == 0 || !same_x())) pack_x(active, step);
+      out_sample.clear();
+      for (long b : active) out_sample.push_back((b * p.time + p.frame_of(b, step)) * state);
+      s.rows = rows(active);
+      s.h = step > 0 || defined(in.h0) ? h_layout.template operand<T>(h_frames[step % 2], 1) : Operand<T>{};
+      s.c_prev = keep_c && step > 0 ? c_all + (step - 1) * state : step > 0 || defined(in.c0) ? c_last : nullptr;
+      s.c_prev_frame = keep_c && step > 0 ? p.time * state : state;
+      s.c = keep_c ? c_all + step * state : c_last;
+      s.c_frame = keep_c ? p.time * state : state;
+      s.gates = keep_gates ? gates_all + 4 * step * state : nullptr;
+      s.gates_frame = 4 * p.time * state;
+      s.h_frames = kNarrow || step + 1 < p.time ? h_frames[(step + 1) % 2] + h_origin() : nullptr;
+      s.h_frame = h_layout.frame;
+      s.h_map = h_layout.map;
+      if constexpr (!kNarrow) s.out = h_all;
+      s.out_sample = out_sample.data();
+      run_step(s);
+      if constexpr (kNarrow) round_rows(active, h_frames[(step + 1) % 2], h_all, out_sample);
+    }
+
+    parallel(p.batch, [&](long begin, long end) {
+      for (long b = begin; b < end; ++b) {
+        const long n = p.lengths[b];
+        A* last = out_data(h_n) + b * state;
+        if (n > 0) std::memcpy(static_cast<void*>(last), h_all + (b * p.time + p.frame_of(b, n - 1)) * state, state * sizeof(A));
+        if (n > 0 && keep_c) std::memcpy(static_cast<void*>(c_last + b * state), c_all + (b * p.time + n - 1) * state, state * sizeof(T));
+        std::memset(static_cast<void*>(h_all + (b * p.time + n) * state), 0, (p.time - n) * state * sizeof(A));
+      }
+    });
+    for (long b = 0; b < p.batch; ++b)
+      if (p.lengths[b] == 0) copy_initial(b, out_data(h_n) + b * state);
+    return {h, h_n, c_n, c, gates};
+  }
+
+  void copy_initial(long sample, A* dst) {
+    if (!defined(in.h0)) {
+      std::memset(static_cast<void*>(dst), 0, state * sizeof(A));
+      return;
+    }
+    const FrameStrides strides = frame_strides(*in.h0, 1);
+    for (long row = 0; row < p.out.rows(); ++row)
+      pack_row(data(*in.h0) + sample * in.h0->stride(0), strides, plain_maps(), row, c1, dst + row * p.out.w * c1);
+  }
+
+  template <class E>
+  static void clear(E* dst, long n) {
+    constexpr long kPiece = 1 << 16;
+    parallel((n + kPiece - 1) / kPiece, [&](long begin, long end) {
+      std::memset(static_cast<void*>(dst + begin * kPiece), 0, (std::min(n, end * kPiece) - begin * kPiece) * sizeof(E));
+    });
+  }
+};
+
+template <class A>
+struct Backward : Engine<A> {
+  using Base = Engine<A>;
+  using T = typename Base::T;
+  using Base::c1;
+  using Base::in;
+  using Base::k;
+  using Base::p;
+  using Base::pixels;
+  using Base::state;
+  using Base::workspace;
+  using Base::x_layout;
+  using Base::h_layout;
+
+  // dgates live in frames bordered for dgrad: a tap that reached forward reaches back.
+  Extent padded;
+  long padded_pixels, origin;
+  RowMap pixel_map;
+
+  Backward(const Problem& problem, const Inputs& inputs) : Base(problem, inputs), padded(h_layout.padded) {
+    padded_pixels = padded.pixels();
+    origin = (p.h_conv.behind.d * padded.h + p.h_conv.behind.h) * padded.w + p.h_conv.behind.w;
+    pixel_map = {padded.h * padded.w, padded.w};
+  }
+
+  // dgates as a GEMM operand: whole blocks, then the narrow last one. `taps` false: only the pixel itself.
+  struct DgatesOperand {
+    std::vector<long> offsets[2];
+    Operand<T> a[2];
+    std::vector<long> column, tap;  // of each k: row of the weight matrix, and which tap
+  };
+
+  void dgates_operand(const T* dgates, bool taps, DgatesOperand& o) const {
+    const Extent kernel = taps ? p.h_conv.kernel : Extent{};
+    const long whole = c1 / kBlock, rest = c1 % kBlock;
+    for (int part = 0; part < 2; ++part) {
+      const long n = part ? rest : long(kBlock), blocks = part ? (rest ? 1 : 0) : whole, ch0 = part ? whole * kBlock : 0;
+      o.a[part] = {};
+      if (!blocks) continue;
+      const T* base = dgates + 4 * p.batch * padded_pixels * ch0;
+      for (long b = 0; b < blocks; ++b)
+        for (long d = 0; d < kernel.d; ++d)
+          for (long h = 0; h < kernel.h; ++h) {
+            const long pixel = taps ? (d * padded.h + h) * padded.w : origin;
+            o.offsets[part].push_back(4 * n * (b * p.batch * padded_pixels + pixel));
+            for (long w = 0; w < kernel.w; ++w)
+              for (long j = 0; j < 4 * n; ++j) {
+                o.column.push_back(j / n * c1 + ch0 + b * kBlock + j % n);
+                o.tap.push_back(((kernel.d - 1 - d) * kernel.h + kernel.h - 1 - h) * kernel.w + kernel.w - 1 - w);
+              }
+          }
+      o.a[part] = {base, 4 * n * padded_pixels, {4 * n * pixel_map.depth, 4 * n * pixel_map.height},
+                   {o.offsets[part].data(), long(o.offsets[part].size()), 4 * n * kernel.w, 4 * n}};
+    }
+  }
+
+  struct Gather {  // along one dim: which (tap, output) pairs an input coordinate takes part in
+    std::vector<long> begin;
+    std::vector<std::pair<long, long>> pairs;
+  };
+
+  static Gather gather(long size, long out, long kernel, long stride, long dilation, const std::vector<long>& map) {
+    std::vector<std::vector<std::pair<long, long>>> lists(size);
+    for (long o = 0; o < out; ++o)
+      for (long t = 0; t < kernel; ++t) {
+        const long x = map[o * stride + t * dilation];
+        if (x >= 0) lists[x].emplace_back(t, o);
+      }
+    Gather g;
+    for (const auto& list : lists) {
+      g.begin.push_back(g.pairs.size());
+      g.pairs.insert(g.pairs.end(), list.begin(), list.end());
+    }
+    g.begin.push_back(g.pairs.size());
+    return g;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+      const OptionalTensor& dh, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& h, const Tensor& c,
+      const Tensor& gates, const std::vector<int64_t>& needs) {
+    const ScalarType narrow = scalar_type<A>();
+    const bool lean = gates.numel() == 0 && h.numel() > 0;
+    const bool need_dx = needs[0] && p.has_x, need_wih = needs[1] && Base::convolves_x(), need_whh = needs[2], need_bias = needs[3] && defined(in.bias);
+    const bool need_peephole = needs[4] && defined(in.peephole), need_h0 = needs[5] && defined(in.h0), need_c0 = needs[6] && defined(in.c0);
+    const long n_rows = p.out.rows(), kx = Base::convolves_x() ? p.x_conv.taps() * p.x_channels : 0, kh = p.h_conv.taps() * c1;
+    const long c1_padded = round_up(c1, k.lanes), kx_padded = round_up(kx, k.lanes);
+
+    const T* c_all = static_cast<const T*>(c.const_data_ptr());
+    const T* gates_all = lean ? nullptr : static_cast<const T*>(gates.const_data_ptr());
+    T* dgates = workspace.template take<T>(4 * p.batch * padded_pixels * c1);
+    Base::clear(dgates, 4 * p.batch * padded_pixels * c1);
+    T* dh_rec = workspace.template take<T>(p.batch * pixels * c1_padded);
+    T* dc = workspace.template take<T>(p.batch * state);
+    T* dh_last = workspace.template take<T>(p.batch * state);
+    if (defined(dh_n)) Base::pack_state(*dh_n, Base::plain_maps(), dh_last);
+    else Base::clear(dh_last, p.batch * state);
+    if (defined(dc_n)) Base::pack_state(*dc_n, Base::plain_maps(), dc);
+    else Base::clear(dc, p.batch * state);
+    parallel(p.batch * pixels, [&](long begin, long end) {
+      for (long i = begin; i < end; ++i) std::memcpy(dh_rec + i * c1_padded, dh_last + i * c1, c1 * sizeof(T));
+    });
+    T* c0 = nullptr;
+    if (defined(in.c0)) Base::pack_state(*in.c0, Base::plain_maps(), c0 = workspace.template take<T>(p.batch * state));
+    // dh goes in as it lies where it can.
+    const bool dh_direct = defined(dh) && !Base::kNarrow && p.uniform_frames() && dense_channels_last(*dh, 2) && dh->stride(1) != 0;
+    T* dh_packed = defined(dh) && !dh_direct ? workspace.template take<T>(p.batch * state) : nullptr;
+    T* dpeephole = need_peephole ? workspace.template take<T>(3 * state) : nullptr;
+    if (dpeephole) Base::clear(dpeephole, 3 * state);
+    T* h_frames = (need_whh || lean) ? workspace.template take<T>(p.batch * h_layout.frame) : nullptr;
+
+    // Weights as dgrad reads them.
+    DgatesOperand back, here;
+    T *w_back = nullptr, *w_here = nullptr, *dcol = nullptr;
+    const bool any_recurrence = p.time > 1 || need_h0;
+    if (any_recurrence) {
+      dgates_operand(dgates, true, back);
+      std::vector<long> k_offset(back.column.size()), n_offset(c1);
+      for (size_t i = 0; i < k_offset.size(); ++i) k_offset[i] = back.column[i] * kh + back.tap[i];
+      for (long i = 0; i < c1; ++i) n_offset[i] = i * p.h_conv.taps();
+      w_back = workspace.template take<T>(k_offset.size() * c1_padded);
+      const Tensor w = torch::stable::contiguous(in.w_hh);
+      pack_panels(k, Base::data(w), k_offset, n_offset, w_back);
+    }
+    Gather gd, gh, gw;
+    if (need_dx && kx) {
+      dgates_operand(dgates, false, here);
+      std::vector<long> k_offset(here.column.size()), n_offset(kx);
+      for (size_t i = 0; i < k_offset.size(); ++i) k_offset[i] = here.column[i] * kx;
+      for (long i = 0; i < kx; ++i) n_offset[i] = i % p.x_channels * p.x_conv.taps() + i / p.x_channels;
+      w_here = workspace.template take<T>(k_offset.size() * kx_padded);
+      const Tensor w = torch::stable::contiguous(*in.w_ih);
+      pack_panels(k, Base::data(w), k_offset, n_offset, w_here);
+      dcol = workspace.template take<T>(p.batch * pixels * kx_padded);
+      const ConvDims& v = p.x_conv;
+      gd = gather(p.in.d, p.out.d, v.kernel.d, v.stride.d, v.dilation.d, Base::x_maps.d);
+      gh = gather(p.in.h, p.out.h, v.kernel.h, v.stride.h, v.dilation.h, Base::x_maps.h);
+      gw = gather(p.in.w, p.out.w, v.kernel.w, v.stride.w, v.dilation.w, Base::x_maps.w);
+    }
+
+    // Gradients of the weights: [operand: x, h, one][block][k][columns rounded up].
+    const T one = T(1);
+    const long zero_offset = 0;
+    std::vector<WeightGrad<T>> wgrads;
+    std::vector<long> wgrad_ends;
+    std::vector<T*> dw[3];
+    const bool wanted[3] = {need_wih, need_whh, need_bias};
+    const Operand<T> operand[3] = {kx ? x_layout.template operand<T>(Base::x_frames, p.x_conv.stride.w) : Operand<T>{},
+                                   h_layout.template operand<T>(h_frames, 1), {&one, 0, {0, 0}, {&zero_offset, 1, 1, 0}}};
+    const long k_of[3] = {kx, kh, 1};
+    for (long b = 0; b < p.blocks(); ++b)
+      for (int o = 0; o < 3; ++o) {
+        if (!wanted[o]) continue;
+        const long n = p.block_channels(b), size = k_of[o] * round_up(4 * n, k.lanes);
+        T* d = workspace.template take<T>(size);
+        Base::clear(d, size);
+        dw[o].push_back(d);
+        WeightGrad<T> g{};
+        g.a = operand[o];
+        g.dgates = dgates + 4 * (p.batch * padded_pixels * b * kBlock + origin * n);
+        g.dgates_frame = 4 * n * padded_pixels;
+        g.dgates_map = {4 * n * pixel_map.depth, 4 * n * pixel_map.height};
+        g.columns = 4 * n;
+        g.dw = d;
+        wgrads.push_back(g);
+      }
+
+    Tensor dx = need_dx ? Base::new_channels_last(shape_of(*in.x), narrow) : empty_cpu({0}, narrow);
+    const long in_frame = need_dx ? in.x->numel() / std::max<long>(1, p.batch * p.time) : 0;
+    if (need_dx)
+      for (long b = 0; b < p.batch; ++b)
+        Base::clear(Base::out_data(dx) + (b * p.time + p.lengths[b]) * in_frame, (p.time - p.lengths[b]) * in_frame);
+
+    // lean: gates of one step, recomputed.
+    ConvLSTMStep<T> again{};
+    T* gates_step = nullptr;
+    if (lean) {
+      const auto [weights, bias] = Base::pack_gate_weights();
+      again = Base::step_arguments(weights, bias);
+      gates_step = workspace.template take<T>(4 * p.batch * state);
+      again.c = workspace.template take<T>(p.batch * state);
+      again.c_frame = state;
+      again.gates = gates_step;
+      again.gates_frame = 4 * state;
+    }
+
+    const bool reads_x = p.has_x && (need_wih || lean);
+    if (reads_x && Base::same_x()) Base::pack_x(p.active(0), 0);
+    for (long step = p.time; step-- > 0;) {
+      const std::vector<long> active = p.active(step);
+      if (active.empty()) continue;
+      const Rows r = Base::rows(active);
+      const bool first = step == 0, has_h = !first || defined(in.h0);
+      if (reads_x && !Base::same_x()) Base::pack_x(active, step);
+      if ((need_whh || lean) && has_h) {
+        if (first) Base::pack_state(*in.h0, Base::h_maps, h_frames);
+        else Base::template pack<A>(active, h, 2, Base::h_maps, h_frames, [&](long s) { return (s * p.time + p.frame_of(s, step - 1)) * state; });
+      }
+      const T* c_prev = first ? c0 : c_all + (step - 1) * state;
+      const long c_prev_frame = first ? state : p.time * state;
+      if (lean) {
+        again.rows = r;
+        again.h = has_h ? operand[1] : Operand<T>{};
+        again.c_prev = c_prev;
+        again.c_prev_frame = c_prev_frame;
+        Base::run_step(again);
+      }
+      if (dh_packed)
+        Base::template pack<A>(active, *dh, 2, Base::plain_maps(), dh_packed,
+                               [&](long s) { return s * dh->stride(0) + p.frame_of(s, step) * dh->stride(1); });
+
+      GatesBackward<T> g{};
+      g.rows = r;
+      g.channels = c1;
+      g.gates = lean ? gates_step : gates_all + 4 * step * state;
+      g.gates_frame = lean ? 4 * state : 4 * p.time * state;
+      g.c_prev = c_prev;
+      g.c_prev_frame = c_prev_frame;
+      g.c = c_all + step * state;
+      g.c_frame = p.time * state;
+      g.peephole = Base::peephole;
+      g.dpeephole = dpeephole;
+      g.dh[0] = dh_direct ? reinterpret_cast<const T*>(dh->const_data_ptr()) + (p.reverse ? p.time - 1 - step : step) * dh->stride(1) : dh_packed;
+      g.dh_frame[0] = dh_direct ? dh->stride(0) : state;
+      g.dh_stride[0] = c1;
+      g.dh[1] = dh_rec;
+      g.dh_frame[1] = pixels * c1_padded;
+      g.dh_stride[1] = c1_padded;
+      g.dc = dc;
+      g.dc_frame = state;
+      g.dgates = dgates;
+      g.dgates_frame = padded_pixels;
+      g.samples_total = p.batch;
+      g.origin = origin;
+      g.map = pixel_map;
+      parallel(dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end) { k.gates_backward(g, begin, end); });
+
+      if (!first || need_h0) {
+        const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, w_back, c1, long(back.column.size()), dh_rec, c1_padded};
+        parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
+      }
+      if (dcol) {
+        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, w_here, kx, long(here.column.size()), dcol, kx_padded};
+        parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
+        gather_dx(active, step, dcol, kx_padded, gd, gh, gw, Base::out_data(dx), in_frame);
+      } else if (need_dx) {
+        unpack_dgates(active, step, dgates, Base::out_data(dx));
+      }
+      run_weight_grads(wgrads, r, has_h, need_whh ? h_frames : nullptr);
+    }
+
+    Tensor dw_ih = need_wih ? empty_cpu(shape_of(*in.w_ih), narrow) : empty_cpu({0}, narrow);
+    Tensor dw_hh = need_whh ? empty_cpu(shape_of(in.w_hh), narrow) : empty_cpu({0}, narrow);
+    Tensor dbias = need_bias ? empty_cpu({4 * c1}, narrow) : empty_cpu({0}, narrow);
+    if (need_wih) unpack_weight_grad(dw[0], p.x_channels, p.x_conv.taps(), Base::out_data(dw_ih));
+    if (need_whh) unpack_weight_grad(dw[1], c1, p.h_conv.taps(), Base::out_data(dw_hh));
+    if (need_bias) unpack_weight_grad(dw[2], 1, 1, Base::out_data(dbias));
+    Tensor dp = need_peephole ? empty_cpu(p.shape({3, c1}), narrow) : empty_cpu({0}, narrow);
+    if (need_peephole)
+      for (long i = 0; i < 3; ++i) unpack_row(dpeephole + i * state, c1, pixels, c1, Base::out_data(dp) + i * state, 1, pixels);
+    Tensor dh0 = need_h0 ? Base::new_channels_last(shape_of(*in.h0), narrow) : empty_cpu({0}, narrow);
+    if (need_h0) unpack_row(dh_rec, c1_padded, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
+    const ScalarType c0_dtype = need_c0 ? in.c0->scalar_type() : scalar_type<T>();
+    Tensor dc0 = need_c0 ? Base::new_channels_last(shape_of(*in.c0), c0_dtype) : empty_cpu({0}, c0_dtype);
+    if (need_c0) {
+      if (c0_dtype == narrow) unpack_row(dc, c1, p.batch * pixels, c1, Base::out_data(dc0), c1, 1);
+      else unpack_row(dc, c1, p.batch * pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()), c1, 1);
+    }
+    return {dx, dw_ih, dw_hh, dbias, dp, dh0, dc0};
+  }
+
+  // One parallel region for all operands and blocks: their tasks end to end.
+  void run_weight_grads(std::vector<WeightGrad<T>>& wgrads, const Rows& rows, bool has_h, const T* h_frames) {
+    std::vector<long> end_of;
+    long total = 0;
+    for (auto& g : wgrads) {
+      g.rows = rows;
+      const bool skipped = !has_h && g.a.frames == h_frames;
+      end_of.push_back(total += skipped ? 0 : k.weight_grad_tasks(g.a.runs));
+    }
+    parallel(total, [&](long begin, long end) {
+      long start = 0;
+      for (size_t i = 0; i < wgrads.size(); start = end_of[i++]) {
+        const long b = std::max(begin, start) - start, e = std::min(end, end_of[i]) - start;
+        if (b < e) k.weight_grad(wgrads[i], b, e);
+      }
+    });
+  }
+
+  // dx[q] = sum over the (tap, output) pairs that read q of dcol[output, tap].
+  void gather_dx(const std::vector<long>& active, long step, const T* dcol, long ld, const Gather& gd, const Gather& gh, const Gather& gw, A* dx,
+                 long in_frame) {
+    const long n = p.in.rows(), ci = p.x_channels;
+    parallel(active.size() * n, [&](long begin, long end) {
+      std::vector<T> sum(p.in.w * ci);
+      for (long r = begin; r < end; ++r) {
+        const long s = active[r / n], d = (r % n) / p.in.h, y = (r % n) % p.in.h;
+        std::fill(sum.begin(), sum.end(), T(0));
+        for (long i = gd.begin[d]; i < gd.begin[d + 1]; ++i)
+          for (long j = gh.begin[y]; j < gh.begin[y + 1]; ++j) {
+            const auto [td, od] = gd.pairs[i];
+            const auto [th, oh] = gh.pairs[j];
+            const T* row = dcol + (s * pixels + (od * p.out.h + oh) * p.out.w) * ld + (td * p.x_conv.kernel.h + th) * p.x_conv.kernel.w * ci;
+            for (long x = 0; x < p.in.w; ++x)
+              for (long q = gw.begin[x]; q < gw.begin[x + 1]; ++q) {
+                const T* src = row + gw.pairs[q].second * ld + gw.pairs[q].first * ci;
+                T* dst = sum.data() + x * ci;
+                for (long c = 0; c < ci; ++c) dst[c] += src[c];
+              }
+          }
+        A* dst = dx + (s * p.time + p.frame_of(s, step)) * in_frame + (r % n) * p.in.w * ci;
+        for (long i = 0; i < p.in.w * ci; ++i) dst[i] = static_cast<A>(sum[i]);
+      }
+    });
+  }
+
+  // x was the input convolution's result: its gradient is dgates, in plain gate order.
+  void unpack_dgates(const std::vector<long>& active, long step, const T* dgates, A* dx) {
+    const long n_rows = p.out.rows();
+    parallel(active.size() * n_rows, [&](long begin, long end) {
+      for (long r = begin; r < end; ++r) {
+        const long s = active[r / n_rows], row = r % n_rows;
+        const long at = origin + row / p.out.h * pixel_map.depth + row % p.out.h * pixel_map.height;
+        A* dst = dx + (s * p.time + p.frame_of(s, step)) * 4 * state + row * p.out.w * 4 * c1;
+        for (long b = 0; b < p.blocks(); ++b) {
+          const long n = p.block_channels(b), ch = b * kBlock;
+          const T* src = dgates + 4 * (p.batch * padded_pixels * ch + (s * padded_pixels + at) * n);
+          for (long gate = 0; gate < 4; ++gate)
+            unpack_row(src + gate * n, 4 * n, p.out.w, n, dst + gate * c1 + ch, 4 * c1, 1);
+        }
+      }
+    });
+  }
+
+  // [block][tap][channel][gate, channel of block] to [4C, channels, taps].
+  void unpack_weight_grad(const std::vector<T*>& dw, long channels, long taps, A* out) {
+    parallel(dw.size(), [&](long begin, long end) {
+      for (long b = begin; b < end; ++b) {
+        const long n = p.block_channels(b), ld = round_up(4 * n, k.lanes);
+        for (long j = 0; j < 4 * n; ++j) {
+          A* row = out + (j / n * c1 + b * kBlock + j % n) * channels * taps;
+          for (long c = 0; c < channels; ++c)
+            for (long t = 0; t < taps; ++t) row[c * taps + t] = static_cast<A>(dw[b][(t * channels + c) * ld + j]);
+        }
+      }
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_forward(
+    OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor bias, OptionalTensor peephole, OptionalTensor h0, OptionalTensor c0,
+    OptionalTensor lengths, int64_t time, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+    std::string padding_mode, bool reverse, std::string save) {
+  const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
+  CONVFAST_CHECK(save == "none" || save == "fast" || save == "lean", kForward, "save", "none, fast or lean", save);
+  const Problem p = make_problem(kForward, in, time, stride, padding, dilation, padding_mode, reverse);
+  return switch_dtype(kForward, "w_hh", w_hh, [&](auto a) { return Engine<decltype(a)>(p, in).forward(save); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_backward(
+    OptionalTensor dh, OptionalTensor dh_n, OptionalTensor dc_n, OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor bias,
+    OptionalTensor peephole, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, Tensor h, Tensor c, Tensor gates, int64_t time,
+    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, std::string padding_mode, bool reverse,
+    std::vector<int64_t> needs) {
+  const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
+  const Problem p = make_problem(kBackward, in, time, stride, padding, dilation, padding_mode, reverse);
+  CONVFAST_CHECK(needs.size() == 7, kBackward, "needs", "7 flags", needs.size());
+  const auto state_shape = p.shape({p.batch, p.channels}), sequence_shape = p.shape({p.batch, p.time, p.channels});
+  check_shape(kBackward, "h", h, sequence_shape);
+  check_shape(kBackward, "c", c, sequence_shape);
+  const bool layouts = (dense_channels_last(h, 2) && dense_channels_last(c, 2)) || h.numel() == 0;
+  CONVFAST_CHECK(layouts, kBackward, "h and c", "channels-last, as the forward returned them", "other strides");
+  if (gates.numel()) check_shape(kBackward, "gates", gates, p.shape({p.batch, p.time, 4 * p.channels}));
+  const ScalarType dtype = w_hh.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  if (defined(dh)) {
+    check_shape(kBackward, "dh", *dh, sequence_shape);
+    check_dtype(kBackward, "dh", *dh, dtype, dtype);
+  }
+  if (defined(dh_n)) {
+    check_shape(kBackward, "dh_n", *dh_n, state_shape);
+    check_dtype(kBackward, "dh_n", *dh_n, dtype, dtype);
+  }
+  if (defined(dc_n)) {
+    check_shape(kBackward, "dc_n", *dc_n, state_shape);
+    check_dtype(kBackward, "dc_n", *dc_n, wide, wide);
+  }
+  return switch_dtype(kBackward, "w_hh", w_hh,
+                      [&](auto a) { return Backward<decltype(a)>(p, in).backward(dh, dh_n, dc_n, h, c, gates, needs); });
+}
+
+std::string cpu_capability() { return kernels<float>().name; }
+
+}  // namespace
+}  // namespace cpu
+}  // namespace convfast
+
+STABLE_TORCH_LIBRARY_IMPL(convfast, CPU, m) {
+  m.impl("conv_lstm_forward", TORCH_BOX(&convfast::cpu::conv_lstm_forward));
+  m.impl("conv_lstm_backward", TORCH_BOX(&convfast::cpu::conv_lstm_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(convfast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&convfast::cpu::cpu_capability));
+}

@@ -1,0 +1,104 @@
+// What both ops need: kernels for this machine, fresh outputs, and a type switch.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <type_traits>
+
+#include "../checks.h"
+#include "kernels/kernels.h"
+#include "workspace.h"
+
+namespace convfast {
+namespace cpu {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+using OptionalTensor = std::optional<Tensor>;
+
+// The widest instruction set that the processor has and ATEN_CPU_CAPABILITY (default, avx2, avx512) admits.
+template <class T>
+const Kernels<T>& kernels() {
+  static const Kernels<T>& chosen = [&]() -> const Kernels<T>& {
+#if defined(__x86_64__)
+    const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
+    const bool baseline = wish && std::strcmp(wish, "default") == 0, avx2 = wish && std::strcmp(wish, "avx2") == 0;
+    __builtin_cpu_init();
+    if (!baseline && !avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return *Table<T>::avx512();
+    if (!baseline && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return *Table<T>::avx2();
+#endif
+    return *Table<T>::baseline();
+  }();
+  return chosen;
+}
+
+// Cell arithmetic of activations A.
+template <class A>
+using Wide = std::conditional_t<std::is_same_v<A, double>, double, float>;
+
+template <class A>
+constexpr ScalarType scalar_type() {
+  if constexpr (std::is_same_v<A, double>) return ScalarType::Double;
+  else if constexpr (std::is_same_v<A, float>) return ScalarType::Float;
+  else if constexpr (std::is_same_v<A, BFloat16>) return ScalarType::BFloat16;
+  else return ScalarType::Half;
+}
+
+// Calls f with a value of the activation type.
+template <class F>
+auto switch_dtype(const char* op, const char* argument, const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::BFloat16: return f(BFloat16());
+    case ScalarType::Half: return f(Half());
+    default: break;
+  }
+  CONVFAST_CHECK(false, op, argument, "float32, float64, bfloat16 or float16", torch::headeronly::toString(t.scalar_type()));
+  return f(float());
+}
+
+inline bool defined(const OptionalTensor& t) { return t.has_value(); }
+
+inline Tensor fresh(Tensor t) {
+  const size_t bytes = t.numel() * t.element_size();
+  if (bytes) prefer_huge_pages(t.mutable_data_ptr(), bytes);
+  if (bytes && poison_requested()) poison(t.mutable_data_ptr(), bytes);
+  return t;
+}
+
+// Uninitialised, with the strides of a contiguous tensor whose dims lie in the order `order` (outermost first).
+inline Tensor empty_ordered(const std::vector<int64_t>& shape, const std::vector<int64_t>& order, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    strides[order[i]] = step;
+    step *= shape[order[i]] > 0 ? shape[order[i]] : 1;
+  }
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      shape.size(), shape.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return fresh(Tensor(handle));
+}
+
+inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> order(shape.size());
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  return empty_ordered(shape, order, dtype);
+}
+
+template <class F>
+void parallel(long n, const F& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { f(long(begin), long(end)); });
+}
+
+}  // namespace cpu
+}  // namespace convfast

@@ -1,0 +1,108 @@
+// Between tensors of any strides and the kernels' dense channels-last frames.
+#pragma once
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace convfast {
+namespace cpu {
+
+// Spatial dims, brought to three by leading ones: depth, height, width.
+struct Extent {
+  long d = 1, h = 1, w = 1;
+  long pixels() const { return d * h * w; }
+  long rows() const { return d * h; }
+};
+
+// A tensor [.., C, *S] seen as frames of pixels; the start of each frame is the caller's.
+struct FrameStrides {
+  long c, d, h, w;
+};
+
+// From a coordinate of a padded frame to the coordinate it shows, or -1 for a zero.
+inline std::vector<long> padding_map(long size, long before, long behind, const std::string& mode) {
+  std::vector<long> map(before + size + behind);
+  for (long i = 0; i < long(map.size()); ++i) {
+    long x = i - before;
+    if (x < 0 || x >= size) {
+      if (mode == "zeros") x = -1;
+      else if (mode == "reflect") x = x < 0 ? -x : 2 * (size - 1) - x;
+      else if (mode == "replicate") x = x < 0 ? 0 : size - 1;
+      else x = (x % size + size) % size;
+    }
+    map[i] = x;
+  }
+  return map;
+}
+
+struct PaddingMaps {
+  std::vector<long> d, h, w;
+  Extent extent() const { return {long(d.size()), long(h.size()), long(w.size())}; }
+};
+
+// One row of a padded frame: dst [width][channels].
+template <class A, class T>
+void pack_row(const A* frame, const FrameStrides& strides, const PaddingMaps& maps, long row, long channels, T* dst) {
+  const long height = maps.h.size(), width = maps.w.size();
+  const long d = maps.d[row / height], y = maps.h[row % height];
+  if (d < 0 || y < 0) {
+    std::memset(static_cast<void*>(dst), 0, width * channels * sizeof(T));
+    return;
+  }
+  const A* src = frame + d * strides.d + y * strides.h;
+  if (strides.c == 1) {
+    for (long x = 0; x < width; ++x, dst += channels) {
+      if (maps.w[x] < 0) {
+        std::memset(static_cast<void*>(dst), 0, channels * sizeof(T));
+      } else {
+        const A* p = src + maps.w[x] * strides.w;
+        for (long c = 0; c < channels; ++c) dst[c] = static_cast<T>(p[c]);
+      }
+    }
+    return;
+  }
+  for (long x = 0; x < width; ++x)
+    if (maps.w[x] < 0) std::memset(static_cast<void*>(dst + x * channels), 0, channels * sizeof(T));
+  // Sixteen channels at a time: their writes share a cache line.
+  for (long c0 = 0; c0 < channels; c0 += 16)
+    for (long x = 0; x < width; ++x)
+      if (maps.w[x] >= 0) {
+        const A* p = src + c0 * strides.c + maps.w[x] * strides.w;
+        T* q = dst + x * channels + c0;
+        for (long c = 0; c < 16 && c0 + c < channels; ++c) q[c] = static_cast<T>(p[c * strides.c]);
+      }
+}
+
+// A dense row [pixels][ld] of T into activations of any strides, rounding.
+template <class A, class T>
+void unpack_row(const T* src, long ld, long pixels, long channels, A* dst, long stride_w, long stride_c) {
+  for (long x = 0; x < pixels; ++x)
+    for (long c = 0; c < channels; ++c) dst[x * stride_w + c * stride_c] = static_cast<A>(src[x * ld + c]);
+}
+
+// Weights as a GEMM operand: b[k, n] = w[k_offset[k] + n_offset[n]], packed [panel][k][panel columns], the last panel one vector
+// wide where that is enough. n_offset -1 is a column of zeros.
+template <class A, class T>
+void pack_panels(const Kernels<T>& kernels, const A* w, const std::vector<long>& k_offset, const std::vector<long>& n_offset,
+                 T* dst) {
+  const long k = k_offset.size(), columns = n_offset.size();
+  parallel((columns + kernels.panel - 1) / kernels.panel, [&](long begin, long end) {
+    for (long p = begin; p < end; ++p) {
+      const long n0 = p * kernels.panel, left = columns - n0;
+      const long width = left > kernels.lanes ? kernels.panel : kernels.lanes, real = std::min(left, width);
+      T* q = dst + n0 * k;
+      for (long i = 0; i < k; ++i, q += width) {
+        const A* row = w + k_offset[i];
+        for (long n = 0; n < real; ++n) q[n] = n_offset[n0 + n] < 0 ? T(0) : static_cast<T>(row[n_offset[n0 + n]]);
+        for (long n = real; n < width; ++n) q[n] = T(0);
+      }
+    }
+  });
+}
+
+inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace cpu
+}  // namespace convfast

@@ -1,0 +1,235 @@
+// The phases of a ConvLSTM step, each over a range of rows, so that the caller can spread them over threads.
+// A range writes only its own rows (weight_grad: its own part of dw); the caller's barrier between phases is the only order needed.
+
+// Rows are cut into tiles as even as can be: 32 pixels at 14 a tile are 11 + 11 + 10.
+struct Cut {
+  long tiles, width;
+  INLINE Cut(long width, long most) : tiles((width + most - 1) / most), width(width) {}
+  INLINE long at(long i) const { return width * i / tiles; }
+};
+
+template <class T>
+static void rows_gemm(const RowsGemm<T>& p, long begin, long end) {
+  const Runs* runs[2] = {&p.a[0].runs, &p.a[1].runs};
+  const Cut cut(p.rows.width, Tile<T>::kPixels);
+  enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel };
+  for (long n = 0; n < p.columns; n += kPanel) {
+    const long columns = p.columns - n < kPanel ? p.columns - n : (long)kPanel;
+    for (long r = begin; r < end; ++r) {
+      const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
+      const T* start[2];
+      for (int o = 0; o < 2; ++o)
+        start[o] = p.a[o].frames ? row_start(p.a[o], s, row / p.rows.height, row % p.rows.height) : 0;
+      T* out = p.out + (s * p.rows.rows + row) * p.rows.width * p.ldo + n;
+      for (long i = 0; i < cut.tiles; ++i) {
+        const long x = cut.at(i), m = cut.at(i + 1) - x;
+        const T* a[2] = {start[0] ? start[0] + x * runs[0]->stride : 0, start[1] ? start[1] + x * runs[1]->stride : 0};
+        tile_all_columns<T>(m, a, runs, p.b + p.k * n, p.k, 0, columns, out + x * p.ldo, p.ldo);
+      }
+    }
+  }
+}
+
+// The cells of one tile: z holds pre-activations [pixel][4 n], n channels from `ch` on.
+template <class T, bool kPeephole>
+static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, long m, long n, long ch, long pixel, long sample, T* h_frame,
+                             T* h) {
+  typedef Simd<T> S;
+  typedef typename S::V V;
+  typedef VectorMath<T> M;
+  const long c4 = 4 * p.channels, plane = p.rows.rows * p.rows.width * p.channels;
+  const T* c_prev = p.c_prev ? p.c_prev + sample * p.c_prev_frame + pixel * p.channels + ch : 0;
+  T* c = p.c + sample * p.c_frame + pixel * p.channels + ch;
+  const T* gx = p.gates_x ? p.gates_x + sample * p.gates_x_frame + pixel * c4 + ch : 0;
+  T* gates = p.gates ? p.gates + sample * p.gates_frame + pixel * c4 + ch : 0;
+  const T* peephole = kPeephole ? p.peephole + pixel * p.channels + ch : 0;
+  for (long i = 0; i < m; ++i) {
+    for (long j = 0; j < n; j += S::W) {
+      const long lanes = n - j;  // of the vector; loads of z may run into the next gate, stores may not
+      V zi = S::load(z + i * ldz + j), zf = S::load(z + i * ldz + n + j), zg = S::load(z + i * ldz + 2 * n + j),
+        zo = S::load(z + i * ldz + 3 * n + j);
+      const bool whole = lanes >= S::W;
+      if (gx) {
+        const T* q = gx + i * c4 + j;
+        zi += whole ? S::load(q) : S::loadn(q, lanes);
+        zf += whole ? S::load(q + p.channels) : S::loadn(q + p.channels, lanes);
+        zg += whole ? S::load(q + 2 * p.channels) : S::loadn(q + 2 * p.channels, lanes);
+        zo += whole ? S::load(q + 3 * p.channels) : S::loadn(q + 3 * p.channels, lanes);
+      }
+      const long at = i * p.channels + j;
+      const V cp = !c_prev ? V{} : whole ? S::load(c_prev + at) : S::loadn(c_prev + at, lanes);
+      Peephole<V> pe = {};
+      if (kPeephole) {
+        pe.i = S::loadn(peephole + at, whole ? (long)S::W : lanes);
+        pe.f = S::loadn(peephole + plane + at, whole ? (long)S::W : lanes);
+        pe.o = S::loadn(peephole + 2 * plane + at, whole ? (long)S::W : lanes);
+      }
+      const CellForward<V> r = lstm_cell_forward<M, kPeephole>(zi, zf, zg, zo, cp, pe);
+      if (whole) {
+        S::store(c + at, r.c);
+        if (h_frame) S::store(h_frame + at, r.h);
+        if (h) S::store(h + at, r.h);
+        if (gates) {
+          T* q = gates + i * c4 + j;
+          S::store(q, r.i);
+          S::store(q + p.channels, r.f);
+          S::store(q + 2 * p.channels, r.g);
+          S::store(q + 3 * p.channels, r.o);
+        }
+      } else {
+        S::storen(c + at, r.c, lanes);
+        if (h_frame) S::storen(h_frame + at, r.h, lanes);
+        if (h) S::storen(h + at, r.h, lanes);
+        if (gates) {
+          T* q = gates + i * c4 + j;
+          S::storen(q, r.i, lanes);
+          S::storen(q + p.channels, r.f, lanes);
+          S::storen(q + 2 * p.channels, r.g, lanes);
+          S::storen(q + 3 * p.channels, r.o, lanes);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+static void conv_lstm_step(const ConvLSTMStep<T>& p, long begin, long end) {
+  enum { W = Simd<T>::W };
+  // A tile of pre-activations; the slack holds what the last vector of a narrow block loads past its end.
+  alignas(64) T z[Tile<T>::kPixels * 4 * kBlock + W];
+  for (long i = 0; i < (long)(sizeof(z) / sizeof(T)); ++i) z[i] = 0;
+  const Cut cut(p.rows.width, Tile<T>::kPixels);
+  const Runs* runs[2] = {&p.x.runs, &p.h.runs};
+  const T* weights = p.weights;
+  // Without x its part of the packed K axis is not there; without h it is the tail, and is simply not reached.
+  for (long ch = 0; ch < p.channels; ch += kBlock) {
+    const long n = p.channels - ch < kBlock ? p.channels - ch : (long)kBlock, columns = 4 * n;
+    const long ldz = (columns + W - 1) / W * W;
+    for (long r = begin; r < end; ++r) {
+      const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
+      const long d = row / p.rows.height, y = row % p.rows.height;
+      const T* start[2] = {p.x.frames ? row_start(p.x, s, d, y) : 0, p.h.frames ? row_start(p.h, s, d, y) : 0};
+      T* h_row = p.h_frames ? p.h_frames + s * p.h_frame + d * p.h_map.depth + y * p.h_map.height + ch : 0;
+      T* out_row = p.out ? p.out + p.out_sample[r / p.rows.rows] + row * p.rows.width * p.channels + ch : 0;
+      for (long i = 0; i < cut.tiles; ++i) {
+        const long x = cut.at(i), m = cut.at(i + 1) - x;
+        const T* a[2] = {start[0] ? start[0] + x * runs[0]->stride : 0, start[1] ? start[1] + x * runs[1]->stride : 0};
+        tile_all_columns<T>(m, a, runs, weights, p.k, p.bias + 4 * ch, columns, z, ldz);
+        T* h_tile = h_row ? h_row + x * p.channels : 0;
+        T* out_tile = out_row ? out_row + x * p.channels : 0;
+        if (p.peephole)
+          cell_tile<T, true>(p, z, ldz, m, n, ch, row * p.rows.width + x, s, h_tile, out_tile);
+        else
+          cell_tile<T, false>(p, z, ldz, m, n, ch, row * p.rows.width + x, s, h_tile, out_tile);
+      }
+    }
+    weights += p.k * ldz;
+  }
+}
+
+template <class T, bool kPeephole>
+static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
+  typedef Simd<T> S;
+  typedef typename S::V V;
+  typedef VectorMath<T> M;
+  const long c1 = p.channels, width = p.rows.width, plane = p.rows.rows * width * c1;
+  const long d = row / p.rows.height, y = row % p.rows.height;
+  const long row_pixel = row * width, frame_pixel = p.origin + d * p.map.depth + y * p.map.height;
+  for (long x = 0; x < width; ++x) {
+    const long pixel = row_pixel + x;
+    for (long ch = 0; ch < c1; ch += kBlock) {
+      const long n = c1 - ch < kBlock ? c1 - ch : (long)kBlock;
+      T* dgates = p.dgates + 4 * (p.samples_total * p.dgates_frame * ch + (s * p.dgates_frame + frame_pixel + x) * n);
+      const long at = pixel * c1 + ch;
+      const T* gates = p.gates + s * p.gates_frame + pixel * 4 * c1 + ch;
+      T* dc = p.dc + s * p.dc_frame + at;
+      for (long j = 0; j < n; j += S::W) {
+        const long lanes = n - j < S::W ? n - j : (long)S::W;
+        V dh = {};
+        for (int k = 0; k < 2; ++k)
+          if (p.dh[k]) dh += S::loadn(p.dh[k] + s * p.dh_frame[k] + pixel * p.dh_stride[k] + ch + j, lanes);
+        const V c_prev = p.c_prev ? S::loadn(p.c_prev + s * p.c_prev_frame + at + j, lanes) : V{};
+        Peephole<V> pe = {};
+        if (kPeephole) {
+          pe.i = S::loadn(p.peephole + at + j, lanes);
+          pe.f = S::loadn(p.peephole + plane + at + j, lanes);
+          pe.o = S::loadn(p.peephole + 2 * plane + at + j, lanes);
+        }
+        const V c = S::loadn(p.c + s * p.c_frame + at + j, lanes);
+        const CellBackward<V> r = lstm_cell_backward<M, kPeephole>(
+            S::loadn(gates + j, lanes), S::loadn(gates + c1 + j, lanes), S::loadn(gates + 2 * c1 + j, lanes),
+            S::loadn(gates + 3 * c1 + j, lanes), c_prev, c, dh, S::loadn(dc + j, lanes), pe);
+        S::storen(dc + j, r.dc, lanes);
+        S::storen(dgates + j, r.di, lanes);
+        S::storen(dgates + n + j, r.df, lanes);
+        S::storen(dgates + 2 * n + j, r.dg, lanes);
+        S::storen(dgates + 3 * n + j, r.d_o, lanes);
+        if (kPeephole && p.dpeephole) {
+          T* q = p.dpeephole + at + j;
+          S::storen(q, S::loadn(q, lanes) + r.di * c_prev, lanes);
+          q += plane;
+          S::storen(q, S::loadn(q, lanes) + r.df * c_prev, lanes);
+          q += plane;
+          S::storen(q, S::loadn(q, lanes) + r.d_o * c, lanes);
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+static void gates_backward(const GatesBackward<T>& p, long begin, long end) {
+  if (p.dpeephole) {  // a row of the map belongs to one thread, for all samples: their sum has one order
+    for (long row = begin; row < end; ++row)
+      for (long i = 0; i < p.rows.samples; ++i) gates_backward_row<T, true>(p, p.rows.sample[i], row);
+    return;
+  }
+  for (long r = begin; r < end; ++r) {
+    const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
+    if (p.peephole)
+      gates_backward_row<T, true>(p, s, row);
+    else
+      gates_backward_row<T, false>(p, s, row);
+  }
+}
+
+// Tasks of weight_grad: the K range in pieces of a tile's height, run after run.
+template <class T>
+static long weight_grad_tasks(const Runs& runs) {
+  return runs.count * Cut(runs.length, Tile<T>::kPixels).tiles;
+}
+
+template <class T>
+static void weight_grad(const WeightGrad<T>& p, long begin, long end) {
+  enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel, kSegments = 32, kPixels = 192 };
+  const Cut cut(p.a.runs.length, Tile<T>::kPixels);
+  const Cut across(p.rows.width, kPixels);
+  const long ldw = (p.columns + W - 1) / W * W, total = p.rows.samples * p.rows.rows * across.tiles;
+  // A chunk of pixels stays in cache while every tile of dw takes its share from it.
+  const T *row_a[kSegments], *a[kSegments], *g[kSegments];
+  long pixels[kSegments];
+  for (long at = 0; at < total;) {
+    long segments = 0, count = 0;
+    for (; at < total && segments < kSegments && count < kPixels; ++at, ++segments) {
+      const long r = at / across.tiles, x = across.at(at % across.tiles);
+      const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
+      const long d = row / p.rows.height, y = row % p.rows.height;
+      row_a[segments] = row_start(p.a, s, d, y) + x * p.a.runs.stride;
+      g[segments] = p.dgates + s * p.dgates_frame + d * p.dgates_map.depth + y * p.dgates_map.height + x * p.columns;
+      pixels[segments] = across.at(at % across.tiles + 1) - x;
+      count += pixels[segments];
+    }
+    for (long n = 0; n < p.columns; n += kPanel) {
+      for (long task = begin; task < end; ++task) {
+        const long run = task / cut.tiles, k = cut.at(task % cut.tiles), m = cut.at(task % cut.tiles + 1) - k;
+        for (long i = 0; i < segments; ++i) a[i] = row_a[i] + p.a.runs.offset[run] + k;
+        T* dw = p.dw + (run * p.a.runs.length + k) * ldw + n;
+        if (p.columns - n > W)
+          TileTable<T>::template weight_grad<2>(m, segments, a, p.a.runs.stride, g, p.columns, pixels, dw, ldw);
+        else
+          TileTable<T>::template weight_grad<1>(m, segments, a, p.a.runs.stride, g, p.columns, pixels, dw, ldw);
+      }
+      for (long i = 0; i < segments; ++i) g[i] += kPanel;
+    }
+  }
+}

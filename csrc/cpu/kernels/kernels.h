@@ -1,0 +1,150 @@
+// The raw-pointer kernels behind the CPU backend: no torch, no standard library, one table per instruction set.
+//
+// Letters: C hidden channels; a *block* is up to 16 neighbouring channels, and its columns are their four gates, in the order
+// [i | f | g | o][channels], so that one tile of pre-activations holds all that its cells need. A *frame* is one image,
+// channels-last, with its border: [depth][height][width][channels]. A *row* is one line of output pixels. A *run* is a
+// stretch of the reduction (K) axis that lies contiguously in a frame: the taps of one kernel row times the channels.
+#pragma once
+
+namespace convfast {
+namespace cpu {
+
+enum { kBlock = 16 };
+
+// What a GEMM reads from one frame: at a pixel whose first tap lies at p, run i is p + offset[i] ... + length, and the next
+// pixel of the row lies `stride` further.
+struct Runs {
+  const long* offset;
+  long count, length, stride;
+};
+
+// Where the row (d, y) of an output image starts in a frame: d * depth + y * height elements from the frame's start.
+struct RowMap {
+  long depth, height;
+};
+
+// Rows of all samples that take part in a step: row r of sample s is pixel row (r / height, r % height).
+struct Rows {
+  const long* sample;        // [samples] index of each sample that takes part
+  long samples, height, rows, width;  // rows = depth * height
+};
+
+template <class T>
+struct Operand {
+  const T* frames;  // null = absent
+  long frame;       // elements from one sample's frame to the next
+  RowMap map;
+  Runs runs;
+};
+
+// out[row, n] = sum over the operands' runs of A[row, k] B[k, n].
+template <class T>
+struct RowsGemm {
+  Rows rows;
+  Operand<T> a[2];
+  const T* b;            // packed by pack_panels: [panel][k][panel columns]
+  long columns, k;
+  T* out;                // [sample][row][x][ldo]
+  long ldo;
+};
+
+// One time step: pre-activations of a tile by GEMM over x and h, then the cell, while the tile is in cache.
+template <class T>
+struct ConvLSTMStep {
+  Rows rows;
+  Operand<T> x, h;       // absent operands are skipped; x.runs come first in the packed K axis
+  const T* weights;      // [block][panel][k][panel columns]
+  const T* bias;         // [block][columns], columns = 4 * channels of the block
+  long k, channels;
+  const T* gates_x;      // [sample][row][x][4C] added to the pre-activations; null = none
+  long gates_x_frame;
+  const T* peephole;     // [3][row][x][C]; null = none
+  const T* c_prev;       // [sample][row][x][C]; null = zero; may be c itself
+  long c_prev_frame;
+  T* c;
+  long c_frame;
+  T* gates;              // [sample][row][x][4C], activated; null = not kept
+  long gates_frame;
+  T* h_frames;           // next step's recurrent input, inside its border; null = not wanted
+  long h_frame;
+  RowMap h_map;
+  T* out;                // h as [sample][row][x][C]; null = the caller takes it from h_frames
+  const long* out_sample;  // [samples] element offset of each sample in out
+};
+
+// Gradients of the pre-activations, written as frames of blocks: [block][sample][depth][height][width][columns].
+template <class T>
+struct GatesBackward {
+  Rows rows;
+  long channels;
+  const T* gates;
+  long gates_frame;
+  const T *c_prev, *c;   // c_prev null = zero
+  long c_prev_frame, c_frame;
+  const T* peephole;
+  T* dpeephole;          // [3][row][x][C], added to; null = not wanted
+  const T* dh[2];        // [sample][row][x][C] each, summed; null = zero
+  long dh_frame[2], dh_stride[2];  // elements from sample to sample, from pixel to pixel
+  T* dc;                 // [sample][row][x][C]: gradient of c on entry, of c_prev on exit
+  long dc_frame;
+  T* dgates;
+  long dgates_frame;     // one channel's worth: a block of n channels has frames of 4 n * dgates_frame elements
+  long samples_total, origin;  // origin: pixels from a frame's start to its first interior one
+  RowMap map;                  // in pixels
+};
+
+// dw[k, n] += sum over pixels of A[pixel, k] dgates[pixel, n], for the K range of one operand.
+template <class T>
+struct WeightGrad {
+  Rows rows;
+  Operand<T> a;
+  const T* dgates;       // frames of one block
+  long dgates_frame;
+  RowMap dgates_map;
+  long columns;
+  T* dw;                 // [k][columns rounded up to the panel]
+};
+
+// Rows of n cells side by side. Gates lie at z[gate * z_stride + cell], rows z_next apart; activated and dz likewise.
+// All else lies at [cell], rows n apart; the peepholes of i, f and o are peephole_stride apart.
+template <class T>
+struct CellSpan {
+  long n, rows, z_stride, z_next, peephole_stride;
+  const T* z;            // forward: pre-activations
+  T* activated;          // forward: written, null = not kept; backward: read
+  const T* c_prev;       // null = zero
+  const T* peephole;     // null = none
+  T *c, *h;              // forward: written; backward: c is read
+  const T *dh, *dc;      // backward: null = zero
+  T *dz, *dc_prev;       // backward: written
+  long dz_stride, dz_next;
+  long activated_stride, activated_next;
+  T* dpeephole;          // backward: [3], added to; null = not wanted
+};
+
+template <class T>
+struct Kernels {
+  const char* name;
+  long lanes;            // of one vector
+  long panel;            // columns of a full panel
+  long rows_per_tile;
+  void (*rows_gemm)(const RowsGemm<T>&, long begin, long end);        // over samples * rows
+  void (*conv_lstm_step)(const ConvLSTMStep<T>&, long begin, long end);
+  void (*gates_backward)(const GatesBackward<T>&, long begin, long end);  // over rows when dpeephole, else samples * rows
+  void (*weight_grad)(const WeightGrad<T>&, long begin, long end);    // over weight_grad_tasks()
+  long (*weight_grad_tasks)(const Runs&);
+  void (*cell_forward)(const CellSpan<T>&);
+  void (*cell_backward)(const CellSpan<T>&);
+  void (*sigmoid)(long n, const T* x, T* y);
+  void (*tanh)(long n, const T* x, T* y);
+};
+
+template <class T>
+struct Table {
+  static const Kernels<T>* baseline();
+  static const Kernels<T>* avx2();     // null where it was not built
+  static const Kernels<T>* avx512();
+};
+
+}  // namespace cpu
+}  // namespace convfast

@@ -1,0 +1,109 @@
+#include "workspace.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <new>
+
+#include <torch/csrc/stable/library.h>
+
+namespace convfast {
+namespace cpu {
+namespace {
+
+// Past this much idle memory the least recently used buffers are freed.
+constexpr size_t kMostIdle = size_t(1) << 30;
+constexpr size_t kHugePage = size_t(1) << 21;
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<std::pair<void*, size_t>> idle;  // oldest first
+  size_t idle_bytes = 0;
+};
+
+// Never destroyed: threads may outlive static destruction.
+Pool& pool() {
+  static Pool* p = [] {
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+    return new Pool;
+  }();
+  return *p;
+}
+
+}  // namespace
+
+void* Workspace::take_bytes(size_t bytes) {
+  const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
+  bytes = (bytes + unit - 1) / unit * unit;
+  Pool& p = pool();
+  std::pair<void*, size_t> buffer{nullptr, bytes};
+  {
+    std::lock_guard<std::mutex> lock(p.mutex);
+    size_t best = p.idle.size();
+    for (size_t i = 0; i < p.idle.size(); ++i) {
+      const size_t size = p.idle[i].second;
+      if (size >= bytes && size <= 2 * bytes && (best == p.idle.size() || size < p.idle[best].second)) best = i;
+    }
+    if (best != p.idle.size()) {
+      buffer = p.idle[best];
+      p.idle_bytes -= buffer.second;
+      p.idle.erase(p.idle.begin() + best);
+    }
+  }
+  if (!buffer.first) {
+    if (posix_memalign(&buffer.first, unit, bytes) != 0) throw std::bad_alloc();
+    prefer_huge_pages(buffer.first, bytes);
+  }
+  if (poison_requested()) poison(buffer.first, buffer.second);
+  taken_.push_back(buffer);
+  return buffer.first;
+}
+
+Workspace::~Workspace() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  for (const auto& buffer : taken_) {
+    p.idle.push_back(buffer);
+    p.idle_bytes += buffer.second;
+  }
+  while (p.idle_bytes > kMostIdle) {
+    p.idle_bytes -= p.idle.front().second;
+    free(p.idle.front().first);
+    p.idle.erase(p.idle.begin());
+  }
+}
+
+void release_workspace() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  for (const auto& buffer : p.idle) free(buffer.first);
+  p.idle.clear();
+  p.idle_bytes = 0;
+}
+
+bool poison_requested() {
+  static const bool requested = [] {
+    const char* value = std::getenv("CONVFAST_POISON");
+    return value && std::strcmp(value, "1") == 0;
+  }();
+  return requested;
+}
+
+void poison(void* data, size_t bytes) { std::memset(data, 0xff, bytes); }  // a NaN in every floating dtype
+
+void prefer_huge_pages(void* data, size_t bytes) {
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is no error
+}
+
+}  // namespace cpu
+}  // namespace convfast
+
+STABLE_TORCH_LIBRARY_IMPL(convfast, CompositeExplicitAutograd, m) {
+  m.impl("release_workspace", TORCH_BOX(&convfast::cpu::release_workspace));
+}

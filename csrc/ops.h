@@ -1,0 +1,56 @@
+// The contract of every op: shape, role and layout of each tensor, and what is saved for backward.
+//
+// Letters: B batch, T time, C hidden channels, Cin input channels, *S spatial dims of the input (1 to 3 of
+// them), *S' spatial dims of the state, *K kernel dims. Gates are ordered i f g o along every 4C axis.
+// "channels-last" is a logical [B, T, C, *S'] whose memory is [B, T, *S', C] (stride 1 on C).
+// dtypes: A = activations and weights (float, double, bfloat16, half); A' = float for A narrower than float,
+// else A. Gate arithmetic, cell state and saved gates are A'.
+// Schemas, registered in library.cpp:
+//
+// lstm_gates_forward(gates, c, peephole, save) -> (h, c_out, activated)
+//   gates     [B, 4C, *S]    pre-activations, A; channels-first or channels-last, any other layout is copied
+//   c         [B, C, *S]     A or A'; undefined = zero
+//   peephole  [3, C, *S]     A; i f o; undefined = none
+//   save      bool           false: activated is an empty tensor
+//   -> h      [B, C, *S]     A, in the layout of gates
+//      c_out  [B, C, *S]     A', same layout
+//      activated [B, 4C, *S] A', same layout
+//
+// lstm_gates_backward(activated, c, c_out, peephole, dh, dc_out, needs) -> (dgates, dc, dpeephole)
+//   activated, c, c_out, peephole   as above; dh, dc_out undefined = zero
+//   needs     int[3]         which of dgates, dc, dpeephole are wanted; others come back empty
+//   -> dgates in dtype of dh (A), dc in A', dpeephole [3, C, *S] in dtype of peephole
+//
+// conv_lstm_forward(x, w_ih, w_hh, bias, peephole, h0, c0, lengths, time, stride, padding, dilation,
+//                   padding_mode, reverse, save) -> (h, h_n, c_n, c, gates)
+//   x         [B, T, Cin, *S]   A, any strides; undefined = no input (decoder; then c0 or h0 gives B and *S')
+//             [B, T, 4C, *S']   when w_ih is undefined: the input convolution, already computed, without bias
+//   w_ih      [4C, Cin, *K]     A; input-to-hidden
+//   w_hh      [4C, C, *K']      A; hidden-to-hidden: stride 1, zeros, "same" (d(k-1)/2 before, the rest behind)
+//   bias      [4C]              A; undefined = zero
+//   peephole  [3, C, *S']       A; i and f look at c[t-1], o at c[t]; undefined = none
+//   h0        [B, C, *S']       A;       undefined = zero, and its convolution is skipped
+//   c0        [B, C, *S']       A or A'; undefined = zero
+//   lengths   [B]               int64, 0..T; undefined = T for all. Step s of sample b reads frame s, or frame
+//                               lengths[b]-1-s when reverse; steps past the length are not run and h is zero there
+//   time      int               T
+//   stride, dilation int[n]; padding int[2n] (before, behind, of each dim), of the input convolution
+//   padding_mode  "zeros" | "reflect" | "replicate" | "circular"
+//   reverse   bool              last frame first
+//   save      "none" | "fast" | "lean"
+//   -> h      [B, T, C, *S']    A, channels-last; h at the previous step is the recurrent input
+//      h_n    [B, C, *S']       A, channels-last; state after each sample's last step (h0 when its length is 0)
+//      c_n    [B, C, *S']       A', channels-last
+//      c      [B, T, C, *S']    A', channels-last; empty when save == none. Frames past a length are undefined
+//      gates  [B, T, 4C, *S']   A', channels-last, activated; empty unless save == fast
+//   Which step frame s of c and gates belongs to is the backend's own affair; they only ever go back to its backward.
+//   Bytes per step kept for backward, in units of B*C*prod(S')*sizeof(A'): fast 5 + h, lean 1 + h.
+//
+// conv_lstm_backward(dh, dh_n, dc_n, x, w_ih, w_hh, bias, peephole, h0, c0, lengths, h, c, gates, time, stride,
+//                    padding, dilation, padding_mode, reverse, needs)
+//     -> (dx, dw_ih, dw_hh, dbias, dpeephole, dh0, dc0)
+//   dh [B, T, C, *S'], dh_n, dc_n [B, C, *S']   any strides; undefined = zero. Never written to
+//   h, c, gates   as the forward returned them; gates empty (lean): recomputed from h, c and the inputs
+//   needs     int[7]             which of the seven gradients are wanted; others come back empty
+//   -> each gradient in its tensor's shape; dtype of its tensor (dc0: of c0). dx channels-last
+#pragma once

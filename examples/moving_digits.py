@@ -1,0 +1,245 @@
+"""Forecast moving handwritten digits: plain nn ConvLSTM against convfast, same weights, same batches, same losses.
+
+`python examples/moving_digits.py [--steps N] [--quick]` trains in lock-step, each model on its own clock, and writes
+examples/out/moving_digits.png. A third model, the nn loop with its convolutions summed in another order, shows how far
+rounding alone drives two correct trainings apart; convfast may differ from the first by no more than a small multiple.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+# From a checkout that is not installed; an installed convfast goes first.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import convfast
+from bench.reference_models import CatConvLSTM, HoistedConvLSTM, load_weights
+from convfast import backends
+
+OUT = Path(__file__).resolve().parent / "out"
+CANVAS, DIGIT, PAST, FUTURE = 64, 24, 10, 10
+NN, TWIN, OURS = "nn", "nn, other order", "convfast"
+COLORS = {NN: "#7d8594", TWIN: "#c9ccd2", OURS: "#d1495b"}
+# Drift between two correct trainings varies by the pair; a wrong gradient is off by orders of magnitude more.
+DRIFT_FACTOR = 16
+
+
+class MovingDigits:
+    """Clips [B, T, 1, 64, 64] in 0..1 of two digits each, bouncing off the walls."""
+
+    def __init__(self, seed: int) -> None:
+        images = torch.from_numpy(load_digits().images).float()[:, None] / 16
+        self.digits = F.interpolate(images, size=DIGIT, mode="bilinear")[:, 0].numpy()
+        self.random = np.random.default_rng(seed)
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """(past [B, 10, 1, 64, 64], future [B, 10, 1, 64, 64])."""
+        clips = np.zeros((size, PAST + FUTURE, CANVAS, CANVAS), np.float32)
+        room = CANVAS - DIGIT
+        steps = np.arange(PAST + FUTURE)[:, None]
+        for clip in clips:
+            for digit in self.digits[self.random.integers(len(self.digits), size=2)]:
+                path = self.random.uniform(0, room, 2) + steps * self.random.uniform(-3, 3, 2)
+                corners = np.rint(room - np.abs(path % (2 * room) - room)).astype(int)
+                for frame, (y, x) in zip(clip, corners, strict=True):
+                    window = frame[y : y + DIGIT, x : x + DIGIT]
+                    np.maximum(window, digit, out=window)
+        return torch.from_numpy(clips)[:, :, None].split([PAST, FUTURE], dim=1)
+
+
+class Forecaster(nn.Module):
+    """Down, ConvLSTM encoder, ConvLSTM decoder that runs on from the encoder's state, up.
+
+    past [B, 10, 1, 64, 64] -> logits of the future, same shape. `how` goes to the decoder's forward.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, channels: int, hidden: int, **how: int) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(1, channels, 5, stride=2, padding=2)
+        self.encoder = encoder
+        self.decoder = decoder
+        self.how = how
+        self.up = nn.ConvTranspose2d(hidden, 1, 4, stride=2, padding=1)
+
+    def forward(self, past: Tensor) -> Tensor:
+        frames = F.leaky_relu(self.down(past.flatten(0, 1)), 0.2).unflatten(0, past.shape[:2])
+        _, state = self.encoder(frames)
+        output, _ = self.decoder(None, state, **self.how)
+        return self.up(output.flatten(0, 1)).unflatten(0, output.shape[:2])
+
+
+def build(channels: int, hidden: int, seed: int) -> dict[str, Forecaster]:
+    """Three forecasters with the same weights."""
+    torch.manual_seed(seed)
+    plain, twin = (
+        Forecaster(*(kind(channels, [hidden], 3) for _ in range(2)), channels, hidden, steps=FUTURE)
+        for kind in (CatConvLSTM, HoistedConvLSTM)
+    )
+    with torch.no_grad():  # forget gates start open, which a short training needs
+        for part in (plain.encoder, plain.decoder):
+            part.convs[0].bias[hidden : 2 * hidden] += 1
+    encoder, decoder = (convfast.ConvLSTM(channels, hidden, 3, step=steps) for steps in (1, FUTURE))
+    ours = Forecaster(encoder, decoder, channels, hidden)
+    for part in ("encoder", "decoder"):
+        weights = dict(getattr(plain, part).weights())
+        load_weights(getattr(twin, part), weights)
+        getattr(ours, part).load_state_dict(weights)
+    for model in (twin, ours):
+        model.down.load_state_dict(plain.down.state_dict())
+        model.up.load_state_dict(plain.up.state_dict())
+    return {NN: plain, TWIN: twin, OURS: ours}
+
+
+def loss_of(model: Forecaster, past: Tensor, future: Tensor) -> Tensor:
+    """Cross-entropy per pixel."""
+    return F.binary_cross_entropy_with_logits(model(past), future)
+
+
+def train(
+    models: dict[str, Forecaster], data: MovingDigits, steps: int, batch: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """(losses, seconds) per step of every model; each batch goes to all in turn, another one first each time."""
+    optimizers = {name: torch.optim.Adam(model.parameters(), lr=3e-3) for name, model in models.items()}
+    losses = {name: [] for name in models}
+    seconds = {name: [] for name in models}
+    past, future = data.batch(batch)
+    for name, model in models.items():  # caches, thread pools and workspaces are set up outside the clock
+        loss_of(model, past, future).backward()
+        optimizers[name].zero_grad()
+    bars = {name: tqdm(total=steps, desc=f"{name:>16}", position=i) for i, name in enumerate(models)}
+    order = list(models)
+    for _ in range(steps):
+        past, future = data.batch(batch)
+        for name in order:
+            start = time.perf_counter()
+            optimizers[name].zero_grad()
+            loss = loss_of(models[name], past, future)
+            loss.backward()
+            optimizers[name].step()
+            seconds[name].append(time.perf_counter() - start)
+            losses[name].append(loss.item())
+            bars[name].set_postfix_str(f"loss {losses[name][-1]:.5f}, {sum(seconds[name]):.1f} s", refresh=False)
+            bars[name].update()
+        order = order[1:] + order[:1]
+    for bar in bars.values():
+        bar.close()
+    return losses, seconds
+
+
+@torch.inference_mode()
+def time_inference(models: dict[str, Forecaster], past: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a forecast, alternating."""
+    seconds = {name: [] for name in models}
+    order = list(models)
+    for model in models.values():
+        model(past)
+    for _ in range(rounds):
+        for name in order:
+            start = time.perf_counter()
+            models[name](past)
+            seconds[name].append(time.perf_counter() - start)
+        order = order[1:] + order[:1]
+    return seconds
+
+
+def speed_up(seconds: dict[str, list[float]], opponent: str) -> str:
+    ratio = statistics.median(a / b for a, b in zip(seconds[opponent], seconds[OURS], strict=True))
+    opponent_ms, ours_ms = (1e3 * statistics.median(seconds[name]) for name in (opponent, OURS))
+    return f"{ratio:.2f}x ({opponent_ms:.1f} ms -> {ours_ms:.1f} ms)"
+
+
+def check_drift(losses: dict[str, list[float]]) -> None:
+    """Losses of convfast stay as close to nn's as rounding allows.
+
+    Raises:
+        SystemExit: they drift further apart than DRIFT_FACTOR times what another order of summation does.
+    """
+    plain = np.array(losses[NN])
+    drift = {name: np.abs(np.array(losses[name]) - plain).max() for name in (TWIN, OURS)}
+    bound = DRIFT_FACTOR * max(drift[TWIN], float(plain.max()) * torch.finfo(torch.float32).eps)
+    print(f"largest difference over all steps: convfast {drift[OURS]:.1e}, {TWIN} {drift[TWIN]:.1e}; bound {bound:.1e}")
+    if not drift[OURS] <= bound:
+        raise SystemExit(f"moving_digits: losses of nn and convfast differ by {drift[OURS]:.1e}, bound {bound:.1e}")
+
+
+def picture(
+    path: Path,
+    past: Tensor,
+    future: Tensor,
+    forecast: Tensor,
+    losses: dict[str, list[float]],
+    seconds: dict[str, list[float]],
+) -> None:
+    """One clip (input, truth, forecast) above the loss against each model's own clock."""
+    figure = plt.figure(figsize=(11, 7.2), layout="constrained")
+    clips, curve = figure.subfigures(2, 1, height_ratios=[1, 1])
+    rows = {"input": past, "truth": future, "forecast": forecast}
+    for axes, (label, clip) in zip(clips.subplots(len(rows), PAST), rows.items(), strict=True):
+        for axis, frame in zip(axes, clip, strict=True):
+            axis.imshow(frame[0], cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0].set_ylabel(label)
+    axis = curve.subplots()
+    for name in losses:
+        axis.plot(np.cumsum(seconds[name]), losses[name], color=COLORS[name], label=name, linewidth=1.2)
+    axis.set(xlabel="seconds of training", ylabel="loss", yscale="log")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=100, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="clips per step (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=32, help="hidden channels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="10 steps, 2 clips: a look at whether it runs")
+    options = parser.parse_args()
+    if options.quick:
+        options.steps, options.batch = 10, 2
+    print(f"convfast {convfast.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("loading the native library (the first time it is built) ...", flush=True)
+    print(f"backend: {backends.select('conv_lstm', None, 'cpu')}", flush=True)
+
+    models = build(16, options.hidden, options.seed)
+    losses, seconds = train(models, MovingDigits(options.seed), options.steps, options.batch)
+    past, future = MovingDigits(options.seed + 1).batch(options.batch)
+    with torch.inference_mode():
+        final = {name: loss_of(model, past, future).item() for name, model in models.items()}
+        forecast = models[OURS](past).sigmoid()
+    inference = time_inference(models, past, rounds=5 if options.quick else 15)
+    path = OUT / "moving_digits.png"
+    picture(path, past[0], future[0], forecast[0], losses, seconds)
+
+    print(
+        f"\nloss on new clips after {options.steps} steps: nn {final[NN]:.7f}, convfast {final[OURS]:.7f}, "
+        f"difference {abs(final[NN] - final[OURS]):.1e}"
+    )
+    check_drift({name: [*losses[name], final[name]] for name in models})
+    for opponent in (NN, TWIN):
+        print(
+            f"speed-up over {opponent}: training step {speed_up(seconds, opponent)}, "
+            f"inference {speed_up(inference, opponent)}"
+        )
+    print(f"picture: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A C++ program, built by CMake with the library, runs a scripted ConvLSTM and gives the numbers of Python."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import convfast
+from convfast import native
+
+ROOT = Path(native.PACKAGE).parent
+
+
+def run(*command: str | Path, timeout: float = 600) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake: the C++ program cannot be built")
+    if why := native.reason():
+        pytest.skip(f"no native library here, so no C++ program either: {why}")
+    build = tmp_path_factory.mktemp("cmake")
+    run("cmake", "-S", ROOT, "-B", build, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
+    run("cmake", "--build", build, "--parallel", str(os.cpu_count()))
+    return build / "run_scripted"
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "return_all_layers": True}], ids=["plain", "all"])
+def test_scripted_model_runs_in_cpp(program: Path, tmp_path: Path, options: dict[str, bool]) -> None:
+    torch.manual_seed(0)
+    model = convfast.ConvLSTM(3, [8, 5], 3, **options).eval()
+    input = torch.randn(2, 4, 3, 9, 7)
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    torch.save(input, tmp_path / "input.pt")
+    shown = run(program, tmp_path / "model.pt", tmp_path / "input.pt", tmp_path / "output.pt", "2")
+    assert shown.startswith("input [2, 4, 3, 9, 7] -> output [2, 4, ") and shown.endswith(" ms\n")
+    with torch.inference_mode():
+        expected = model(input)[0]
+    expected = expected[0] if isinstance(expected, list) else expected
+    found = torch.load(tmp_path / "output.pt")
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_program_reports_a_missing_model(program: Path, tmp_path: Path) -> None:
+    done = subprocess.run([program, tmp_path / "none.pt", "i", "o"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "none.pt" in done.stderr

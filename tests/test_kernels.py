@@ -1,0 +1,176 @@
+"""The raw CPU kernels, for each instruction set that this machine has, against numpy in higher precision."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from convfast import native
+
+NAMES = ["baseline", "avx2", "avx512"]
+DTYPES = [np.float32, np.float64]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    pybind11 = pytest.importorskip("pybind11", reason="no pybind11: the kernels cannot be bound")
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    include = sysconfig.get_path("include")
+    if not shutil.which(compiler[0]) or not Path(include, "Python.h").is_file():
+        pytest.skip("no C++ compiler or no Python.h: the kernels cannot be bound")
+    build = native.read_build(native.BUILD_FILE)
+    sources = [source for source in build.sources if Path(source).parent.name == "kernels"]
+    bindings = native.BUILD_FILE.parent / "testing" / "bindings.cpp"
+    library = tmp_path_factory.mktemp("kernels") / f"convfast_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [*compiler, *build.cflags, f"-I{include}", f"-I{pybind11.get_include()}", "-shared", "-o", library]
+    done = subprocess.run([*command, bindings, *sources], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location("convfast_kernels", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=NAMES)
+def isa(request: pytest.FixtureRequest, kernels: ModuleType) -> str:
+    if request.param not in kernels.instruction_sets():
+        pytest.skip(f"this machine has no {request.param}")
+    return request.param
+
+
+def everything(dtype: type) -> np.ndarray:
+    """Numbers of every sign and exponent, denormals, infinities and NaN among them, and more of those near zero."""
+    bits, step = (np.uint32, 4999) if dtype is np.float32 else (np.uint64, 9_000_000_000_001 * 7)
+    spread = np.arange(0, np.iinfo(bits).max, step, dtype=bits).view(dtype)
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max]
+    return np.concatenate([spread, np.linspace(-100, 100, 200_001), np.linspace(-1, 1, 100_001), special]).astype(dtype)
+
+
+def ulps(found: np.ndarray, exact: np.ndarray) -> float:
+    """Largest error in units of the last place of the exact value, of which the smallest normal number is the least."""
+    spacing = np.spacing(np.maximum(np.abs(exact), np.finfo(found.dtype).tiny).astype(found.dtype))
+    return float(np.max(np.abs(found - exact) / spacing))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sigmoid_over_the_whole_range(kernels: ModuleType, isa: str, dtype: type) -> None:
+    x = everything(dtype)
+    found = kernels.sigmoid(isa, x)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(x))
+    x, found = x[~np.isnan(x)], found[~np.isnan(x)]
+    with np.errstate(over="ignore"):
+        exact = 1 / (1 + np.exp(-x.astype(np.longdouble)))
+    assert found.min() >= 0 and found.max() == 1
+    normal = exact >= 4 * np.finfo(dtype).tiny
+    assert ulps(found[normal], exact[normal]) <= 4
+    assert np.all(found[~normal] <= 8 * np.finfo(dtype).tiny)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tanh_over_the_whole_range(kernels: ModuleType, isa: str, dtype: type) -> None:
+    x = everything(dtype)
+    found = kernels.tanh(isa, x)
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(x))
+    x, found = x[~np.isnan(x)], found[~np.isnan(x)]
+    assert found.min() == -1 and found.max() == 1
+    np.testing.assert_array_equal(np.signbit(found), np.signbit(x))
+    assert ulps(found, np.tanh(x.astype(np.longdouble))) <= 4
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def cell(z: np.ndarray, c_prev: np.ndarray, peephole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shi et al. 2015, eq. 3, in the precision of z -> c, h, activated."""
+    i, f = sigmoid(z[0] + peephole[0] * c_prev), sigmoid(z[1] + peephole[1] * c_prev)
+    g = np.tanh(z[2])
+    c = f * c_prev + i * g
+    o = sigmoid(z[3] + peephole[2] * c)
+    return c, o * np.tanh(c), np.stack([i, f, g, o])
+
+
+def close(found: np.ndarray, exact: np.ndarray, factor: float = 16) -> None:
+    """Errors within `factor` roundings of the largest value."""
+    assert found.shape == exact.shape
+    assert np.max(np.abs(found - exact), initial=0) <= factor * np.finfo(found.dtype).eps * max(1, np.abs(exact).max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 3, 16, 37])
+@pytest.mark.parametrize("options", [(), ("c",), ("c", "peephole")], ids=lambda options: "+".join(options) or "z")
+def test_cell(kernels: ModuleType, isa: str, dtype: type, n: int, options: tuple[str, ...]) -> None:
+    random = np.random.default_rng(n)
+    z, dh, dc = (random.normal(size=shape).astype(dtype) for shape in ((4, n), (n,), (n,)))
+    c_prev = random.normal(size=n).astype(dtype) if "c" in options else None
+    peephole = random.normal(size=(3, n)).astype(dtype) if "peephole" in options else None
+    wide = [np.zeros(shape) if a is None else a.astype(np.float64) for a, shape in ((c_prev, n), (peephole, (3, n)))]
+    exact = cell(z.astype(np.float64), *wide)
+    found = kernels.cell_forward(isa, z, c_prev, peephole)
+    for a, b in zip(found, exact, strict=True):
+        close(a, b)
+
+    c, _, activated = found
+    dz, dc_prev, dpeephole = kernels.cell_backward(isa, activated, c, c_prev, dh, dc, peephole)
+
+    def loss(z: np.ndarray, c_prev: np.ndarray, peephole: np.ndarray) -> np.ndarray:
+        c, h, _ = cell(z, c_prev, peephole)
+        return h * dh + c * dc
+
+    # The cells are independent, so one complex step per argument row gives the exact derivative of every cell.
+    def derivative(argument: int, row: int | None) -> np.ndarray:
+        inputs = [a.astype(np.complex128) for a in (z, *wide)]
+        inputs[argument][... if row is None else row] += 1e-30j
+        return loss(*inputs).imag / 1e-30
+
+    close(dz, np.stack([derivative(0, row) for row in range(4)]), 64)
+    close(dc_prev, derivative(1, None), 64)
+    if peephole is None:
+        assert dpeephole is None
+    else:
+        close(dpeephole, np.stack([derivative(2, row) for row in range(3)]), 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "samples, height, width, channels, kernel, columns, split",
+    [
+        (1, 1, 1, 1, (1, 1), 1, 1),
+        (2, 5, 7, 3, (3, 3), 20, 3),
+        (1, 4, 40, 16, (3, 1), 64, 0),
+        (3, 6, 33, 5, (2, 5), 33, 1),
+        (1, 3, 15, 20, (1, 1), 132, 1),
+    ],
+)
+def test_gemm_over_frames(
+    kernels: ModuleType,
+    isa: str,
+    dtype: type,
+    samples: int,
+    height: int,
+    width: int,
+    channels: int,
+    kernel: tuple[int, int],
+    columns: int,
+    split: int,
+) -> None:
+    random = np.random.default_rng(0)
+    frames = random.normal(size=(samples, height, width, channels)).astype(dtype)
+    weight = random.normal(size=(*kernel, channels, columns)).astype(dtype)
+    patches = np.lib.stride_tricks.sliding_window_view(frames.astype(np.float64), kernel, axis=(1, 2))
+    exact = np.einsum("syxcij,ijcn->syxn", patches, weight.astype(np.float64))
+    found = kernels.convolve(isa, frames, weight, split)
+    # A sum of k products, in any order: at most k roundings of the sum of their magnitudes.
+    size = np.einsum("syxcij,ijcn->syxn", np.abs(patches), np.abs(weight.astype(np.float64)))
+    assert np.all(np.abs(found - exact) <= np.prod(kernel) * channels * np.finfo(dtype).eps * size)

@@ -1,0 +1,304 @@
+"""Finding, building and loading the compiled library, and every way in which that can go wrong (with a stub)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from convfast import native
+
+ROOT = Path(native.PACKAGE).parent
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: nothing can be built here")
+
+STUB = """
+#include <torch/csrc/stable/library.h>
+#include "number.h"
+static int64_t number() { return NUMBER; }
+STABLE_TORCH_LIBRARY(convfast, m) {
+  m.def("cpu_capability() -> str");
+  m.def("number() -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(convfast, CompositeExplicitAutograd, m) { m.impl("number", TORCH_BOX(&number)); }
+"""
+# Loads the stub through convfast.native alone: the package around it would register fakes for ops that the stub lacks.
+PROLOGUE = """
+import importlib.util, logging, sys
+from pathlib import Path
+logging.disable(logging.CRITICAL)
+spec = importlib.util.spec_from_file_location("native", sys.argv[1])
+native = sys.modules["native"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
+native.BUILD_FILE = Path(sys.argv[2])
+native.PACKAGE = Path(sys.argv[2]).parent
+"""
+LOAD = """
+import torch
+why = native.reason()
+print(f"failed: {why}" if why else f"{torch.ops.convfast.number()} from {native.origin()}")
+"""
+
+
+def write_stub(folder: Path, number: int = 42, source: str = STUB) -> Path:
+    listed = json.loads(native.BUILD_FILE.read_text()) | {"sources": ["csrc/stub.cpp"]}
+    csrc = folder / "csrc"
+    csrc.mkdir(parents=True, exist_ok=True)
+    (csrc / "stub.cpp").write_text(source)
+    (csrc / "number.h").write_text(f"#define NUMBER {number}\n")
+    (csrc / "build.json").write_text(json.dumps(listed))
+    return csrc / "build.json"
+
+
+def start(code: str, build_file: Path, cache: Path, prefix: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("CONVFAST_", "TORCH_EXTENSIONS"))}
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-W", "ignore", "-c", PROLOGUE + code, str(native.__file__), str(build_file)],
+        env=clean | {"CONVFAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 120) -> str:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return out.strip()
+
+
+def run(code: str, build_file: Path, cache: Path, prefix: tuple[str, ...] = (), **env: str) -> str:
+    return finish(start(code, build_file, cache, prefix, **env))
+
+
+def libraries(cache: Path) -> list[Path]:
+    return sorted(cache.glob("convfast-*/*.so"))
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stub(tmp_path_factory.mktemp("stub"))
+
+
+@pytest.fixture(scope="module")
+def filled_cache(stub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    assert run(LOAD, stub, cache).startswith("42 from") and len(libraries(cache)) == 1
+    return cache
+
+
+def test_import_compiles_and_loads_nothing(tmp_path: Path) -> None:
+    code = "import convfast, torch; print('torch' in repr(torch), hasattr(torch.ops.convfast, 'cpu_capability'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"CONVFAST_CACHE": str(tmp_path / "cache"), "CXX": "/nonexistent", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+def test_disabled_by_environment(stub: Path, tmp_path: Path) -> None:
+    assert run(LOAD, stub, tmp_path, CONVFAST_NO_NATIVE="1") == "failed: disabled by CONVFAST_NO_NATIVE"
+
+
+def test_old_torch_is_named(stub: Path, tmp_path: Path) -> None:
+    code = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.9.1')" + LOAD
+    assert run(code, stub, tmp_path) == "failed: built for torch >= 2.10, you have 2.9.1"
+
+
+def test_no_compiler(stub: Path, tmp_path: Path) -> None:
+    out = run(LOAD, stub, tmp_path, CXX="no-such-compiler")
+    assert out == "failed: no C++ compiler: cannot run 'no-such-compiler' (install g++, or set CXX)"
+    (tmp_path / "bin").mkdir()
+    out = run(LOAD, stub, tmp_path, PATH=str(tmp_path / "bin"), CXX="c++")
+    assert out.startswith("failed: no C++ compiler: cannot run 'c++'")
+
+
+@needs_compiler
+def test_no_ninja(stub: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "c++").symlink_to(COMPILER)
+    out = run("sys.modules['ninja'] = None" + LOAD, stub, tmp_path, PATH=str(tmp_path / "bin"), CXX="c++")
+    assert out == "failed: no ninja: it is neither on PATH nor a package (pip install ninja)"
+
+
+@needs_compiler
+def test_build_error_is_one_line_and_names_its_log(tmp_path: Path) -> None:
+    broken = write_stub(tmp_path, source='#include "number.h"\nint number() { return misspelt; }\n')
+    out = run(LOAD, broken, tmp_path / "cache")
+    assert out.startswith("failed: the build failed:") and "misspelt" in out and "\n" not in out
+    log = Path(out.partition("(log: ")[2].rstrip(")"))
+    assert "misspelt" in log.read_text()
+    assert [path.name for path in log.parent.iterdir() if path.name != "flock"] == ["build.log"]
+
+
+def test_missing_source_is_named(tmp_path: Path) -> None:
+    build_file = write_stub(tmp_path)
+    (tmp_path / "csrc" / "stub.cpp").unlink()
+    assert run(LOAD, build_file, tmp_path / "cache") == f"failed: source file {tmp_path}/csrc/stub.cpp is missing"
+
+
+@needs_compiler
+def test_cache_is_used_again(stub: Path, filled_cache: Path) -> None:
+    before = libraries(filled_cache)[0].stat().st_mtime_ns
+    out = run(LOAD, stub, filled_cache)
+    assert out == f"42 from {libraries(filled_cache)[0]} (cache)"
+    assert libraries(filled_cache)[0].stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_changed_header_builds_again(tmp_path: Path, filled_cache: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(filled_cache, cache)
+    assert run(LOAD, write_stub(tmp_path, number=43), cache).startswith("43 from")
+    assert len(libraries(cache)) == 2
+
+
+@needs_compiler
+def test_damaged_library_is_built_again(stub: Path, tmp_path: Path, filled_cache: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(filled_cache, cache)
+    library = libraries(cache)[0]
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    out = run(LOAD, stub, cache)
+    assert out.startswith("42 from") and out.endswith("(built just in time)")
+
+
+def without_root_powers() -> tuple[str, ...]:
+    """A command prefix under which file permissions bind, for root too."""
+    if os.geteuid() != 0:
+        return ()
+    prefix = ("setpriv", "--bounding-set", "-dac_override,-dac_read_search")
+    if not shutil.which("setpriv") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("root may write anywhere, and setpriv cannot take that away here")
+    return prefix
+
+
+@needs_compiler
+def test_read_only_cache_builds_in_private(stub: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir(mode=0o555)
+    out = run(LOAD, stub, cache, without_root_powers(), TMPDIR=str(tmp_path))
+    assert out.startswith("42 from built just in time for this process only: cannot use") and "Permission denied" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"], "the private folder is left behind"
+
+
+@needs_compiler
+def test_read_only_cache_with_a_library_is_used(stub: Path, tmp_path: Path, filled_cache: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(filled_cache, cache)
+    for folder in (*cache.iterdir(), cache):
+        folder.chmod(0o555)
+    try:
+        assert run(LOAD, stub, cache, without_root_powers()).endswith("(cache)")
+    finally:
+        for folder in (cache, *cache.iterdir()):
+            folder.chmod(0o755)
+
+
+@needs_compiler
+def test_locks_of_dead_processes_do_not_block(stub: Path, tmp_path: Path, filled_cache: Path) -> None:
+    folder = tmp_path / "cache" / libraries(filled_cache)[0].parent.name
+    (folder / "build-dead").mkdir(parents=True)
+    for lock in (folder / "flock", folder / "lock", folder / "build-dead" / "lock"):
+        lock.touch()
+    out = run(LOAD, stub, tmp_path / "cache")
+    assert out.startswith("42 from") and not (folder / "build-dead").exists()
+
+
+@needs_compiler
+def test_lock_of_a_live_process_times_out_with_its_path(stub: Path, tmp_path: Path, filled_cache: Path) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="no flock on this system")
+    folder = tmp_path / "cache" / libraries(filled_cache)[0].parent.name
+    folder.mkdir(parents=True)
+    with (folder / "flock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        out = run("native.WAIT_SECONDS = 0.2" + LOAD, stub, tmp_path / "cache")
+    assert out == f"failed: waited 0.2 s for a running process that builds the library and holds {folder / 'flock'}"
+
+
+@needs_compiler
+def test_eight_processes_at_once_build_once(stub: Path, tmp_path: Path) -> None:
+    waiting = [start(LOAD, stub, tmp_path) for _ in range(8)]
+    found = [finish(process, 240) for process in waiting]
+    assert all(line.startswith("42 from") for line in found)
+    assert sum(line.endswith("(built just in time)") for line in found) == 1
+    assert len(libraries(tmp_path)) == 1
+
+
+@needs_compiler
+def test_killed_builder_leaves_nothing_in_the_way(stub: Path, tmp_path: Path) -> None:
+    builder = start(LOAD, stub, tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("convfast-*/build-*/build.ninja")):
+        assert builder.poll() is None and time.monotonic() < deadline, "the build did not start"
+        time.sleep(0.01)
+    builder.kill()
+    builder.wait()
+    assert run(LOAD, stub, tmp_path).startswith("42 from")
+
+
+@needs_compiler
+def test_threads_load_once(stub: Path, filled_cache: Path) -> None:
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(8) as pool:
+    print(set(pool.map(lambda _: native.reason(), range(32))))
+"""
+    assert run(code, stub, filled_cache) == "{None}"
+
+
+@needs_compiler
+def test_fork_while_another_thread_loads(stub: Path, filled_cache: Path) -> None:
+    code = """
+import os
+native._lock.acquire()
+child = os.fork()
+if child == 0:
+    os._exit(0 if native.reason() is None else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run(code, stub, filled_cache) == "0"
+
+
+@needs_compiler
+def test_prebuilt_library_is_taken_or_refused(tmp_path: Path, filled_cache: Path) -> None:
+    build_file = write_stub(tmp_path)
+    prebuilt = build_file.parent / native.read_build(build_file).prebuilt_name
+    shutil.copy(libraries(filled_cache)[0], prebuilt)
+    assert run(LOAD, build_file, tmp_path / "cache") == f"42 from {prebuilt} (prebuilt)"
+    write_stub(tmp_path, number=44)
+    out = run(LOAD, build_file, tmp_path / "cache")
+    assert out.startswith("44 from") and f"{prebuilt} was built from other sources" in out
+    out = run(LOAD, build_file, tmp_path / "other", CXX="no-such-compiler")
+    assert out.startswith("failed: no C++ compiler") and "was built from other sources" in out
+
+
+def test_failure_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail() -> str:
+        calls.append(threading.get_ident())
+        raise OSError("a surprise\nin two lines")
+
+    monkeypatch.setattr(native, "_load", fail)
+    monkeypatch.setattr(native, "_origin", None)
+    monkeypatch.setattr(native, "_failure", None)
+    assert native.reason() == native.reason() == "OSError: a surprise"
+    with pytest.raises(native.NativeUnavailable, match="a surprise"):
+        native.load()
+    assert len(calls) == 1
