@@ -22,7 +22,7 @@ ifneq ($(PYTHON),)
     ENV := build/venv$(subst /,-,$(BASE))
     ON_TOP := --system-site-packages
   endif
-else ifneq ($(and $(VIRTUAL_ENV),$(shell $(VIRTUAL_ENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("torch") or "")')),)
+else ifneq ($(and $(VIRTUAL_ENV),$(shell $(VIRTUAL_ENV)/bin/python -c 'import importlib.util as u; print(u.find_spec("torch") or "")' 2>/dev/null)),)
   ENV := $(VIRTUAL_ENV)
 else
   ENV := .venv

@@ -37,11 +37,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def report(pytestconfig: pytest.Config) -> Report:
     described = machine.describe()
-    arguments = [str(a) for a in pytestconfig.invocation_params.args if not str(a).startswith(("/", "--out"))]
-    described["command"] = " ".join(["pytest", *arguments])
+    described["command"] = _command(pytestconfig)
     described["peaks"] = machine.peaks(0.2 if pytestconfig.option.short else 2.0)
     pytestconfig.stash[REPORT] = Report(described)
     return pytestconfig.stash[REPORT]
+
+
+def _command(config: pytest.Config) -> str:
+    """As it was typed, without the folders of this machine."""
+    out = {str(config.option.out), f"--out={config.option.out}", "--out"} if config.option.out else set()
+    arguments = [str(argument) for argument in config.invocation_params.args]
+    return " ".join(["pytest", *(a for a in arguments if a not in out and not a.startswith("/"))])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

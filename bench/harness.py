@@ -53,8 +53,8 @@ def check(contestant: Contestant, oracle: dict[str, Tensor], eager: dict[str, Te
     """Compare with the oracle; the worst error in units of the bound (at most 1).
 
     Bound per tensor, for RMS and max alike: ERROR_FACTOR times the larger of eager's own error and half an ulp u.
-    Gradients of weights and biases are sums of `terms` products over batch, time and space. Adding n random terms one by
-    one loses 0.28 sqrt(n) u relative to the sum, so sqrt(n) u is granted to them where eager happened to do better.
+    Gradients of weights and biases are sums of `terms` products over batch, time and space. Adding n random terms one
+    by one loses 0.28 sqrt(n) u relative to the sum, so sqrt(n) u is granted where eager happened to do better.
     """
     worst = 0.0
     actual = contestant.results()

@@ -156,12 +156,14 @@ class Report:
         races = {mode: [r for r in self._races("conv_lstm") if r["mode"] == mode] for mode in MODES.values()}
         races = {mode: rows for mode, rows in races.items() if rows}
         tallest = max(map(len, races.values()))
-        figure, axes = plt.subplots(1, len(races), figsize=(7 * len(races), 1.6 + 0.62 * tallest), squeeze=False)
+        figure, axes = plt.subplots(
+            1, len(races), figsize=(7 * len(races), 2 + 0.6 * tallest), squeeze=False, layout="constrained"
+        )
         for axis, (mode, rows) in zip(axes[0], races.items(), strict=True):
             _bars(axis, mode, rows)
         m = self.machine
         figure.suptitle(f"convfast.ConvLSTM on {m['cpu']}, {m['threads']} threads, torch {m['torch']}", fontsize=11)
-        figure.tight_layout()
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=120)
         plt.close(figure)
 
@@ -176,23 +178,22 @@ def _bars(axis: plt.Axes, mode: str, rows: list[Row]) -> None:
         "ours": ("convfast", "#d1495b"),
     }
     height = 0.8 / len(kinds)
-    longest = 0.0
+    shown: list[float] = []
     for y, row in enumerate(rows):
         times = {kind: min(f["ms"] for f in row["contestants"].values() if f["kind"] == kind) for kind in TORCH_KINDS}
         ours = row["contestants"][row["headline"]]
         times["ours"] = ours["ms"]
-        longest = max(longest, *times.values())
+        shown += times.values()
         for i, (kind, (label, color)) in enumerate(BARS.items()):
             axis.barh(y + (i - 1) * height, times[kind], height, color=color, label=label if y == 0 else None)
         axis.text(ours["ms"] * 1.08, y + height, f"{ours['ratio']:.2f}×", va="center", fontsize=8, color="#8f1d2f")
     axis.set_xscale("log")
-    axis.set_xlim(right=longest * 1.6)
+    axis.set_xlim(min(shown) / 2, max(shown) * 1.6)
     axis.set_yticks(range(len(rows)), [row["case"].replace("_", " ") for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("ms per sequence (log); × = best torch opponent / convfast")
     axis.set_title(mode)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.06), ncols=3)
 
 
 def _summary_table(races: list[Row]) -> str:

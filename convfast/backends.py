@@ -60,7 +60,6 @@ def available(op: str) -> dict[str, bool | str]:
     return {name: _why_not(op, name) or True for name in reversed(BACKENDS)}
 
 
-@torch.compiler.assume_constant_result
 def select(op: str, backend: str | None, device_type: str) -> str:
     """The name of the backend that runs `op` on tensors of `device_type`; may build the native library.
 
@@ -81,6 +80,10 @@ def select(op: str, backend: str | None, device_type: str) -> str:
     if reason is not None:
         raise RuntimeError(f"{op}: backend {wanted!r} is not available: {reason}")
     return wanted
+
+
+# What torch.compiler.assume_constant_result does, without the seconds that importing torch._dynamo takes.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def function(backend: str, name: str) -> Callable[..., Any]:

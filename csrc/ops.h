@@ -52,5 +52,6 @@
 //   dh [B, T, C, *S'], dh_n, dc_n [B, C, *S']   any strides; undefined = zero. Never written to
 //   h, c, gates   as the forward returned them; gates empty (lean): recomputed from h, c and the inputs
 //   needs     int[7]             which of the seven gradients are wanted; others come back empty
-//   -> each gradient in its tensor's shape; dtype of its tensor (dc0: of c0). dx channels-last
+//   -> each gradient in its tensor's shape; dtype of its tensor (dc0: of c0). dx in x's own
+//      layout where x is dense, as empty_like(x)
 #pragma once

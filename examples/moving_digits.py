@@ -165,14 +165,24 @@ def check_drift(losses: dict[str, list[float]]) -> None:
     """Losses of convfast stay as close to nn's as rounding allows.
 
     Raises:
-        SystemExit: they drift further apart than DRIFT_FACTOR times what another order of summation does.
+        SystemExit: at any step they are further apart than DRIFT_FACTOR times what another order of summation made
+            of it by then.
     """
     plain = np.array(losses[NN])
-    drift = {name: np.abs(np.array(losses[name]) - plain).max() for name in (TWIN, OURS)}
-    bound = DRIFT_FACTOR * max(drift[TWIN], float(plain.max()) * torch.finfo(torch.float32).eps)
-    print(f"largest difference over all steps: convfast {drift[OURS]:.1e}, {TWIN} {drift[TWIN]:.1e}; bound {bound:.1e}")
-    if not drift[OURS] <= bound:
-        raise SystemExit(f"moving_digits: losses of nn and convfast differ by {drift[OURS]:.1e}, bound {bound:.1e}")
+    drift = {name: np.abs(np.array(losses[name]) - plain) for name in (TWIN, OURS)}
+    # Training amplifies rounding, so the bound grows with the steps and is tight before that.
+    rounding = plain.max() * torch.finfo(torch.float32).eps
+    bound = DRIFT_FACTOR * np.maximum(np.maximum.accumulate(drift[TWIN]), rounding)
+    for label, steps in {"first tenth": slice(max(1, len(plain) // 10)), "all": slice(None)}.items():
+        shown = ", ".join(f"{name} {drift[name][steps].max():.1e}" for name in (OURS, TWIN))
+        print(f"largest difference from nn, {label} of the steps: {shown}; bound {bound[steps].max():.1e}")
+    outside = ~(drift[OURS] <= bound)
+    if outside.any():
+        step = int(outside.argmax())
+        raise SystemExit(
+            f"moving_digits: losses of nn and convfast differ by {drift[OURS][step]:.1e} at step {step}, "
+            f"bound {bound[step]:.1e}"
+        )
 
 
 def picture(
@@ -194,9 +204,11 @@ def picture(
             axis.set_yticks([])
         axes[0].set_ylabel(label)
     axis = curve.subplots()
+    window = min(10, len(losses[NN]))
     for name in losses:
-        axis.plot(np.cumsum(seconds[name]), losses[name], color=COLORS[name], label=name, linewidth=1.2)
-    axis.set(xlabel="seconds of training", ylabel="loss", yscale="log")
+        smooth = np.convolve(losses[name], np.full(window, 1 / window), mode="valid")
+        axis.plot(np.cumsum(seconds[name])[window - 1 :], smooth, color=COLORS[name], label=name, linewidth=1.2)
+    axis.set(xlabel="seconds of training", ylabel=f"loss, mean of {window} steps", yscale="log")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,8 +218,8 @@ def picture(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100, help="training steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="clips per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="clips per step (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=32, help="hidden channels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="10 steps, 2 clips: a look at whether it runs")

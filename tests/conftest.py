@@ -30,3 +30,12 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def native_ops():
+    """`torch.ops.convfast` with its fakes."""
+    reason = backends.available("conv_lstm")["cpu"]
+    if reason is not True:
+        pytest.skip(f"native library: {reason}")
+    return torch.ops.convfast

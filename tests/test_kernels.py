@@ -52,7 +52,8 @@ def everything(dtype: type) -> np.ndarray:
     bits, step = (np.uint32, 4999) if dtype is np.float32 else (np.uint64, 9_000_000_000_001 * 7)
     spread = np.arange(0, np.iinfo(bits).max, step, dtype=bits).view(dtype)
     special = [0.0, -0.0, np.inf, -np.inf, np.nan, np.finfo(dtype).smallest_subnormal, np.finfo(dtype).max]
-    return np.concatenate([spread, np.linspace(-100, 100, 200_001), np.linspace(-1, 1, 100_001), special]).astype(dtype)
+    near = [np.linspace(-100, 100, 200_001), np.linspace(-1, 1, 100_001), special]
+    return np.concatenate([spread, *(np.asarray(x, dtype) for x in near)])
 
 
 def ulps(found: np.ndarray, exact: np.ndarray) -> float:
@@ -85,7 +86,9 @@ def test_tanh_over_the_whole_range(kernels: ModuleType, isa: str, dtype: type) -
     x, found = x[~np.isnan(x)], found[~np.isnan(x)]
     assert found.min() == -1 and found.max() == 1
     np.testing.assert_array_equal(np.signbit(found), np.signbit(x))
-    assert ulps(found, np.tanh(x.astype(np.longdouble))) <= 4
+    # float32 is x P(x^2) / Q(x^2). With FMA, at |x| = 9, where they count most: 3 roundings in P, 3.4 in Q, 0.5 in x^2,
+    # one in each product, 2 in the reciprocal, 0.3 in the fit.
+    assert ulps(found, np.tanh(x.astype(np.longdouble))) <= (11.2 if dtype is np.float32 else 4)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -93,12 +96,12 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def cell(z: np.ndarray, c_prev: np.ndarray, peephole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shi et al. 2015, eq. 3, in the precision of z -> c, h, activated."""
-    i, f = sigmoid(z[0] + peephole[0] * c_prev), sigmoid(z[1] + peephole[1] * c_prev)
-    g = np.tanh(z[2])
+    """Shi et al. 2015, eq. 3: z [rows, 4, n], c_prev [rows, n], peephole [3, rows, n] -> c, h, activated gates."""
+    i, f = sigmoid(z[:, 0] + peephole[0] * c_prev), sigmoid(z[:, 1] + peephole[1] * c_prev)
+    g = np.tanh(z[:, 2])
     c = f * c_prev + i * g
-    o = sigmoid(z[3] + peephole[2] * c)
-    return c, o * np.tanh(c), np.stack([i, f, g, o])
+    o = sigmoid(z[:, 3] + peephole[2] * c)
+    return c, o * np.tanh(c), np.stack([i, f, g, o], axis=1)
 
 
 def close(found: np.ndarray, exact: np.ndarray, factor: float = 16) -> None:
@@ -108,38 +111,39 @@ def close(found: np.ndarray, exact: np.ndarray, factor: float = 16) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 3, 16, 37])
+@pytest.mark.parametrize("rows, n", [(1, 1), (3, 3), (2, 16), (2, 37)])
 @pytest.mark.parametrize("options", [(), ("c",), ("c", "peephole")], ids=lambda options: "+".join(options) or "z")
-def test_cell(kernels: ModuleType, isa: str, dtype: type, n: int, options: tuple[str, ...]) -> None:
+def test_cell(kernels: ModuleType, isa: str, dtype: type, rows: int, n: int, options: tuple[str, ...]) -> None:
     random = np.random.default_rng(n)
-    z, dh, dc = (random.normal(size=shape).astype(dtype) for shape in ((4, n), (n,), (n,)))
-    c_prev = random.normal(size=n).astype(dtype) if "c" in options else None
-    peephole = random.normal(size=(3, n)).astype(dtype) if "peephole" in options else None
-    wide = [np.zeros(shape) if a is None else a.astype(np.float64) for a, shape in ((c_prev, n), (peephole, (3, n)))]
-    exact = cell(z.astype(np.float64), *wide)
+    shape = (rows, n)
+    z, dh, dc = (random.normal(size=size).astype(dtype) for size in ((rows, 4, n), shape, shape))
+    c_prev = random.normal(size=shape).astype(dtype) if "c" in options else None
+    peephole = random.normal(size=(3, *shape)).astype(dtype) if "peephole" in options else None
+    wide = [
+        z.astype(np.float64),
+        np.zeros(shape) if c_prev is None else c_prev.astype(np.float64),
+        np.zeros((3, *shape)) if peephole is None else peephole.astype(np.float64),
+    ]
     found = kernels.cell_forward(isa, z, c_prev, peephole)
-    for a, b in zip(found, exact, strict=True):
+    for a, b in zip(found, cell(*wide), strict=True):
         close(a, b)
 
     c, _, activated = found
     dz, dc_prev, dpeephole = kernels.cell_backward(isa, activated, c, c_prev, dh, dc, peephole)
 
-    def loss(z: np.ndarray, c_prev: np.ndarray, peephole: np.ndarray) -> np.ndarray:
-        c, h, _ = cell(z, c_prev, peephole)
-        return h * dh + c * dc
+    # The cells are independent, so one complex step in an argument gives the exact derivative of every cell.
+    def derivative(argument: int, where: tuple[slice | int, ...] = ()) -> np.ndarray:
+        inputs = [a.astype(np.complex128) for a in wide]
+        inputs[argument][where] += 1e-30j
+        c, h, _ = cell(*inputs)
+        return (h * dh + c * dc).imag / 1e-30
 
-    # The cells are independent, so one complex step per argument row gives the exact derivative of every cell.
-    def derivative(argument: int, row: int | None) -> np.ndarray:
-        inputs = [a.astype(np.complex128) for a in (z, *wide)]
-        inputs[argument][... if row is None else row] += 1e-30j
-        return loss(*inputs).imag / 1e-30
-
-    close(dz, np.stack([derivative(0, row) for row in range(4)]), 64)
-    close(dc_prev, derivative(1, None), 64)
+    close(dz, np.stack([derivative(0, (slice(None), gate)) for gate in range(4)], axis=1), 64)
+    close(dc_prev, derivative(1), 64)
     if peephole is None:
         assert dpeephole is None
     else:
-        close(dpeephole, np.stack([derivative(2, row) for row in range(3)]), 64)
+        close(dpeephole, np.stack([derivative(2, (gate,)) for gate in range(3)]), 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -41,9 +41,11 @@ native.BUILD_FILE = Path(sys.argv[2])
 native.PACKAGE = Path(sys.argv[2]).parent
 """
 LOAD = """
-import torch
-why = native.reason()
-print(f"failed: {why}" if why else f"{torch.ops.convfast.number()} from {native.origin()}")
+if why := native.reason():
+    print(f"failed: {why}")
+else:
+    import torch
+    print(f"{torch.ops.convfast.number()} from {native.origin()}")
 """
 
 
@@ -302,3 +304,33 @@ def test_failure_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(native.NativeUnavailable, match="a surprise"):
         native.load()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("asked, name", [("default", "baseline"), ("avx2", "avx2"), ("avx512", "avx512")])
+def test_forced_instruction_set_gives_the_same_numbers(asked: str, name: str) -> None:
+    if why := native.reason():
+        pytest.skip(f"native library: {why}")
+    code = """
+import torch, convfast
+torch.manual_seed(0)
+def leaf(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+tensors = leaf(2, 4, 3, 7, 9), 0.3 * leaf(20, 3, 3, 3), 0.3 * leaf(20, 5, 3, 3), leaf(20), leaf(3, 5, 7, 9)
+def run(dtype, backend):
+    leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+    out, (h, c) = convfast.conv_lstm(*leaves, backend=backend)
+    (out.sin().sum() + h.sum() + c.square().sum()).backward()
+    return [t.double() for t in (out, h, c, *(leaf.grad for leaf in leaves))]
+exact = run(torch.float64, "reference")
+worst = [max(((a - b).norm() / b.norm()).item() for a, b in zip(run(dtype, "cpu"), exact, strict=True))
+         for dtype in (torch.float32, torch.float64)]
+print(torch.backends.cpu.get_cpu_capability(), torch.ops.convfast.cpu_capability(), *worst)
+"""
+    env = os.environ | {"ATEN_CPU_CAPABILITY": asked, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    torchs, ours, single, double = done.stdout.split()
+    if torchs != asked.upper():
+        pytest.skip(f"this machine has no {asked}: torch itself takes {torchs}")
+    assert ours == name
+    assert float(single) < 1e-5 and float(double) < 1e-13

@@ -4,6 +4,7 @@ from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 _GATES = "ifco"  # our i, f, g, o; what we call g is c there
 _PEEPHOLES = "ifo"
@@ -37,11 +38,10 @@ def convert_cell(
 
     theirs = [f"{source}Wc{gate}" for gate in _PEEPHOLES]
     found = [state_dict.pop(name) for name in theirs] if all(name in state_dict for name in theirs) else None
-    if peephole is not None:
-        # A peephole without a size yet is zero too, and stands for itself.
-        lazy = torch.nn.parameter.is_lazy(peephole)
-        missing = peephole if lazy else torch.zeros_like(peephole)
-        state_dict[f"{prefix}peephole{suffix}"] = missing if found is None else torch.cat(found)
+    if peephole is not None and found is not None:
+        state_dict[f"{prefix}peephole{suffix}"] = torch.cat(found)
+    elif peephole is not None and not isinstance(peephole, UninitializedParameter):
+        state_dict[f"{prefix}peephole{suffix}"] = torch.zeros_like(peephole)
     elif found is not None and any(p.count_nonzero() for p in found):
         return [f"{', '.join(theirs)} are peepholes that are not zero, expected zeros (pass peephole=True to use them)"]
     return []

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..ops.conv_lstm import _PADDING_MODES as PADDING_MODES
 from ..reference.padded_conv import same_padding
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 Numbers = int | tuple[int, ...]
 
 
@@ -54,8 +54,10 @@ def _padding(owner: str, value: Any, kernel: tuple[int, ...], dilation: tuple[in
     return found, tuple(p for p in found for _ in range(2))
 
 
-def make_layers(owner: str, dims: int, input_channels: int, hidden: Sequence[int], directions: int, **options: Any):
-    """→ list[Layer]. An option that is a list has one entry per layer, any other holds for every layer."""
+def make_layers(
+    owner: str, dims: int, input_channels: int, hidden: Sequence[int], directions: int, **options: Any
+) -> list[Layer]:
+    """An option that is a list has one entry per layer, any other holds for every layer."""
     if not isinstance(input_channels, int) or input_channels < 0:
         raise ValueError(f"{owner}: input_channels is {input_channels!r}, expected an int >= 0 (0: no input)")
     if not hidden or not all(isinstance(c, int) and c > 0 for c in hidden):

@@ -40,6 +40,8 @@ def check_shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The type that autocast wants on the tensor's device, None outside autocast."""
     device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
@@ -56,6 +58,9 @@ def forward_mode() -> bool:
 
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether the call has to go through the autograd.Function."""
+    # A program that is exported has no backward: nothing is to be kept for one.
+    if torch.compiler.is_exporting():
+        return False
     # Under vmap a tensor hides that a level further out differentiates it.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True

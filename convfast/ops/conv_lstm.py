@@ -53,16 +53,16 @@ def conv_lstm(
     (rounded down) before.
 
     Args:
-        input: `[B, T, Cin, *S]`, any memory layout; an expanded frame (stride 0 over time) is convolved once. None for
-            no input, then `steps` and `state` are needed. `[B, T, 4C, *S']` with `weight_ih` None: the input
-            convolution, already computed.
+        input: `[B, T, Cin, *S]`, any memory layout; or `[B, 1, Cin, *S]` and `steps`: that frame at every step,
+            convolved once. None for no input, then `steps` and `state` are needed. `[B, T, 4C, *S']` with `weight_ih`
+            None: the input convolution, already computed.
         weight_ih: `[4C, Cin / groups, *K]`, gates in the order i f g o.
         weight_hh: `[4C, C, *K']`.
         bias: `[4C]`.
         peephole: `[3, C, *S']` for i, f and o.
         state: `(h, c)`, each `[B, C, *S']` or None for zero; c may be float32 where the rest is narrower.
         lengths: `[B]` integers in 0..T; the state stops at each sample's length and outputs past it are zero.
-        steps: number of steps without input.
+        steps: number of steps T; needed only without input, or to repeat the one frame of `input`.
         reverse: read each sample from its last frame to its first; outputs stay with their frames.
         memory: what is kept for the backward: "fast" the activated gates and c, "lean" only c.
         backend: a name from `convfast.available("conv_lstm")`; None takes the best.
@@ -107,10 +107,16 @@ def conv_lstm(
     lengths = _check_lengths(lengths, batch, time, weight_hh.device)
     name = backends.select(_OP, backend, weight_hh.device.type)
 
-    repeated = input is not None and input.shape[1] > 1 and input.stride(1) == 0
-    if input is not None and weight_ih is not None and (repeated or groups > 1):
-        input = _input_convolution(input, weight_ih, stride, pads, dilation, padding_mode, groups, repeated)
-        weight_ih = None
+    if input is not None and weight_ih is not None:
+        # The gradient of an expanded frame, unlike its result, has T parts; only a frame that is given once has one.
+        repeated = input.stride(1) == 0 and input.shape[1] > 1 and not needs_function(input)
+        if repeated:
+            input = input[:, :1]
+        if groups > 1 or input.shape[1] < time:
+            input = _input_convolution(input, weight_ih, stride, pads, dilation, padding_mode, groups)
+            weight_ih = None
+    if input is not None and input.shape[1] < time:
+        input = input.expand(-1, time, *[-1] * (dims + 1))
 
     operands = (input, weight_ih, weight_hh, bias, peephole, h0, c0)
     options = (time, stride, pads, dilation, padding_mode, reverse)
@@ -213,9 +219,9 @@ def _check_input(
         raise ValueError(f"{_OP}: input has 0 time steps, expected at least 1 ({legend})")
     if 0 in input.shape[3:]:
         raise ValueError(f"{_OP}: input has an empty frame, expected at least 1 pixel ({legend})")
-    if steps is not None and steps != input.shape[1]:
+    if steps is not None and input.shape[1] not in (1, steps):
         raise ValueError(f"{_OP}: steps is {steps}, expected None or the {input.shape[1]} steps of input ({legend})")
-    return input.shape[0], input.shape[1], list(input.shape[3:])
+    return input.shape[0], input.shape[1] if steps is None else steps, list(input.shape[3:])
 
 
 def _output_size(
@@ -270,14 +276,11 @@ def _input_convolution(
     dilation: list[int],
     padding_mode: str,
     groups: int,
-    repeated: bool,
 ) -> Tensor:
-    """`[B, T, 4C, *S']` by the library's convolution, once per distinct frame."""
-    frames = input[:, 0] if repeated else input.flatten(0, 1)
+    """`[B, T, 4C, *S']` by the library's convolution."""
+    frames = input.flatten(0, 1)
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(frames.ndim, torch.contiguous_format)
     gates = conv(frames.contiguous(memory_format=layout), weight_ih, None, stride, pads, dilation, padding_mode, groups)
-    if repeated:
-        return gates.unsqueeze(1).expand(-1, input.shape[1], *[-1] * (gates.ndim - 1))
     return gates.unflatten(0, input.shape[:2])
 
 
@@ -351,13 +354,12 @@ def register_fakes() -> None:
         batch, channels, dtype = source.shape[0], w_hh.shape[1], state_dtype(w_hh.dtype)
         sequence, state = [batch, time, channels, *space], [batch, channels, *space]
         gates = [batch, time, 4 * channels, *space]
-        none = w_hh.new_empty(0, dtype=dtype)
         return (
             empty_channels_last(w_hh, sequence, 2, w_hh.dtype),
             empty_channels_last(w_hh, state, 1, w_hh.dtype),
             empty_channels_last(w_hh, state, 1, dtype),
-            none if save == "none" else empty_channels_last(w_hh, sequence, 2, dtype),
-            empty_channels_last(w_hh, gates, 2, dtype) if save == "fast" else none.clone(),
+            w_hh.new_empty(0, dtype=dtype) if save == "none" else empty_channels_last(w_hh, sequence, 2, dtype),
+            empty_channels_last(w_hh, gates, 2, dtype) if save == "fast" else w_hh.new_empty(0, dtype=dtype),
         )
 
     @torch.library.register_fake("convfast::conv_lstm_backward")
@@ -384,13 +386,17 @@ def register_fakes() -> None:
         reverse: bool,
         needs: list[int],
     ) -> tuple[Tensor, ...]:
-        def like(tensor: Tensor | None, need: int, channel_dim: int | None) -> Tensor:
-            if not need:
-                return w_hh.new_empty(0)
-            if channel_dim is None:
-                return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-            return empty_channels_last(w_hh, list(tensor.shape), channel_dim, tensor.dtype)
+        def weight(tensor: Tensor | None, need: int) -> Tensor:
+            return tensor.new_empty(tensor.shape) if need else w_hh.new_empty(0)
 
-        dims = (2, None, None, None, None, 1, 1)
-        *grads, dc0 = map(like, (x, w_ih, w_hh, bias, peephole, h0, c0), needs, dims)
-        return *grads, dc0 if needs[6] else c.new_empty(0)
+        def state(tensor: Tensor | None, need: int, dtype: torch.dtype) -> Tensor:
+            if need:
+                return empty_channels_last(tensor, list(tensor.shape), 1, tensor.dtype)
+            return w_hh.new_empty(0, dtype=dtype)
+
+        return (
+            torch.empty_like(x) if needs[0] else w_hh.new_empty(0),
+            *map(weight, (w_ih, w_hh, bias, peephole), needs[1:5]),
+            state(h0, needs[5], w_hh.dtype),
+            state(c0, needs[6], state_dtype(w_hh.dtype)),
+        )

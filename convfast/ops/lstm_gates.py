@@ -94,6 +94,8 @@ class _LSTMGates(torch.autograd.Function):
             grads = reference.lstm_gates_backward(activated, c, c_out, peephole, dh, dc_out, needs, dactivated)
         else:
             backward = backends.function(ctx.backend, "lstm_gates_backward")
+            if dh is None:
+                dh = torch.zeros_like(c_out, dtype=ctx.dtype)  # its dtype tells the kernel that of dgates
             grads = backward(activated, c, c_out, peephole, dh, dc_out, needs)
         dgates, dc, dpeephole = grads
         return (
@@ -132,9 +134,8 @@ def register_fakes() -> None:
         needs: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = activated.dtype if dh is None else dh.dtype
-        none = activated.new_empty(0)
         return (
-            _fake_like(activated, list(activated.shape), dtype) if needs[0] else none.to(dtype),
-            _fake_like(activated, list(c_out.shape), activated.dtype) if needs[1] else none,
-            torch.empty_like(peephole, memory_format=torch.contiguous_format) if needs[2] else none,
+            _fake_like(activated, list(activated.shape), dtype) if needs[0] else activated.new_empty(0, dtype=dtype),
+            _fake_like(activated, list(c_out.shape), activated.dtype) if needs[1] else activated.new_empty(0),
+            peephole.new_empty(peephole.shape) if needs[2] else activated.new_empty(0, dtype=dtype),
         )

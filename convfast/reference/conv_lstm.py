@@ -205,7 +205,7 @@ def conv_lstm_backward(
         flat = (dgates_wide.flatten(0, 1), c_before.flatten(0, 1), c.flatten(0, 1))
         dpeephole = peephole_backward(*flat).to(peephole.dtype)
     return (
-        channels_last(dx, 2) if needs[0] else None,
+        dx if needs[0] else None,
         dw_ih,
         dw_hh,
         dbias,

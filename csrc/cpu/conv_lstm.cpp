@@ -409,6 +409,10 @@ struct Engine {
     if (defined(in.c0)) pack_state(*in.c0, plain_maps(), c_last);
     else clear(c_last, p.batch * state);
 
+    // Larger than a cache, the saved gates would only drive out what the next step needs.
+    const bool stream_gates = keep_gates && gates.numel() * sizeof(T) > (size_t(32) << 20) && c1 % kBlock == 0 &&
+                              reinterpret_cast<uintptr_t>(gates_all) % 64 == 0;
+
     ConvLSTMStep<T> s = step_arguments(weights, bias);
     std::vector<long> out_sample;
     for (long step = 0; step < p.time; ++step) {
@@ -425,6 +429,7 @@ struct Engine {
       s.c_frame = keep_c ? p.time * state : state;
       s.gates = keep_gates ? gates_all + 4 * step * state : nullptr;
       s.gates_frame = 4 * p.time * state;
+      s.stream_gates = stream_gates;
       s.h_frames = kNarrow || step + 1 < p.time ? h_frames[(step + 1) % 2] + h_origin() : nullptr;
       s.h_frame = h_layout.frame;
       s.h_map = h_layout.map;
@@ -633,11 +638,10 @@ struct Backward : Engine<A> {
         wgrads.push_back(g);
       }
 
-    Tensor dx = need_dx ? Base::new_channels_last(shape_of(*in.x), narrow) : empty_cpu({0}, narrow);
-    const long in_frame = need_dx ? in.x->numel() / std::max<long>(1, p.batch * p.time) : 0;
-    if (need_dx)
-      for (long b = 0; b < p.batch; ++b)
-        Base::clear(Base::out_data(dx) + (b * p.time + p.lengths[b]) * in_frame, (p.time - p.lengths[b]) * in_frame);
+    Tensor dx = need_dx ? torch::stable::empty_like(*in.x) : empty_cpu({0}, narrow);  // in x's own layout
+    const bool all_frames = std::all_of(p.lengths.begin(), p.lengths.end(), [&](long n) { return n == p.time; });
+    if (need_dx && !all_frames) torch::stable::zero_(dx);
+    else if (need_dx && poison_requested() && dx.numel()) poison(dx.mutable_data_ptr(), dx.numel() * dx.element_size());
 
     // lean: gates of one step, recomputed.
     ConvLSTMStep<T> again{};
@@ -710,9 +714,9 @@ struct Backward : Engine<A> {
       if (dcol) {
         const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, w_here, kx, long(here.column.size()), dcol, kx_padded};
         parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
-        gather_dx(active, step, dcol, kx_padded, gd, gh, gw, Base::out_data(dx), in_frame);
+        gather_dx(active, step, dcol, kx_padded, gd, gh, gw, dx);
       } else if (need_dx) {
-        unpack_dgates(active, step, dgates, Base::out_data(dx));
+        unpack_dgates(active, step, dgates, dx);
       }
       run_weight_grads(wgrads, r, has_h, need_whh ? h_frames : nullptr);
     }
@@ -756,45 +760,48 @@ struct Backward : Engine<A> {
   }
 
   // dx[q] = sum over the (tap, output) pairs that read q of dcol[output, tap].
-  void gather_dx(const std::vector<long>& active, long step, const T* dcol, long ld, const Gather& gd, const Gather& gh, const Gather& gw, A* dx,
-                 long in_frame) {
+  void gather_dx(const std::vector<long>& active, long step, const T* dcol, long ld, const Gather& gd, const Gather& gh, const Gather& gw,
+                 const Tensor& dx) {
     const long n = p.in.rows(), ci = p.x_channels;
+    const FrameStrides strides = frame_strides(dx, 2);
     parallel(active.size() * n, [&](long begin, long end) {
       std::vector<T> sum(p.in.w * ci);
+      std::vector<const T*> rows, terms;  // terms may repeat a tap where padding shows a pixel more than once
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n], d = (r % n) / p.in.h, y = (r % n) % p.in.h;
-        std::fill(sum.begin(), sum.end(), T(0));
+        rows.clear();
         for (long i = gd.begin[d]; i < gd.begin[d + 1]; ++i)
           for (long j = gh.begin[y]; j < gh.begin[y + 1]; ++j) {
             const auto [td, od] = gd.pairs[i];
             const auto [th, oh] = gh.pairs[j];
-            const T* row = dcol + (s * pixels + (od * p.out.h + oh) * p.out.w) * ld + (td * p.x_conv.kernel.h + th) * p.x_conv.kernel.w * ci;
-            for (long x = 0; x < p.in.w; ++x)
-              for (long q = gw.begin[x]; q < gw.begin[x + 1]; ++q) {
-                const T* src = row + gw.pairs[q].second * ld + gw.pairs[q].first * ci;
-                T* dst = sum.data() + x * ci;
-                for (long c = 0; c < ci; ++c) dst[c] += src[c];
-              }
+            rows.push_back(dcol + (s * pixels + (od * p.out.h + oh) * p.out.w) * ld + (td * p.x_conv.kernel.h + th) * p.x_conv.kernel.w * ci);
           }
-        A* dst = dx + (s * p.time + p.frame_of(s, step)) * in_frame + (r % n) * p.in.w * ci;
-        for (long i = 0; i < p.in.w * ci; ++i) dst[i] = static_cast<A>(sum[i]);
+        for (long x = 0; x < p.in.w; ++x) {
+          terms.clear();
+          for (const T* row : rows)
+            for (long q = gw.begin[x]; q < gw.begin[x + 1]; ++q) terms.push_back(row + gw.pairs[q].second * ld + gw.pairs[q].first * ci);
+          k.sum_rows(terms.size(), terms.data(), ci, sum.data() + x * ci);
+        }
+        A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + d * strides.d + y * strides.h;
+        unpack_row(sum.data(), ci, p.in.w, ci, dst, strides.w, strides.c);
       }
     });
   }
 
   // x was the input convolution's result: its gradient is dgates, in plain gate order.
-  void unpack_dgates(const std::vector<long>& active, long step, const T* dgates, A* dx) {
+  void unpack_dgates(const std::vector<long>& active, long step, const T* dgates, const Tensor& dx) {
     const long n_rows = p.out.rows();
+    const FrameStrides strides = frame_strides(dx, 2);
     parallel(active.size() * n_rows, [&](long begin, long end) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n_rows], row = r % n_rows;
         const long at = origin + row / p.out.h * pixel_map.depth + row % p.out.h * pixel_map.height;
-        A* dst = dx + (s * p.time + p.frame_of(s, step)) * 4 * state + row * p.out.w * 4 * c1;
+        A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + row / p.out.h * strides.d + row % p.out.h * strides.h;
         for (long b = 0; b < p.blocks(); ++b) {
           const long n = p.block_channels(b), ch = b * kBlock;
           const T* src = dgates + 4 * (p.batch * padded_pixels * ch + (s * padded_pixels + at) * n);
           for (long gate = 0; gate < 4; ++gate)
-            unpack_row(src + gate * n, 4 * n, p.out.w, n, dst + gate * c1 + ch, 4 * c1, 1);
+            unpack_row(src + gate * n, 4 * n, p.out.w, n, dst + (gate * c1 + ch) * strides.c, strides.w, strides.c);
         }
       }
     });

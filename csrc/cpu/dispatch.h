@@ -4,7 +4,9 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <cmath>
+#include <dlfcn.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -67,26 +69,41 @@ auto switch_dtype(const char* op, const char* argument, const Tensor& t, const F
 
 inline bool defined(const OptionalTensor& t) { return t.has_value(); }
 
-inline Tensor fresh(Tensor t) {
-  const size_t bytes = t.numel() * t.element_size();
-  if (bytes) prefer_huge_pages(t.mutable_data_ptr(), bytes);
-  if (bytes && poison_requested()) poison(t.mutable_data_ptr(), bytes);
-  return t;
+// torch_from_blob came with torch 2.11, and the library asks for 2.10: looked up, until 2.11 is the least.
+using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t, AtenTensorHandle*,
+                                    int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
+inline FromBlob from_blob_function() {
+  static const auto function = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return function;
 }
 
-// Uninitialised, with the strides of a contiguous tensor whose dims lie in the order `order` (outermost first).
+// Uninitialised, with the strides of a contiguous tensor whose dims lie in the order `order` (outermost first). Large ones live in
+// the pool, and go back to it with their last reference.
 inline Tensor empty_ordered(const std::vector<int64_t>& shape, const std::vector<int64_t>& order, ScalarType dtype) {
+  constexpr int64_t kLarge = 1 << 20;
   std::vector<int64_t> strides(shape.size());
-  int64_t step = 1;
+  int64_t step = 1, elements = 1;
   for (size_t i = order.size(); i-- > 0;) {
     strides[order[i]] = step;
-    step *= shape[order[i]] > 0 ? shape[order[i]] : 1;
+    step *= std::max<int64_t>(1, shape[order[i]]);
+    elements *= shape[order[i]];
   }
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), cpu = aoti_torch_device_type_cpu();
+  const int64_t bytes = elements * int64_t(aoti_torch_dtype_element_size(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      shape.size(), shape.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return fresh(Tensor(handle));
+  if (bytes >= kLarge && from_blob_function()) {
+    const auto [data, size] = borrow(bytes);
+    const auto back = [](void* data, void* size) { give_back(data, reinterpret_cast<size_t>(size)); };
+    const AOTITorchError error = from_blob_function()(data, shape.size(), shape.data(), strides.data(), 0, type, cpu, -1, &handle,
+                                                      aoti_torch_layout_strided(), nullptr, 0, back, reinterpret_cast<void*>(size));
+    if (error != AOTI_TORCH_SUCCESS) give_back(data, size);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
+    return Tensor(handle);
+  }
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type, cpu, 0, &handle));
+  Tensor t(handle);
+  if (bytes && poison_requested()) poison(t.mutable_data_ptr(), bytes);
+  return t;
 }
 
 inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {

@@ -249,6 +249,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& activated, const Optio
         for (long x = 0; x < l.pixels; ++x)
           out[(g * l.channels + ch) * l.pixels + x] = static_cast<A>(dp_data[g * plane + (l.last ? x * l.channels + ch : ch * l.pixels + x)]);
   }
+  if (!needs[0]) dgates = empty_cpu({0}, scalar_type<A>());
+  if (!needs[1]) dc = empty_cpu({0}, scalar_type<T>());
   return {dgates, dc, dp};
 }
 
@@ -273,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_gates_backward(Tensor activated, Optiona
   make_layout(kBackward, "activated", activated);
   const ScalarType wide = activated.scalar_type();
   // The narrow type is that of whoever has it; all wide: the wide type itself.
-  const Tensor& typed = defined(dh) ? *dh : defined(peephole) ? *peephole : activated;
+  const Tensor& typed = defined(dh) ? *dh : defined(peephole) ? *peephole : defined(c) ? *c : activated;
   const auto shape = state_shape(activated);
   CONVFAST_CHECK(needs.size() == 3, kBackward, "needs", "3 flags", needs.size());
   check_shape(kBackward, "c_out", c_out, shape);

@@ -36,7 +36,7 @@ Pool& pool() {
 
 }  // namespace
 
-void* Workspace::take_bytes(size_t bytes) {
+std::pair<void*, size_t> borrow(size_t bytes) {
   const size_t unit = bytes >= kHugePage ? kHugePage : 4096;
   bytes = (bytes + unit - 1) / unit * unit;
   Pool& p = pool();
@@ -46,7 +46,7 @@ void* Workspace::take_bytes(size_t bytes) {
     size_t best = p.idle.size();
     for (size_t i = 0; i < p.idle.size(); ++i) {
       const size_t size = p.idle[i].second;
-      if (size >= bytes && size <= 2 * bytes && (best == p.idle.size() || size < p.idle[best].second)) best = i;
+      if (size >= bytes && size <= bytes + bytes / 4 && (best == p.idle.size() || size < p.idle[best].second)) best = i;
     }
     if (best != p.idle.size()) {
       buffer = p.idle[best];
@@ -56,25 +56,31 @@ void* Workspace::take_bytes(size_t bytes) {
   }
   if (!buffer.first) {
     if (posix_memalign(&buffer.first, unit, bytes) != 0) throw std::bad_alloc();
-    prefer_huge_pages(buffer.first, bytes);
+    if (unit == kHugePage) madvise(buffer.first, bytes, MADV_HUGEPAGE);  // a hint: failure is no error
   }
   if (poison_requested()) poison(buffer.first, buffer.second);
-  taken_.push_back(buffer);
-  return buffer.first;
+  return buffer;
 }
 
-Workspace::~Workspace() {
+void give_back(void* data, size_t bytes) {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
-  for (const auto& buffer : taken_) {
-    p.idle.push_back(buffer);
-    p.idle_bytes += buffer.second;
-  }
+  p.idle.emplace_back(data, bytes);
+  p.idle_bytes += bytes;
   while (p.idle_bytes > kMostIdle) {
     p.idle_bytes -= p.idle.front().second;
     free(p.idle.front().first);
     p.idle.erase(p.idle.begin());
   }
+}
+
+void* Workspace::take_bytes(size_t bytes) {
+  taken_.push_back(borrow(bytes));
+  return taken_.back().first;
+}
+
+Workspace::~Workspace() {
+  for (const auto& [data, bytes] : taken_) give_back(data, bytes);
 }
 
 void release_workspace() {
@@ -94,12 +100,6 @@ bool poison_requested() {
 }
 
 void poison(void* data, size_t bytes) { std::memset(data, 0xff, bytes); }  // a NaN in every floating dtype
-
-void prefer_huge_pages(void* data, size_t bytes) {
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is no error
-}
 
 }  // namespace cpu
 }  // namespace convfast

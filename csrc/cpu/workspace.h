@@ -1,4 +1,4 @@
-// Scratch memory that outlives a call: fresh pages cost more than many a kernel.
+// Memory that outlives a call, for scratch and for large outputs: fresh pages cost more than many a kernel.
 #pragma once
 #include <cstddef>
 #include <utility>
@@ -28,12 +28,13 @@ class Workspace {
 
 void release_workspace();
 
+// The pool itself. A buffer has at least `bytes` bytes; what it really has goes back with it.
+std::pair<void*, size_t> borrow(size_t bytes);
+void give_back(void* data, size_t bytes);
+
 // CONVFAST_POISON=1: fresh memory is filled with NaN, so that a test sees whoever reads it unwritten.
 bool poison_requested();
 void poison(void* data, size_t bytes);
-
-// Large fresh outputs: ask for huge pages before the first touch.
-void prefer_huge_pages(void* data, size_t bytes);
 
 }  // namespace cpu
 }  // namespace convfast

@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/kernels/kernels.h"
@@ -67,17 +68,26 @@ static Array<T> map(const std::string& isa, const Array<T>& x) {
   return y;
 }
 
-// z [4, n], c_prev [n], peephole [3, n] -> (c [n], h [n], activated [4, n])
+// Cells: z [rows, 4, n], c_prev [rows, n], peephole [3, rows, n] -> (c [rows, n], h [rows, n], activated [rows, 4, n])
+template <class T>
+static CellSpan<T> span(py::ssize_t rows, py::ssize_t n) {
+  CellSpan<T> p = {};
+  p.n = p.z_stride = p.activated_stride = p.dz_stride = n;
+  p.rows = rows;
+  p.z_next = p.activated_next = p.dz_next = 4 * n;
+  p.peephole_stride = rows * n;
+  return p;
+}
+
 template <class T>
 static py::tuple cell_forward(const std::string& isa, const Array<T>& z, const OptionalArray<T>& c_prev,
                               const OptionalArray<T>& peephole) {
-  const py::ssize_t n = z.shape(1);
-  check<T>(z, "z", {4, n});
-  check(c_prev, "c_prev", {n});
-  check(peephole, "peephole", {3, n});
-  Array<T> c(n), h(n), activated({py::ssize_t(4), n});
-  CellSpan<T> p = {};
-  p.n = p.z_stride = p.peephole_stride = n;
+  const py::ssize_t rows = z.shape(0), n = z.shape(2);
+  check<T>(z, "z", {rows, 4, n});
+  check(c_prev, "c_prev", {rows, n});
+  check(peephole, "peephole", {3, rows, n});
+  Array<T> c = zeros<T>({rows, n}), h = zeros<T>({rows, n}), activated = zeros<T>({rows, 4, n});
+  CellSpan<T> p = span<T>(rows, n);
   p.z = z.data();
   p.c_prev = data(c_prev);
   p.peephole = data(peephole);
@@ -88,25 +98,22 @@ static py::tuple cell_forward(const std::string& isa, const Array<T>& z, const O
   return py::make_tuple(c, h, activated);
 }
 
-// activated [4, n], c [n], c_prev, dh, dc [n], peephole [3, n] -> (dz [4, n], dc_prev [n], dpeephole [3, n] or None)
+// -> (dz [rows, 4, n], dc_prev [rows, n], dpeephole [3, rows, n] or None)
 template <class T>
-static py::tuple cell_backward(const std::string& isa, const Array<T>& activated, const Array<T>& c,
-                               const OptionalArray<T>& c_prev, const OptionalArray<T>& dh, const OptionalArray<T>& dc,
+static py::tuple cell_backward(const std::string& isa, Array<T> activated, Array<T> c, const OptionalArray<T>& c_prev,
+                               const OptionalArray<T>& dh, const OptionalArray<T>& dc,
                                const OptionalArray<T>& peephole) {
-  const py::ssize_t n = activated.shape(1);
-  check<T>(activated, "activated", {4, n});
-  check<T>(c, "c", {n});
-  check(c_prev, "c_prev", {n});
-  check(dh, "dh", {n});
-  check(dc, "dc", {n});
-  check(peephole, "peephole", {3, n});
-  Array<T> dz({py::ssize_t(4), n}), dc_prev(n);
+  const py::ssize_t rows = activated.shape(0), n = activated.shape(2);
+  check<T>(activated, "activated", {rows, 4, n});
+  for (const auto& [name, a] : {std::pair{"c", OptionalArray<T>(c)}, {"c_prev", c_prev}, {"dh", dh}, {"dc", dc}})
+    check(a, name, {rows, n});
+  check(peephole, "peephole", {3, rows, n});
+  Array<T> dz = zeros<T>({rows, 4, n}), dc_prev = zeros<T>({rows, n});
   OptionalArray<T> dpeephole;
-  if (peephole) dpeephole = zeros<T>({3, n});
-  CellSpan<T> p = {};
-  p.n = p.z_stride = p.peephole_stride = n;
-  p.z = activated.data();
-  p.c = const_cast<T*>(c.data());  // read only in backward
+  if (peephole) dpeephole = zeros<T>({3, rows, n});
+  CellSpan<T> p = span<T>(rows, n);
+  p.activated = activated.mutable_data();
+  p.c = c.mutable_data();
   p.c_prev = data(c_prev);
   p.dh = data(dh);
   p.dc = data(dc);

@@ -71,10 +71,17 @@ static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
         if (h) S::store(h + at, r.h);
         if (gates) {
           T* q = gates + i * c4 + j;
-          S::store(q, r.i);
-          S::store(q + p.channels, r.f);
-          S::store(q + 2 * p.channels, r.g);
-          S::store(q + 3 * p.channels, r.o);
+          if (p.stream_gates) {
+            S::stream(q, r.i);
+            S::stream(q + p.channels, r.f);
+            S::stream(q + 2 * p.channels, r.g);
+            S::stream(q + 3 * p.channels, r.o);
+          } else {
+            S::store(q, r.i);
+            S::store(q + p.channels, r.f);
+            S::store(q + 2 * p.channels, r.g);
+            S::store(q + 3 * p.channels, r.o);
+          }
         }
       } else {
         S::storen(c + at, r.c, lanes);
@@ -89,6 +96,23 @@ static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
         }
       }
     }
+  }
+}
+
+// The GEMM of a tile takes thousands of cycles: time enough to fetch what its cells will read and write.
+template <class T>
+static INLINE void prefetch_tile(const ConvLSTMStep<T>& p, long m, long ch, long pixel, long sample, const T* h_frame, const T* out) {
+  const T* c_prev = p.c_prev ? p.c_prev + sample * p.c_prev_frame + pixel * p.channels + ch : 0;
+  const T* c = p.c + sample * p.c_frame + pixel * p.channels + ch;
+  const T* gates = p.gates && !p.stream_gates ? p.gates + sample * p.gates_frame + pixel * 4 * p.channels + ch : 0;
+  for (long i = 0; i < m; ++i) {
+    const long at = i * p.channels;
+    if (c_prev) __builtin_prefetch(c_prev + at);
+    if (c_prev != c) __builtin_prefetch(c + at, 1);
+    if (h_frame) __builtin_prefetch(h_frame + at, 1);
+    if (out) __builtin_prefetch(out + at, 1);
+    if (gates)
+      for (long g = 0; g < 4; ++g) __builtin_prefetch(gates + 4 * at + g * p.channels, 1);
   }
 }
 
@@ -114,6 +138,7 @@ static void conv_lstm_step(const ConvLSTMStep<T>& p, long begin, long end) {
       for (long i = 0; i < cut.tiles; ++i) {
         const long x = cut.at(i), m = cut.at(i + 1) - x;
         const T* a[2] = {start[0] ? start[0] + x * runs[0]->stride : 0, start[1] ? start[1] + x * runs[1]->stride : 0};
+        prefetch_tile(p, m, ch, row * p.rows.width + x, s, h_row ? h_row + x * p.channels : 0, out_row ? out_row + x * p.channels : 0);
         tile_all_columns<T>(m, a, runs, weights, p.k, p.bias + 4 * ch, columns, z, ldz);
         T* h_tile = h_row ? h_row + x * p.channels : 0;
         T* out_tile = out_row ? out_row + x * p.channels : 0;
@@ -125,6 +150,7 @@ static void conv_lstm_step(const ConvLSTMStep<T>& p, long begin, long end) {
     }
     weights += p.k * ldz;
   }
+  if (p.stream_gates) Simd<T>::fence();
 }
 
 template <class T, bool kPeephole>
@@ -231,5 +257,16 @@ static void weight_grad(const WeightGrad<T>& p, long begin, long end) {
       }
       for (long i = 0; i < segments; ++i) g[i] += kPanel;
     }
+  }
+}
+
+template <class T>
+static void sum_rows(long rows, const T* const* row, long n, T* out) {
+  typedef Simd<T> S;
+  for (long i = 0; i < n; i += S::W) {
+    const long lanes = n - i < S::W ? n - i : (long)S::W;
+    typename S::V sum = {};
+    for (long r = 0; r < rows; ++r) sum += S::loadn(row[r] + i, lanes);
+    S::storen(out + i, sum, lanes);
   }
 }

@@ -65,6 +65,7 @@ struct ConvLSTMStep {
   long c_frame;
   T* gates;              // [sample][row][x][4C], activated; null = not kept
   long gates_frame;
+  bool stream_gates;     // past the cache: nobody reads them before the backward. Whole blocks at aligned addresses only
   T* h_frames;           // next step's recurrent input, inside its border; null = not wanted
   long h_frame;
   RowMap h_map;
@@ -133,6 +134,7 @@ struct Kernels {
   void (*gates_backward)(const GatesBackward<T>&, long begin, long end);  // over rows when dpeephole, else samples * rows
   void (*weight_grad)(const WeightGrad<T>&, long begin, long end);    // over weight_grad_tasks()
   long (*weight_grad_tasks)(const Runs&);
+  void (*sum_rows)(long rows, const T* const* row, long n, T* out);   // out[i] = sum over rows of row[i]
   void (*cell_forward)(const CellSpan<T>&);
   void (*cell_backward)(const CellSpan<T>&);
   void (*sigmoid)(long n, const T* x, T* y);

@@ -29,7 +29,7 @@ struct VectorMath<float> {
     return p * (Number)(((S::I)t << 23) + 0x3f800000);
   }
 
-  static INLINE Number sigmoid(Number x) { return S::reciprocal(one() + exp(-x)); }
+  static INLINE Number sigmoid(Number x) { return S::divide(one(), one() + exp(-x)); }
 
   // x P(x^2) / Q(x^2), minimax in relative error (2e-8) on [0, 9.02], past which tanh rounds to 1.
   static INLINE Number tanh(Number x) {
@@ -45,7 +45,7 @@ struct VectorMath<float> {
     q = q * u + S::set1(2.587099600e-02f);
     q = q * u + S::set1(4.671301619e-01f);
     q = q * u + S::set1(1.f);
-    const Number r = x * p * S::reciprocal(q);
+    const Number r = S::divide(x * p, q);
     return S::max(S::set1(-1.f), S::min(S::set1(1.f), r));
   }
 };

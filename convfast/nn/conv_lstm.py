@@ -1,0 +1,400 @@
+"""ConvLSTM modules: stacks of layers over sequences of frames of one to three dims, and the single cell."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import ConvLSTMLayers
+from .options import Numbers, make_layers, numbers
+from .scripted import ScriptedConvLSTM, ScriptedConvLSTMAllLayers, pick_steps
+from .state import ConvLSTMState, Pair
+
+State = Pair | Sequence[Pair | None]
+
+
+class ConvLSTM(ConvLSTMLayers):
+    """Layers of ConvLSTM (Shi et al. 2015) over a sequence of 2-D frames; each layer is one op over all steps.
+
+    i = σ(W_xi*x + W_hi*h + p_i∘c + b_i), f = σ(W_xf*x + W_hf*h + p_f∘c + b_f), g = tanh(W_xg*x + W_hg*h + b_g),
+    c' = f∘c + i∘g, o = σ(W_xo*x + W_ho*h + p_o∘c' + b_o), h' = o∘tanh(c'); `*` is convolution.
+
+    Letters: B batch, T time, C hidden channels, D directions (2 when bidirectional), H' W' size of the state.
+
+    Parameters of layer k are named as in `torch.nn.LSTM`, and end in `_reverse` for the backward direction:
+    `weight_ih_l{k}` `[4C, Cin / groups, *K]`, `weight_hh_l{k}` `[4C, C, *K]`, `bias_l{k}` `[4C]`, gates in the order
+    i, f, g, o; `peephole_l{k}` `[3, C, H', W']` in the order i, f, o. Input of layer k > 0 are the D·C channels of the
+    one before. Checkpoints of automan000/Convolutional_LSTM_PyTorch load with `load_state_dict`.
+
+    Args:
+        input_channels: channels of a frame. 0 for a decoder that never gets input: it has no `weight_ih_l0`. With
+            `input_channels > 0`, calls without input leave that weight without a gradient.
+        hidden_channels: C; a list has one per layer.
+        kernel_size: of both convolutions; odd or even.
+        step: steps of a call with one frame or without input.
+        effective_step: steps whose outputs are returned, in order of time; negative ones count from the end. None
+            for all.
+        bias: False for no bias.
+        peephole: train Hadamard peepholes: i and f look at the cell state before the step, o at the one after it.
+        image_size: `(H, W)` of the input frames, or an int; used for the size of peepholes, which is otherwise taken
+            from the first call.
+        batch_first: sequences are `[B, T, ...]`, else `[T, B, ...]`. The state is the same in both.
+        bidirectional: add a direction from the last frame to the first; outputs are concatenated over channels.
+        dropout: probability of dropout on the outputs of all layers but the last, in training.
+        stride, padding, dilation, groups, padding_mode: of the input convolution, as in `torch.nn.Conv2d`; the
+            recurrent one always keeps the size, with zeros. `padding="same"` adds d(k-1), half of it (rounded down)
+            before, whatever the stride.
+        unit_forget_bias: biases of the forget gates start at 1.
+        return_all_layers: return lists of the outputs and states of all layers.
+        memory: what is kept for the backward: "fast" the activated gates and c, "lean" only c.
+        backend: a name from `convfast.available("conv_lstm")`; None takes the best.
+
+    `kernel_size` and the options of the input convolution hold for every layer (so `stride=2` halves the frames once
+    per layer); a tuple has one number per spatial dim, and a list one entry per layer: `stride=[2, 1]`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, what was expected and what came.
+
+    `torch.jit.script` gives a model for inference, see `convfast.nn.scripted`.
+    """
+
+    dims = 2
+
+    def __init__(
+        self,
+        input_channels: int,
+        hidden_channels: int | Sequence[int],
+        kernel_size: Numbers | list[Numbers],
+        step: int = 1,
+        effective_step: Sequence[int] | None = None,
+        *,
+        bias: bool = True,
+        peephole: bool = False,
+        image_size: Numbers | None = None,
+        batch_first: bool = True,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        stride: Numbers | list[Numbers] = 1,
+        padding: str | Numbers | list[str | Numbers] = "same",
+        dilation: Numbers | list[Numbers] = 1,
+        groups: int | list[int] = 1,
+        padding_mode: str | list[str] = "zeros",
+        unit_forget_bias: bool = False,
+        return_all_layers: bool = False,
+        memory: str = "fast",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        hidden = [hidden_channels] if isinstance(hidden_channels, int) else list(hidden_channels)
+        if not isinstance(step, int) or step < 1:
+            raise ValueError(f"{owner}: step is {step!r}, expected an int >= 1")
+        if effective_step is not None and not all(isinstance(s, int) for s in effective_step):
+            raise ValueError(f"{owner}: effective_step is {effective_step!r}, expected None or a list of ints")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"{owner}: dropout is {dropout!r}, expected a probability (0 to 1)")
+        directions = ["", "_reverse"] if bidirectional else [""]
+        layers = make_layers(
+            owner, self.dims, input_channels, hidden, len(directions), kernel_size=kernel_size, stride=stride,
+            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
+        super().__init__(
+            layers,
+            [[f"_l{k}{direction}" for direction in directions] for k in range(len(layers))],
+            bias=bias,
+            peephole=peephole,
+            image_size=None if image_size is None else numbers(owner, "image_size", image_size, self.dims, 1),
+            unit_forget_bias=unit_forget_bias,
+            memory=memory,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.input_channels = input_channels
+        self.hidden_channels = hidden
+        self.num_layers = len(layers)
+        self.kernel_size = kernel_size
+        self.step = step
+        self.effective_step = None if effective_step is None else list(effective_step)
+        self.bias = bias
+        self.peephole = peephole
+        self.batch_first = batch_first
+        self.bidirectional = bidirectional
+        self.dropout = dropout
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.return_all_layers = return_all_layers
+
+    def forward(
+        self, input: Tensor | None, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor | list[Tensor], Pair | list[Pair]]:
+        """Run all layers over all steps.
+
+        Args:
+            input: `[B, T, Cin, H, W]` (`[T, B, ...]` without `batch_first`); or one frame `[B, Cin, H, W]`, read at
+                each of `step` steps; or None with a state, for `step` steps without input. Any memory layout.
+            state: `(h, c)` of a module with one layer, each `[B, C, H', W']`, bidirectional `[2, B, C, H', W']`; or a
+                list with such a pair, or None for zero, per layer; or what an earlier call returned. None for zero.
+            lengths: `[B]` integers in 0..T. The state stops at each sample's length and outputs past it are zero; the
+                backward direction starts at each sample's own end.
+
+        Returns:
+            output: `[B, T', D·C, H', W']` of the last layer (`[T', B, ...]` without `batch_first` and for one frame),
+            in channels-last memory; T' counts the steps in `effective_step`. A list with `return_all_layers`.
+            state: `(h, c)` of the last layer after the last step; c is float32 for bfloat16 and float16. With
+            several layers it carries the others along (`state.layers`), so that it can be passed back in. A list of
+            `(h, c)` with `return_all_layers`. To change the state of several layers between calls, say to detach it,
+            use that list.
+        """
+        frames, steps, time_first = self._frames(input)
+        states = self._states(state)
+        if frames is None and states[0] is None:
+            raise ValueError(f"{type(self).__name__}: state is None, expected one where input is None")
+        outputs, last = [], []
+        for index in range(self.num_layers):
+            if index > 0 and self.dropout > 0:
+                frames = F.dropout(frames, self.dropout, self.training)
+            frames, pair = self._layer(index, frames, steps, states[index], lengths)
+            steps = None
+            outputs.append(frames)
+            last.append(pair)
+        if not self.return_all_layers:
+            outputs = outputs[-1:]
+        if self.effective_step is not None:
+            outputs = [pick_steps(output, self.effective_step) for output in outputs]
+        if time_first:
+            outputs = [output.transpose(0, 1) for output in outputs]
+        if self.return_all_layers:
+            return outputs, last
+        return outputs[0], last[0] if self.num_layers == 1 else ConvLSTMState(last)
+
+    def _frames(self, input: Tensor | None) -> tuple[Tensor | None, int | None, bool]:
+        """→ (`[B, T or 1, Cin, *S]`, steps where the op cannot know them, whether the output is time-first)."""
+        if input is None:
+            return None, self.step, not self.batch_first
+        owner, space = type(self).__name__, "DHW"[-self.dims :]
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{owner}: input is a {type(input).__name__}, expected a Tensor or None")
+        if input.ndim == self.dims + 2:
+            self._check_frame(input, 1, f"BC{space}")
+            return input.unsqueeze(1), self.step, True
+        letters = f"BTC{space}" if self.batch_first else f"TBC{space}"
+        if input.ndim != self.dims + 3:
+            raise ValueError(
+                f"{owner}: input has {input.ndim} dims, expected {self.dims + 3}, layout [{', '.join(letters)}], or "
+                f"{self.dims + 2} for a single frame (input shape {list(input.shape)})"
+            )
+        self._check_frame(input, 2, letters)
+        if not self.batch_first:
+            input = input.transpose(0, 1)
+        if input.shape[1] == 0:
+            raise ValueError(f"{owner}: input has 0 time steps, expected at least 1 (layout [{', '.join(letters)}])")
+        return input, None, not self.batch_first
+
+    def _states(self, state: State | None) -> Sequence[Pair | None]:
+        """One entry per layer."""
+        owner = type(self).__name__
+        if state is None:
+            return [None] * self.num_layers
+        if not isinstance(state, (tuple, list)):
+            raise TypeError(
+                f"{owner}: state is a {type(state).__name__}, expected (h, c), or a list with one of them per layer"
+            )
+        if isinstance(state, ConvLSTMState) and self.num_layers > 1:
+            state = state.layers
+        if len(state) == 2 and isinstance(state[0], Tensor):
+            if self.num_layers > 1:
+                raise ValueError(
+                    f"{owner}: state is one (h, c), expected a list with one per layer ({self.num_layers}), as "
+                    "returned with return_all_layers=True, or the unchanged state of an earlier call"
+                )
+            state = [state]
+        if len(state) != self.num_layers:
+            raise ValueError(f"{owner}: state has {len(state)} entries, expected {self.num_layers}, one per layer")
+        for index, pair in enumerate(state):
+            ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+            if pair is not None and not ok:
+                raise TypeError(f"{owner}: state of layer {index} is {_kind(pair)}, expected two tensors (h, c)")
+        return state
+
+    def _layer(
+        self, index: int, frames: Tensor | None, steps: int | None, state: Pair | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Pair]:
+        if state is not None:
+            batch = state[0].shape[self.bidirectional :][:1] if frames is None else frames.shape[:1]
+            leading = (2, *batch) if self.bidirectional else tuple(batch)
+            self._check_state(index, state, leading, None if frames is None else frames.shape[3:])
+        if not self.bidirectional:
+            return self._run(index, 0, frames, steps, state, lengths)
+        outputs, pairs = [], []
+        for direction in range(2):
+            pair = None if state is None else (state[0][direction], state[1][direction])
+            output, pair = self._run(index, direction, frames, steps, pair, lengths)
+            outputs.append(output.movedim(2, -1))
+            pairs.append(pair)
+        h, c = (torch.stack(parts) for parts in zip(*pairs))
+        return torch.cat(outputs, dim=-1).movedim(-1, 2), (h, c)
+
+    def _first_state_size(
+        self, input: Tensor | None, state: State | None = None, lengths: Tensor | None = None
+    ) -> tuple[int, ...]:
+        frames, _, _ = self._frames(input)
+        if frames is not None:
+            return self._layers[0].state_size(frames.shape[3:])
+        pair = self._states(state)[0]
+        if pair is None:
+            raise ValueError(f"{type(self).__name__}: state is None, expected one where input is None")
+        return tuple(pair[0].shape[-self.dims :])
+
+    def _original_prefix(self, index: int) -> str:
+        return f"cell{index}."
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return (ScriptedConvLSTMAllLayers if self.return_all_layers else ScriptedConvLSTM)(self)
+
+    def extra_repr(self) -> str:
+        return _shown(self, ConvLSTM.__init__)
+
+
+class ConvLSTM1d(ConvLSTM):
+    """`ConvLSTM` over sequences of 1-D frames, `[B, T, C, L]`."""
+
+    dims = 1
+
+
+class ConvLSTM3d(ConvLSTM):
+    """`ConvLSTM` over sequences of 3-D frames, `[B, T, C, D, H, W]`."""
+
+    dims = 3
+
+
+class ConvLSTMCell(ConvLSTMLayers):
+    """One step of a 2-D ConvLSTM; equations and options are those of `ConvLSTM`.
+
+    A `ConvLSTM` runs a sequence faster than a loop over cells. Parameters are `weight_ih`, `weight_hh`, `bias` and
+    `peephole`, shaped as those of a layer there. Checkpoints of automan000's cell load with `load_state_dict`.
+    """
+
+    dims = 2
+
+    def __init__(
+        self,
+        input_channels: int,
+        hidden_channels: int,
+        kernel_size: Numbers,
+        *,
+        bias: bool = True,
+        peephole: bool = False,
+        image_size: Numbers | None = None,
+        stride: Numbers = 1,
+        padding: str | Numbers = "same",
+        dilation: Numbers = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        unit_forget_bias: bool = False,
+        memory: str = "fast",
+        backend: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        layers = make_layers(
+            owner, self.dims, input_channels, [hidden_channels], 1, kernel_size=kernel_size, stride=stride,
+            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+        )  # fmt: skip
+        super().__init__(
+            layers,
+            [[""]],
+            bias=bias,
+            peephole=peephole,
+            image_size=None if image_size is None else numbers(owner, "image_size", image_size, self.dims, 1),
+            unit_forget_bias=unit_forget_bias,
+            memory=memory,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.input_channels = input_channels
+        self.hidden_channels = hidden_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.groups = groups
+        self.padding_mode = padding_mode
+
+    def forward(self, input: Tensor | None, h: Tensor | None = None, c: Tensor | None = None) -> Pair:
+        """One step.
+
+        Args:
+            input: `[B, Cin, H, W]`, or None for a step without input.
+            h, c: `[B, C, H', W']`; both or none of them, None for zero.
+
+        Returns:
+            `(h, c)` after the step; c is float32 for bfloat16 and float16.
+        """
+        self._check(input, h, c)
+        if h is not None:
+            leading = h.shape[:1] if input is None else input.shape[:1]
+            self._check_state(0, (h, c), tuple(leading), None if input is None else input.shape[2:])
+        frames = None if input is None else input.unsqueeze(1)
+        _, pair = self._run(0, 0, frames, 1, None if h is None else (h, c), None)
+        return pair
+
+    def init_hidden(self, batch_size: int, hidden: int, shape: Sequence[int]) -> Pair:
+        """Zero states `(h, c)`, each `[batch_size, hidden, *shape]`."""
+        zeros = self.weight_hh.new_zeros(batch_size, hidden, *shape)
+        return zeros, zeros.clone()
+
+    def _check(self, input: Tensor | None, h: Tensor | None, c: Tensor | None) -> None:
+        owner = type(self).__name__
+        for name, value in {"input": input, "h": h, "c": c}.items():
+            if value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{owner}: {name} is a {type(value).__name__}, expected a Tensor or None")
+        if (h is None) != (c is None) or (h is None and input is None):
+            given = [name for name, value in {"input": input, "h": h, "c": c}.items() if value is not None]
+            raise ValueError(f"{owner}: given are {given}, expected h and c together, and at least them or input")
+        if input is not None:
+            if input.ndim != self.dims + 2:
+                raise ValueError(
+                    f"{owner}: input has {input.ndim} dims, expected {self.dims + 2} "
+                    f"(input shape {list(input.shape)}, layout [B, C, H, W])"
+                )
+            self._check_frame(input, 1, "BCHW")
+
+    def _first_state_size(
+        self, input: Tensor | None, h: Tensor | None = None, c: Tensor | None = None
+    ) -> tuple[int, ...]:
+        self._check(input, h, c)
+        return tuple(h.shape[2:]) if input is None else self._layers[0].state_size(input.shape[2:])
+
+    def _original_prefix(self, index: int) -> str:
+        return ""
+
+    def extra_repr(self) -> str:
+        return _shown(self, ConvLSTMCell.__init__)
+
+
+def _kind(value: Any) -> str:
+    return f"{len(value)} items" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+
+
+def _shown(module: ConvLSTMLayers, constructor: Any) -> str:
+    """The constructor's arguments, without those that have their default."""
+    shown = []
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        if name in ("self", "device", "dtype"):
+            continue
+        value = getattr(module, name)
+        if name in ("bias", "peephole"):  # the cell's parameters bear these names
+            value = value if isinstance(value, bool) else value is not None
+        if parameter.default is inspect.Parameter.empty or value != parameter.default:
+            shown.append(f"{name}={value!r}")
+    return ", ".join(shown)

@@ -1,0 +1,187 @@
+"""What `torch.jit.script` makes of a ConvLSTM: the native op per layer and direction, for inference.
+
+    forward(input: Tensor?, state: List[Tuple[Tensor, Tensor]]?, lengths: Tensor?)
+
+with the results of the module: `(output, (h, c))`, or lists with `return_all_layers`. The state that goes in is always
+a list with one pair per layer: `[(h, c)]` for a single layer; with several, script a module with `return_all_layers`
+to get it. Weights are shared with the module that was scripted, as buffers; there are no gradients and no dropout.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import native
+from .options import Layer
+
+if TYPE_CHECKING:
+    from .conv_lstm import ConvLSTM
+
+# TorchScript wants its types spelled out.
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def pick_steps(output: Tensor, effective_step: list[int]) -> Tensor:
+    """output [B, T, C, *S] → [B, T', C, *S] at the steps wanted, in order of time, channels-last."""
+    time = output.size(1)
+    for step in effective_step:
+        if step >= time or step < -time:
+            raise ValueError(f"ConvLSTM: effective_step has {step}, expected {-time} to {time - 1} ({time} steps)")
+    if len(effective_step) == 1:
+        step = effective_step[0]
+        return output.narrow(1, step if step >= 0 else step + time, 1)
+    wanted: list[int] = []
+    for step in effective_step:
+        step = step if step >= 0 else step + time
+        # sorted() would stop torch.compile where the number of steps is dynamic.
+        place = 0
+        while place < len(wanted) and wanted[place] < step:
+            place += 1
+        if place == len(wanted) or wanted[place] != step:
+            wanted.insert(place, step)
+    index = torch.tensor(wanted, dtype=torch.int64, device=output.device)
+    return output.movedim(2, -1).index_select(1, index).movedim(-1, 2)
+
+
+class _Layer(nn.Module):
+    """One layer in one direction."""
+
+    weight_ih: Tensor | None
+    bias: Tensor | None
+    peephole: Tensor | None
+
+    def __init__(self, module: "ConvLSTM", layer: Layer, suffix: str) -> None:
+        super().__init__()
+        for name in ("weight_ih", "weight_hh", "bias", "peephole"):
+            value = getattr(module, f"{name}{suffix}")
+            self.register_buffer(name, None if value is None else value.detach())
+        self.stride, self.dilation, self.pads = list(layer.stride), list(layer.dilation), list(layer.pads)
+        pairs = [self.pads[2 * i : 2 * i + 2] for i in range(len(layer.kernel))]
+        self.pads_of_pad = [n for pair in reversed(pairs) for n in pair]
+        self.groups = layer.groups
+        self.padding_mode = layer.padding_mode
+        self.mode_of_pad = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        self.reverse = suffix.endswith("_reverse")
+
+    def input_gates(self, frames: Tensor, weight: Tensor) -> Tensor:
+        x = F.pad(frames.flatten(0, 1), self.pads_of_pad, self.mode_of_pad)
+        none = [0 for _ in self.stride]
+        x = torch.convolution(x, weight, None, self.stride, none, self.dilation, False, none, self.groups)
+        return x.unflatten(0, [frames.size(0), frames.size(1)])
+
+    def forward(
+        self, frames: Tensor | None, steps: int, h: Tensor | None, c: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight: Tensor | None = None  # that the op is to convolve with
+        if frames is not None:
+            weight_ih = self.weight_ih
+            if weight_ih is None:
+                raise ValueError("ConvLSTM: input is a Tensor, expected None with input_channels=0")
+            if self.groups == 1 and frames.size(1) == steps:
+                weight = weight_ih
+            else:
+                gates = self.input_gates(frames, weight_ih)
+                sizes = list(gates.size())
+                sizes[1] = steps
+                frames = gates.expand(sizes)
+        output, h_n, c_n, _, _ = torch.ops.convfast.conv_lstm_forward(
+            frames, weight, self.weight_hh, self.bias, self.peephole, h, c, lengths, steps,
+            self.stride, self.pads, self.dilation, self.padding_mode, self.reverse, "none",
+        )  # fmt: skip
+        return output, h_n, c_n
+
+
+class _Stack(nn.Module):
+    effective_step: list[int] | None
+
+    def __init__(self, module: "ConvLSTM") -> None:
+        super().__init__()
+        native.load()
+        if module._is_lazy():
+            raise RuntimeError("ConvLSTM: peepholes have no size yet, expected a call (or image_size) before scripting")
+        self.dims = module.dims
+        self.step = module.step
+        self.effective_step = module.effective_step
+        self.batch_first = module.batch_first
+        self.bidirectional = module.bidirectional
+        self.layers = nn.ModuleList(
+            nn.ModuleList(_Layer(module, layer, suffix) for suffix in group)
+            for layer, group in zip(module._layers, module._suffixes)
+        )
+
+    def run(self, input: Tensor | None, state: Pairs | None, lengths: Tensor | None) -> tuple[list[Tensor], Pairs]:
+        frames = input
+        steps = self.step
+        if frames is None:
+            if state is None:
+                raise ValueError("ConvLSTM: state is None, expected one where input is None")
+        elif frames.dim() == self.dims + 2:
+            frames = frames.unsqueeze(1)
+        elif frames.dim() == self.dims + 3:
+            if not self.batch_first:
+                frames = frames.transpose(0, 1)
+            steps = frames.size(1)
+        else:
+            raise ValueError(f"ConvLSTM: input has {frames.dim()} dims, expected {self.dims + 3} or {self.dims + 2}")
+        if state is not None and len(state) != len(self.layers):
+            raise ValueError(f"ConvLSTM: state has {len(state)} entries, expected {len(self.layers)}, one per layer")
+        if lengths is not None:
+            lengths = lengths.to(torch.int64)
+
+        outputs: list[Tensor] = []
+        last: list[tuple[Tensor, Tensor]] = []
+        for index, directions in enumerate(self.layers):
+            parts: list[Tensor] = []
+            hs: list[Tensor] = []
+            cs: list[Tensor] = []
+            for direction, layer in enumerate(directions):
+                h: Tensor | None = None
+                c: Tensor | None = None
+                if state is not None:
+                    h, c = state[index]
+                    if self.bidirectional:
+                        h, c = h[direction], c[direction]
+                output, h_n, c_n = layer(frames, steps, h, c, lengths)
+                parts.append(output.movedim(2, -1))
+                hs.append(h_n)
+                cs.append(c_n)
+            if self.bidirectional:
+                frames = torch.cat(parts, dim=-1).movedim(-1, 2)
+                last.append((torch.stack(hs), torch.stack(cs)))
+            else:
+                frames = parts[0].movedim(-1, 2)
+                last.append((hs[0], cs[0]))
+            outputs.append(frames)
+        return outputs, last
+
+    def pick(self, output: Tensor, time_first: bool) -> Tensor:
+        effective_step = self.effective_step
+        if effective_step is not None:
+            output = pick_steps(output, effective_step)
+        return output.transpose(0, 1) if time_first else output
+
+    def is_time_first(self, input: Tensor | None) -> bool:
+        return not self.batch_first or (input is not None and input.dim() == self.dims + 2)
+
+
+class ScriptedConvLSTM(_Stack):
+    """`(output, (h, c))` of the last layer."""
+
+    def forward(
+        self, input: Tensor | None, state: Pairs | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        outputs, last = self.run(input, state, lengths)
+        return self.pick(outputs[-1], self.is_time_first(input)), last[-1]
+
+
+class ScriptedConvLSTMAllLayers(_Stack):
+    """Lists of the outputs and of the `(h, c)` of all layers."""
+
+    def forward(
+        self, input: Tensor | None, state: Pairs | None = None, lengths: Tensor | None = None
+    ) -> tuple[list[Tensor], Pairs]:
+        outputs, last = self.run(input, state, lengths)
+        time_first = self.is_time_first(input)
+        return [self.pick(output, time_first) for output in outputs], last

@@ -1,0 +1,639 @@
+"""`convfast.conv_lstm` against the float64 oracle, and everything that a caller may do with it."""
+
+import functools
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+import convfast
+from convfast import conv_lstm
+from tests.cases import BY_ID, CASES, EMPTY_BATCH, EVERYTHING, LAYOUTS, TENSORS, Case, arrange
+from tests.oracle import assert_close_to_oracle
+from tests.oracle import conv_lstm as oracle
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+ROOT = Path(__file__).parent.parent
+OUTPUTS = ("output", "h_n", "c_n")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def results(case: Case, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> dict[str, Tensor]:
+    """Outputs, and the gradient of every tensor for the same random gradients of the outputs."""
+    values = dict(zip(OUTPUTS, case.call(function, arguments, **more)))
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for v in values.values()]
+    leaves = {name: arguments[name] for name in TENSORS if arguments[name] is not None}
+    found = torch.autograd.grad(list(values.values()), list(leaves.values()), grads)
+    return values | {f"gradient of {name}": g for name, g in zip(leaves, found)}
+
+
+@functools.cache
+def expected(case: Case, dtype: torch.dtype, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The oracle in float64 on the very same numbers, and in `dtype` (float32 where that is float64)."""
+    arguments = case.arguments(dtype, layout)
+    cast = [
+        {n: t if t is None or n == "lengths" else t.detach().to(d).requires_grad_() for n, t in arguments.items()}
+        for d in (torch.float64, torch.float32 if dtype == torch.float64 else dtype)
+    ]
+    exact, eager = (results(case, oracle, a) for a in cast)
+    return exact, eager
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, layout: str = "contiguous", memory: str = "fast") -> None:
+    exact, eager = expected(case, dtype, layout)
+    actual = results(case, conv_lstm, case.arguments(dtype, layout), memory=memory, backend=backend)
+    frames = case.batch * case.time
+    pixels = actual["h_n"][0, 0].numel()
+    summed = {"weight_ih": frames * pixels, "weight_hh": frames * pixels, "bias": frames * pixels, "peephole": frames}
+    for name, value in actual.items():
+        terms = summed.get(name.removeprefix("gradient of "), 0)
+        assert_close_to_oracle(value, exact[name], eager[name], name, terms)
+
+
+@each_case
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_results_and_gradients_match_oracle(case: Case, backend: str, memory: str) -> None:
+    check(case, torch.float32, backend, memory=memory)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=name_of)
+def test_dtypes_match_oracle(case: Case, dtype: torch.dtype, backend: str) -> None:
+    check(case, dtype, backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("name", ["state", "everything", "frame_1d", "frame_3d", "no_input", "input_convolved_before"])
+def test_layouts_match_oracle(name: str, layout: str, memory: str, backend: str) -> None:
+    check(BY_ID[name], torch.float32, backend, layout, memory)
+
+
+@pytest.mark.parametrize("name", ["plain", "frame_1d", "frame_3d", "groups_2", "stride_2", "input_convolved_before"])
+def test_one_frame_for_all_steps_equals_its_repetition(name: str, backend: str) -> None:
+    case = BY_ID[name]
+    once = case.arguments(torch.float64)
+    once["input"] = once["input"][:, :1].detach().requires_grad_()
+    repeated = once["input"].expand(-1, 3, *[-1] * (once["input"].ndim - 2))
+    expected = results(case, oracle, once | {"input": repeated})
+    found = results(case, conv_lstm, once, steps=3, backend=backend)
+    each_step = expected.pop("gradient of input")
+    torch.testing.assert_close(found.pop("gradient of input"), each_step.sum(1, keepdim=True))
+    for key, value in found.items():
+        torch.testing.assert_close(value, expected[key])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_of_outputs_may_have_any_layout_and_are_not_written_to(layout: str, backend: str) -> None:
+    case = BY_ID["lengths"]
+    arguments = case.arguments(torch.float32)
+    outputs = case.call(conv_lstm, arguments, backend=backend)
+    leaves = [arguments[n] for n in TENSORS]
+    names = ("input", "h0", "c0")
+    grads = [arrange(torch.randn_like(o), layout, name) for o, name in zip(outputs, names)]
+    before = [g.clone() for g in grads]
+    found = torch.autograd.grad(outputs, leaves, grads)
+    outputs = case.call(conv_lstm, arguments, backend=backend)
+    plain = torch.autograd.grad(outputs, leaves, [g.clone(memory_format=torch.contiguous_format) for g in before])
+    for g, b in zip(grads, before):
+        assert torch.equal(g, b)
+    for a, b in zip(found, plain):
+        torch.testing.assert_close(a, b)
+
+
+def test_empty_batch(backend: str) -> None:
+    for memory in ("fast", "lean"):
+        values = results(EMPTY_BATCH, conv_lstm, EMPTY_BATCH.arguments(torch.float32), memory=memory, backend=backend)
+        assert values["output"].shape == (0, 3, 4, 6, 5)
+        assert values["h_n"].shape == values["c_n"].shape == (0, 4, 6, 5)
+        assert values["gradient of weight_ih"].shape == (16, 3, 3, 3)
+        assert not any(value.any() for value in values.values())
+
+
+@pytest.mark.parametrize("used", OUTPUTS)
+def test_outputs_without_gradient_count_as_zero(used: str, backend: str) -> None:
+    case = BY_ID["state"]
+    arguments = case.arguments(torch.float64)
+    leaves = [arguments[n] for n in TENSORS if arguments[n] is not None]
+    which = OUTPUTS.index(used)
+    found = torch.autograd.grad(case.call(conv_lstm, arguments, backend=backend)[which].sum(), leaves)
+    exact = torch.autograd.grad(case.call(oracle, arguments)[which].sum(), leaves)
+    for a, b in zip(found, exact):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("only", EVERYTHING)
+def test_gradient_of_one_tensor_alone(only: str, backend: str) -> None:
+    case = BY_ID["lengths_reverse"]
+    arguments = case.arguments(torch.float64)
+    all_grads = results(case, conv_lstm, arguments, backend=backend)
+    for name in TENSORS:
+        if name != only:
+            arguments[name] = arguments[name].detach()
+    outputs = case.call(conv_lstm, arguments, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    (found,) = torch.autograd.grad(outputs, [arguments[only]], grads)
+    torch.testing.assert_close(found, all_grads[f"gradient of {only}"])
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("name", ["plain", "lengths_reverse", "no_input", "groups_2", "circular"])
+def test_first_and_second_derivatives_by_finite_differences(name: str, memory: str, backend: str) -> None:
+    case = BY_ID[name]
+    arguments = case.arguments(torch.float64)
+    names = [n for n in TENSORS if arguments[n] is not None]
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return case.call(conv_lstm, arguments | dict(zip(names, tensors)), memory=memory, backend=backend)
+
+    leaves = tuple(arguments[n] for n in names)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("name", ["plain", "peephole", "frame_1d", "channels_17_5", "channels_1_33_wide_frame"])
+def test_chunked_sequence_equals_whole(name: str, reverse: bool, dtype: torch.dtype, backend: str) -> None:
+    case = BY_ID[name]
+    a = case.arguments(dtype)
+    call = functools.partial(
+        conv_lstm,
+        weight_ih=a["weight_ih"],
+        weight_hh=a["weight_hh"],
+        bias=a["bias"],
+        peephole=a["peephole"],
+        reverse=reverse,
+        backend=backend,
+    )
+    with torch.no_grad():
+        whole, (h_whole, c_whole) = call(a["input"])
+        parts = [a["input"][:, :1], a["input"][:, 1:]]
+        state, outputs = None, []
+        for part in reversed(parts) if reverse else parts:
+            output, state = call(part, state=state)
+            outputs.append(output)
+    joined = torch.cat(outputs[::-1] if reverse else outputs, 1)
+    # The reference convolves all frames in one library call, which sums in an order that depends on their number.
+    exact = {} if backend == "reference" else {"rtol": 0, "atol": 0}
+    for part, all_at_once in ((joined, whole), (state[0], h_whole), (state[1], c_whole)):
+        torch.testing.assert_close(part, all_at_once, **exact)
+
+
+def test_inference_equals_training_forward_bit_for_bit(backend: str) -> None:
+    case = BY_ID["everything"]
+    arguments = case.arguments(torch.float32)
+    training = case.call(conv_lstm, arguments, backend=backend)
+    with torch.no_grad():
+        inference = case.call(conv_lstm, arguments, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(training, inference))
+    assert not inference[0].requires_grad
+
+
+def test_outputs_are_channels_last_and_c_is_wide(backend: str) -> None:
+    case = BY_ID["plain"]
+    for dtype in DTYPES:
+        output, h_n, c_n = case.call(conv_lstm, case.arguments(dtype), backend=backend)
+        assert output.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+        assert h_n.is_contiguous(memory_format=torch.channels_last)
+        assert output.dtype == h_n.dtype == dtype
+        assert c_n.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_past_its_length_a_sample_reads_nothing_and_gives_zero(reverse: bool, backend: str) -> None:
+    case = BY_ID["lengths_reverse" if reverse else "lengths"]
+    a = case.arguments(torch.float32)
+    clean = results(case, conv_lstm, a, backend=backend)
+    spoiled = a["input"].detach().clone()
+    for sample, length in enumerate(case.lengths):
+        spoiled[sample, length:] = float("nan")
+        assert (clean["output"][sample, length:] == 0).all()
+        assert (clean["gradient of input"][sample, length:] == 0).all()
+    found = results(case, conv_lstm, a | {"input": spoiled.requires_grad_()}, backend=backend)
+    for name, value in clean.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+    empty = case.lengths.index(0)
+    assert torch.equal(clean["h_n"][empty], a["h0"][empty])
+    assert torch.equal(clean["c_n"][empty], a["c0"][empty])
+
+
+def test_any_integer_type_of_lengths(backend: str) -> None:
+    case = BY_ID["lengths"]
+    a = case.arguments(torch.float32)
+    outputs = [
+        case.call(conv_lstm, a | {"lengths": a["lengths"].to(dtype)}, backend=backend)[0]
+        for dtype in (torch.int64, torch.int32, torch.uint8)
+    ]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_nan_stays_within_its_receptive_field(backend: str) -> None:
+    case = Case("nan", batch=3, time=3, space=(16, 15))
+    a = case.arguments(torch.float32)
+    with torch.no_grad():
+        a["input"][1, 1, 2, 8, 7] = float("nan")
+        output, h_n, c_n = case.call(conv_lstm, a, backend=backend)
+    nan = output.isnan()
+    assert not nan[[0, 2]].any()
+    assert not nan[1, 0].any()
+    for t, reach in ((1, 1), (2, 2)):
+        within = torch.zeros(16, 15, dtype=torch.bool)
+        within[8 - reach : 9 + reach, 7 - reach : 8 + reach] = True
+        assert (nan[1, t] == within).all()
+    assert h_n[1].isnan().any()
+    assert c_n[1].isnan().any()
+
+
+def test_infinite_input_saturates(backend: str) -> None:
+    case = BY_ID["kernel_1"]
+    a = case.arguments(torch.float32)
+    with torch.no_grad():
+        a["input"].fill_(float("inf"))
+        a["weight_ih"].fill_(1.0)
+        output, _, c_n = case.call(conv_lstm, a, backend=backend)
+    torch.testing.assert_close(c_n, torch.full_like(c_n, case.time))
+    torch.testing.assert_close(output[:, 0], torch.full_like(output[:, 0], torch.tensor(1.0).tanh().item()))
+
+
+BAD = {
+    "rank": ({"input": torch.zeros(2, 3, 6, 5)}, ValueError, "input has 4 dims, expected 5"),
+    "channels": ({"input": torch.zeros(2, 3, 7, 6, 5)}, ValueError, "input has 7 channels, expected 3"),
+    "no_steps": ({"input": torch.zeros(2, 0, 3, 6, 5)}, ValueError, "input has 0 time steps, expected at least 1"),
+    "no_pixels": ({"input": torch.zeros(2, 3, 3, 0, 5)}, ValueError, "input has an empty frame, expected"),
+    "input_dtype": ({"input": torch.zeros(2, 3, 3, 6, 5).double()}, TypeError, "input .*float64, expected .*float32"),
+    "input_integer": (
+        {"input": torch.zeros(2, 3, 3, 6, 5).long()},
+        TypeError,
+        "input .*int64, expected one of .*float",
+    ),
+    "input_type": ({"input": [[1.0]]}, TypeError, "input is a list, expected a Tensor"),
+    "input_device": (
+        {"input": torch.zeros(2, 3, 3, 6, 5, device="meta")},
+        ValueError,
+        "input is on meta, expected cpu",
+    ),
+    "input_none": ({"input": None}, ValueError, "input is None, expected a Tensor with weight_ih"),
+    "weight_ih_shape": ({"weight_ih": torch.zeros(12, 3, 3, 3)}, ValueError, r"weight_ih .*expected \[4C.*4C=16"),
+    "weight_ih_rank": ({"weight_ih": torch.zeros(16, 3, 3)}, ValueError, "weight_ih .*expected .*2 kernel dims"),
+    "weight_hh_shape": ({"weight_hh": torch.zeros(16, 5, 3, 3)}, ValueError, r"weight_hh .*expected \[4C, C, \*K\]"),
+    "weight_hh_rank": ({"weight_hh": torch.zeros(16, 4)}, ValueError, "weight_hh .*expected .*1 to 3 kernel dims"),
+    "bias_shape": ({"bias": torch.zeros(15)}, ValueError, r"bias has shape \[15\], expected \[16\]"),
+    "bias_dtype": ({"bias": torch.zeros(16).half()}, TypeError, "bias .*float16, expected .*float32"),
+    "peephole_shape": (
+        {"peephole": torch.zeros(3, 4, 5, 5)},
+        ValueError,
+        r"peephole .*\[3, 4, 5, 5\], expected \[3, 4, 6, 5\]",
+    ),
+    "state_one": ({"state": (torch.zeros(2, 4, 6, 5),)}, TypeError, r"state has 1 items, expected a pair \(h, c\)"),
+    "state_tensor": ({"state": torch.zeros(2, 4, 6, 5)}, TypeError, "state has a Tensor, expected a pair"),
+    "state_h_shape": ({"state": (torch.zeros(1, 4, 6, 5), None)}, ValueError, r"state h .*expected \[2, 4, 6, 5\]"),
+    "state_c_shape": ({"state": (None, torch.zeros(2, 4, 5, 6))}, ValueError, r"state c .*expected \[2, 4, 6, 5\]"),
+    "state_c_dtype": ({"state": (None, torch.zeros(2, 4, 6, 5).half())}, TypeError, "state c .*expected .*float32"),
+    "lengths_float": ({"lengths": torch.tensor([1.0, 2.0])}, TypeError, "lengths .*float32, expected .*integers"),
+    "lengths_list": ({"lengths": [1, 2]}, TypeError, "lengths has type list, expected a Tensor of integers"),
+    "lengths_shape": ({"lengths": torch.tensor([1])}, ValueError, r"lengths has shape \[1\], expected \[2\]"),
+    "lengths_negative": ({"lengths": torch.tensor([-1, 2])}, ValueError, "lengths has -1, expected 0 to 3"),
+    "lengths_long": ({"lengths": torch.tensor([1, 4])}, ValueError, "lengths has 4, expected 0 to 3"),
+    "steps_differ": ({"steps": 4}, ValueError, "steps is 4, expected None or the 3 steps of input"),
+    "steps_zero": ({"steps": 0}, ValueError, "steps is 0, expected an int >= 1"),
+    "stride": ({"stride": 0}, ValueError, "stride is 0, expected an int >= 1 or 2 of them"),
+    "stride_count": ({"stride": (1, 1, 1)}, ValueError, r"stride is \(1, 1, 1\), expected an int >= 1 or 2"),
+    "dilation": ({"dilation": -1}, ValueError, "dilation is -1, expected"),
+    "padding_name": ({"padding": "full"}, ValueError, "padding is 'full', expected 'same', 'valid', an int"),
+    "padding_negative": ({"padding": -1}, ValueError, "padding is -1, expected an int >= 0"),
+    "padding_mode": ({"padding_mode": "mirror"}, ValueError, "padding_mode is 'mirror', expected one of zeros"),
+    "padding_reflect": ({"padding": 5, "padding_mode": "reflect"}, ValueError, "padding is 5 .* expected at most 4 "),
+    "padding_circular": ({"padding": 6, "padding_mode": "circular"}, ValueError, "padding is 6 .* expected at most 5 "),
+    "kernel_too_large": ({"padding": 0, "dilation": 3}, ValueError, "input has size 6 .* expected at least 7 for a ke"),
+    "groups": ({"groups": 3}, ValueError, "groups is 3, expected a positive divisor of 4C=16"),
+    "groups_channels": ({"groups": 2}, ValueError, "input has 3 channels, expected 6 from weight_ih .*groups=2"),
+    "memory": ({"memory": "slow"}, ValueError, "memory is 'slow', expected 'fast' or 'lean'"),
+    "backend": ({"backend": "gpu"}, ValueError, "backend is 'gpu', expected one of .*reference"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_argument_is_named_with_what_was_expected(name: str, backend: str) -> None:
+    wrong, error, message = BAD[name]
+    a = BY_ID["plain"].arguments(torch.float32)
+    good = {n: a[n] for n in ("input", "weight_ih", "weight_hh", "bias")} | {"backend": backend}
+    conv_lstm(**good)
+    with pytest.raises(error, match=f"^conv_lstm: {message}"):
+        conv_lstm(**(good | wrong))
+
+
+def test_no_input_needs_state_and_steps(backend: str) -> None:
+    weight, h = torch.zeros(16, 4, 3, 3), torch.zeros(2, 4, 6, 5)
+    with pytest.raises(ValueError, match="state is None, expected both state and steps where input is None"):
+        conv_lstm(None, None, weight, steps=2, backend=backend)
+    with pytest.raises(ValueError, match="steps is None, expected both state and steps where input is None"):
+        conv_lstm(None, None, weight, state=(h, None), backend=backend)
+    with pytest.raises(ValueError, match=re.escape("state h has shape [2, 4, 6], expected [B, C, *S']")):
+        conv_lstm(None, None, weight, state=(h[..., 0], None), steps=2, backend=backend)
+
+
+class Graphs:
+    """A torch.compile backend that keeps the names of the ops in each graph, forward and backward apart."""
+
+    def __init__(self) -> None:
+        self.forward: list[list[str]] = []
+        self.backward: list[list[str]] = []
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        def into(graphs: list[list[str]]) -> Any:
+            def keep(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+                graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+                return graph
+
+            return keep
+
+        return aot_autograd(fw_compiler=into(self.forward), bw_compiler=into(self.backward))(module, inputs)
+
+
+def loss(case: Case, backend: str, *tensors: Tensor, lengths: Tensor | None = None) -> Tensor:
+    arguments = dict.fromkeys((*TENSORS, "lengths")) | dict(zip(("input", "weight_ih", "weight_hh", "bias"), tensors))
+    output, h_n, c_n = case.call(conv_lstm, arguments | {"lengths": lengths}, backend=backend)
+    return output.square().sum() + h_n.sum() + c_n.sin().sum()
+
+
+def tensors_of(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    arguments = case.arguments(dtype)
+    return [arguments[n] for n in ("input", "weight_ih", "weight_hh", "bias")]
+
+
+def test_compiled_native_call_is_one_op_a_direction_whatever_time_and_batch() -> None:
+    native_reason = pytest.importorskip("convfast.native").reason()
+    if native_reason is not None:
+        pytest.skip(f"native library: {native_reason}")
+    torch._dynamo.reset()
+    graphs = Graphs()
+    # Channels, batch and time all differ, or torch.compile guards that equal sizes stay equal.
+    case = Case("dynamic", batch=5, time=7, channels=3, hidden=4, space=(8, 9))
+    _, *weights = tensors_of(case, torch.float32)
+    compiled = torch.compile(functools.partial(loss, case, "cpu"), fullgraph=True, dynamic=True, backend=graphs)
+    for time, batch in ((7, 5), (2, 6), (11, 2), (6, 13)):
+        x = torch.randn(batch, time, 3, 8, 9)
+        lengths = torch.randint(0, time + 1, (batch,))
+        value = compiled(x, *weights, lengths=lengths)
+        found = torch.autograd.grad(value, weights)
+        plain = loss(case, "cpu", x, *weights, lengths=lengths)
+        assert torch.equal(value, plain)
+        for a, b in zip(found, torch.autograd.grad(plain, weights)):
+            torch.testing.assert_close(a, b)
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    assert [op for op in graphs.forward[0] if "convfast" in op] == ["convfast.conv_lstm_forward.default"]
+    assert [op for op in graphs.backward[0] if "convfast" in op] == ["convfast.conv_lstm_backward.default"]
+    assert not any("convolution" in op for op in graphs.forward[0] + graphs.backward[0])
+
+
+@pytest.mark.parametrize("name", ["plain", "groups_2", "reflect", "stride_2"])
+def test_compiles_without_graph_break(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    case = BY_ID[name]
+    tensors = tensors_of(case)
+    compiled = torch.compile(functools.partial(loss, case, backend), fullgraph=True, backend="aot_eager")
+    value, plain = compiled(*tensors), loss(case, backend, *tensors)
+    torch.testing.assert_close(value, plain)
+    for a, b in zip(torch.autograd.grad(value, tensors), torch.autograd.grad(plain, tensors)):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*tensors), plain)
+
+
+def test_compiles_with_one_frame_for_all_steps(backend: str) -> None:
+    torch._dynamo.reset()
+    case = BY_ID["plain"]
+    _, *weights = tensors_of(case)
+
+    def function(frame: Tensor) -> Tensor:
+        repeated = loss(case, backend, frame.unsqueeze(1).expand(-1, 4, -1, -1, -1), *weights)
+        return repeated + conv_lstm(frame.unsqueeze(1), *weights, steps=4, backend=backend)[0].sum()
+
+    frame = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(frame), function(frame))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, case: Case, backend: str) -> None:
+        super().__init__()
+        _, *weights = tensors_of(case, torch.float32)
+        self.weights = torch.nn.ParameterList([w.detach() for w in weights])
+        self.backend = backend
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return conv_lstm(x, *self.weights, lengths=lengths, backend=self.backend)[0]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_exports(strict: bool, backend: str) -> None:
+    case = BY_ID["plain"]
+    layer = Layer(case, backend)
+    x, lengths = case.arguments(torch.float32)["input"].detach(), torch.tensor([1, 3])
+    exported = torch.export.export(layer, (x, lengths), strict=strict)
+    torch.testing.assert_close(exported.module()(x, lengths), layer(x, lengths))
+    ops = [str(node.target) for node in exported.graph.nodes]
+    assert sum("convfast" in op for op in ops) == (backend != "reference")
+
+
+def test_function_transforms(backend: str) -> None:
+    case = BY_ID["plain"]
+    tensors = tensors_of(case)
+    function = functools.partial(loss, case, backend)
+    expected = torch.autograd.grad(function(*tensors), tensors)
+    tensors = [t.detach() for t in tensors]
+    for a, b in zip(torch.func.grad(function, argnums=(0, 1, 2, 3))(*tensors), expected):
+        torch.testing.assert_close(a, b)
+
+    inputs = torch.stack([tensors[0], -tensors[0]])
+    over_inputs = (0, None, None, None)
+    each = [function(x, *tensors[1:]) for x in inputs]
+    torch.testing.assert_close(torch.func.vmap(function, over_inputs)(inputs, *tensors[1:]), torch.stack(each))
+
+    per_sample = torch.func.vmap(torch.func.grad(function, argnums=2), over_inputs)(inputs, *tensors[1:])
+    torch.testing.assert_close(per_sample[0], expected[2])
+
+    def total(w: Tensor) -> Tensor:
+        return torch.func.vmap(lambda x: function(x, tensors[1], w, tensors[3]))(inputs).sum()
+
+    torch.testing.assert_close(torch.func.grad(total)(tensors[2]), per_sample.sum(0))
+    weights = tensors[2].requires_grad_()
+    torch.testing.assert_close(torch.autograd.grad(total(weights), weights)[0], per_sample.sum(0))
+
+
+def test_hessian_by_two_ways(backend: str) -> None:
+    case = Case("small", batch=1, time=2, channels=1, hidden=1, space=(3,), kernel=(3,))
+    x, w_ih, w_hh, bias = (t.detach() for t in tensors_of(case))
+    function = functools.partial(loss, case, backend, x, w_ih, w_hh)
+    exact = torch.autograd.functional.hessian(lambda b: loss_of_oracle(case, x, w_ih, w_hh, b), bias)
+    torch.testing.assert_close(torch.autograd.functional.hessian(function, bias), exact)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.grad(function))(bias), exact)
+
+
+def loss_of_oracle(case: Case, *tensors: Tensor) -> Tensor:
+    output, (h_n, c_n) = oracle(*tensors, **case.options)
+    return output.square().sum() + h_n.sum() + c_n.sin().sum()
+
+
+def test_forward_mode_derivative(backend: str) -> None:
+    case = BY_ID["plain"]
+    tensors = [t.detach() for t in tensors_of(case)]
+    tangents = [torch.randn_like(t) for t in tensors]
+    function = functools.partial(loss, case, backend)
+    _, derivative = torch.func.jvp(function, tuple(tensors), tuple(tangents))
+    grads = torch.func.grad(function, argnums=(0, 1, 2, 3))(*tensors)
+    torch.testing.assert_close(derivative, sum((g * t).sum() for g, t in zip(grads, tangents)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("name", ["state", "groups_2", "no_input"])
+def test_autocast_equals_casting_by_hand(name: str, dtype: torch.dtype, backend: str) -> None:
+    case = BY_ID[name]
+    arguments = case.arguments(torch.float32)
+    with torch.autocast("cpu", dtype):
+        outputs = case.call(conv_lstm, arguments, backend=backend)
+    assert [o.dtype for o in outputs] == [dtype, dtype, torch.float32]
+    by_hand = {n: t if n in ("c0", "lengths") or t is None else t.detach().to(dtype) for n, t in arguments.items()}
+    for a, b in zip(outputs, case.call(conv_lstm, by_hand, backend=backend)):
+        assert torch.equal(a, b)
+    leaves = [arguments[n] for n in TENSORS if arguments[n] is not None]
+    grads = torch.autograd.grad([o.float().sum() for o in outputs], leaves)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads)
+
+
+def test_autocast_mixes_dtypes_but_leaves_float64_alone(backend: str) -> None:
+    case = BY_ID["plain"]
+    a = case.arguments(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = case.call(conv_lstm, a | {"input": a["input"].bfloat16()}, backend=backend)
+        assert mixed[0].dtype == torch.bfloat16
+        assert case.call(conv_lstm, case.arguments(torch.float64), backend=backend)[0].dtype == torch.float64
+        with pytest.raises(TypeError, match=r"input has dtype .*float64, expected .*bfloat16"):
+            case.call(conv_lstm, a | {"input": a["input"].double()}, backend=backend)
+
+
+def test_backward_under_autocast_keeps_float32(backend: str) -> None:
+    case = BY_ID["plain"]
+    arguments = case.arguments(torch.float32)
+    plain = results(case, conv_lstm, arguments, backend=backend)
+    outputs = case.call(conv_lstm, arguments, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).float() for o in outputs]
+    leaf = arguments["weight_hh"]
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(outputs, [leaf], grads)
+    torch.testing.assert_close(found, plain["gradient of weight_hh"])
+
+
+@pytest.mark.parametrize(("memory", "most"), [("fast", 6.0), ("lean", 2.0)])
+@pytest.mark.parametrize("name", ["state", "peephole", "lengths"])
+def test_memory_kept_for_backward(name: str, memory: str, most: float, backend: str) -> None:
+    case = BY_ID[name]
+    arguments = case.arguments(torch.float32)
+    given = {t.untyped_storage().data_ptr() for t in arguments.values() if t is not None}
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in given and t.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output, *_ = case.call(conv_lstm, arguments, memory=memory, backend=backend)
+    assert 0 < sum(kept.values()) <= most * output.nbytes
+
+
+def test_explicit_backend_that_cannot_run_is_an_error() -> None:
+    a = BY_ID["plain"].arguments(torch.float32)
+    meta = {n: a[n].detach().to("meta") for n in ("input", "weight_ih", "weight_hh")}
+    with pytest.raises(RuntimeError, match=r"^conv_lstm: backend 'cpu' .*: tensors are on meta, expected cpu"):
+        conv_lstm(**meta, backend="cpu")
+    assert conv_lstm(**meta)[0].shape == (2, 3, 4, 6, 5)
+
+
+def test_available_gives_true_or_a_reason() -> None:
+    found = convfast.available("conv_lstm")
+    assert found["reference"] is True
+    assert found["cpu"] is True or (isinstance(found["cpu"], str) and found["cpu"])
+    with pytest.raises(ValueError, match=r"op is 'conv_gru', expected one of lstm_gates, conv_lstm"):
+        convfast.available("conv_gru")
+
+
+def test_import_builds_and_loads_nothing() -> None:
+    code = """
+import sys, torch
+before = set(sys.modules)
+import convfast
+print({name.partition(".")[0] for name in set(sys.modules) - before} & {"triton", "ninja"})
+print("torch._dynamo" in set(sys.modules) - before, hasattr(torch.ops.convfast, "conv_lstm_forward"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == ["set()", "False", "False"]
+
+
+def test_environment_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = BY_ID["plain"].arguments(torch.float32)
+    call = functools.partial(conv_lstm, a["input"], a["weight_ih"], a["weight_hh"])
+    monkeypatch.setenv("CONVFAST_BACKEND", "reference")
+    assert torch.equal(call()[0], call(backend="reference")[0])
+    monkeypatch.setenv("CONVFAST_BACKEND", "abacus")
+    with pytest.raises(ValueError, match="conv_lstm: CONVFAST_BACKEND is 'abacus', expected one of cpu, reference"):
+        call()
+    call(backend="reference")
+
+
+OPCHECK = ["plain", "everything", "no_input", "input_convolved_before", "frame_1d", "frame_3d", "stride_2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("save", ["none", "fast", "lean"])
+@pytest.mark.parametrize(("name", "layout"), [*itertools.product(OPCHECK, LAYOUTS), ("batch_0", "contiguous")])
+def test_native_ops_and_their_fakes_agree(
+    name: str, save: str, layout: str, dtype: torch.dtype, native_ops: Any
+) -> None:
+    case = BY_ID[name]
+    # The rest of opcheck takes a second a call and does not look at layouts.
+    checks = ["test_schema", "test_faketensor"]
+    if name == "everything" and layout == "contiguous":
+        checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+    a = {n: None if t is None else t.detach() for n, t in case.arguments(dtype, layout).items()}
+    if a["lengths"] is not None:
+        a["lengths"].fill_(case.time)  # past a length, what is saved is undefined, and opcheck compares it
+    dims = len(case.space)
+    options, kernel = case.options, case.kernel
+
+    def each(value: int | tuple[int, ...]) -> list[int]:
+        return [value] * dims if isinstance(value, int) else list(value)
+
+    dilation = each(options.get("dilation", 1))
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel)]
+    padding = [p for n in totals for p in (n // 2, n - n // 2)]
+    settings = (
+        case.time, each(options.get("stride", 1)), padding, dilation,
+        options.get("padding_mode", "zeros"), options.get("reverse", False),
+    )  # fmt: skip
+    operands = tuple(a[n] for n in (*TENSORS, "lengths"))
+    torch.library.opcheck(native_ops.conv_lstm_forward.default, (*operands, *settings, save), test_utils=checks)
+    if save == "none":
+        return
+    h, h_n, c_n, c, gates = native_ops.conv_lstm_forward(*operands, *settings, save)
+    for wanted in ([a[n] is not None for n in TENSORS], [False] * 7):
+        grads = (torch.randn_like(h), torch.randn_like(h_n), torch.randn_like(c_n))
+        arguments = (*grads, *operands, h, c, gates, *settings, [int(w) for w in wanted])
+        torch.library.opcheck(native_ops.conv_lstm_backward.default, arguments, test_utils=checks)
