@@ -93,7 +93,8 @@ class ConvLSTM(ConvLSTMLayers):
         hidden = [hidden_channels] if isinstance(hidden_channels, int) else list(hidden_channels)
         if not isinstance(step, int) or step < 1:
             raise ValueError(f"{owner}: step is {step!r}, expected an int >= 1")
-        if effective_step is not None and not all(isinstance(s, int) for s in effective_step):
+        listed = effective_step is None or isinstance(effective_step, (list, tuple, range))
+        if not listed or not all(isinstance(s, int) for s in effective_step or ()):
             raise ValueError(f"{owner}: effective_step is {effective_step!r}, expected None or a list of ints")
         if not 0 <= dropout <= 1:
             raise ValueError(f"{owner}: dropout is {dropout!r}, expected a probability (0 to 1)")

@@ -17,9 +17,14 @@ namespace {
 constexpr const char* kForward = "conv_lstm_forward";
 constexpr const char* kBackward = "conv_lstm_backward";
 
+bool operator==(const Extent& a, const Extent& b) { return a.d == b.d && a.h == b.h && a.w == b.w; }
+
 struct ConvDims {
   Extent kernel, stride, dilation, before{0, 0, 0}, behind{0, 0, 0};
   long taps() const { return kernel.pixels(); }
+  bool operator==(const ConvDims& o) const {
+    return kernel == o.kernel && stride == o.stride && dilation == o.dilation && before == o.before && behind == o.behind;
+  }
 };
 
 // Everything about one call that both passes share, in plain numbers.
@@ -557,13 +562,17 @@ struct Backward : Engine<A> {
     const bool need_dx = needs[0] && p.has_x, need_wih = needs[1] && Base::convolves_x(), need_whh = needs[2], need_bias = needs[3] && defined(in.bias);
     const bool need_peephole = needs[4] && defined(in.peephole), need_h0 = needs[5] && defined(in.h0), need_c0 = needs[6] && defined(in.c0);
     const long n_rows = p.out.rows(), kx = Base::convolves_x() ? p.x_conv.taps() * p.x_channels : 0, kh = p.h_conv.taps() * c1;
-    const long c1_padded = round_up(c1, k.lanes), kx_padded = round_up(kx, k.lanes);
+    const long c1_padded = round_up(c1, k.lanes);
 
     const T* c_all = static_cast<const T*>(c.const_data_ptr());
     const T* gates_all = lean ? nullptr : static_cast<const T*>(gates.const_data_ptr());
     T* dgates = workspace.template take<T>(4 * p.batch * padded_pixels * c1);
     Base::clear(dgates, 4 * p.batch * padded_pixels * c1);
-    T* dh_rec = workspace.template take<T>(p.batch * pixels * c1_padded);
+    // dh is a GEMM over the taps of dgates. Where the convolutions are alike and Cin fills vectors, dx is more columns of it:
+    // [sample][pixel][dh | dx]. Else dx is a GEMM over dgates alone with all taps as columns, and a gather over them.
+    const bool dx_like_dh = need_dx && kx && p.padding_mode == "zeros" && p.x_conv == p.h_conv && 4 * p.x_channels >= 3 * round_up(p.x_channels, k.lanes);
+    const long dh_ld = c1_padded + (dx_like_dh ? round_up(p.x_channels, k.lanes) : 0);
+    T* dh_rec = workspace.template take<T>(p.batch * pixels * dh_ld);
     T* dc = workspace.template take<T>(p.batch * state);
     T* dh_last = workspace.template take<T>(p.batch * state);
     if (defined(dh_n)) Base::pack_state(*dh_n, Base::plain_maps(), dh_last);
@@ -571,7 +580,7 @@ struct Backward : Engine<A> {
     if (defined(dc_n)) Base::pack_state(*dc_n, Base::plain_maps(), dc);
     else Base::clear(dc, p.batch * state);
     parallel(p.batch * pixels, [&](long begin, long end) {
-      for (long i = begin; i < end; ++i) std::memcpy(dh_rec + i * c1_padded, dh_last + i * c1, c1 * sizeof(T));
+      for (long i = begin; i < end; ++i) std::memcpy(dh_rec + i * dh_ld, dh_last + i * c1, c1 * sizeof(T));
     });
     T* c0 = nullptr;
     if (defined(in.c0)) Base::pack_state(*in.c0, Base::plain_maps(), c0 = workspace.template take<T>(p.batch * state));
@@ -583,28 +592,23 @@ struct Backward : Engine<A> {
     T* h_frames = (need_whh || lean) ? workspace.template take<T>(p.batch * h_layout.frame) : nullptr;
 
     // Weights as dgrad reads them.
+    const bool any_dh = p.time > 1 || need_h0;
+    const long dx_padded = round_up(kx, k.lanes);
     DgatesOperand back, here;
-    T *w_back = nullptr, *w_here = nullptr, *dcol = nullptr;
-    const bool any_recurrence = p.time > 1 || need_h0;
-    if (any_recurrence) {
+    T *w_back = nullptr, *w_dx = nullptr, *dx_rows = nullptr;
+    if (any_dh || dx_like_dh) {
       dgates_operand(dgates, true, back);
-      std::vector<long> k_offset(back.column.size()), n_offset(c1);
-      for (size_t i = 0; i < k_offset.size(); ++i) k_offset[i] = back.column[i] * kh + back.tap[i];
-      for (long i = 0; i < c1; ++i) n_offset[i] = i * p.h_conv.taps();
-      w_back = workspace.template take<T>(k_offset.size() * c1_padded);
-      const Tensor w = torch::stable::contiguous(in.w_hh);
-      pack_panels(k, Base::data(w), k_offset, n_offset, w_back);
+      w_back = pack_taps(back, c1_padded, dx_like_dh);
     }
     Gather gd, gh, gw;
-    if (need_dx && kx) {
+    if (need_dx && kx && !dx_like_dh) {
+      dx_rows = workspace.template take<T>(p.batch * pixels * dx_padded);
       dgates_operand(dgates, false, here);
-      std::vector<long> k_offset(here.column.size()), n_offset(kx);
-      for (size_t i = 0; i < k_offset.size(); ++i) k_offset[i] = here.column[i] * kx;
-      for (long i = 0; i < kx; ++i) n_offset[i] = i % p.x_channels * p.x_conv.taps() + i / p.x_channels;
-      w_here = workspace.template take<T>(k_offset.size() * kx_padded);
+      w_dx = workspace.template take<T>(here.column.size() * dx_padded);
       const Tensor w = torch::stable::contiguous(*in.w_ih);
-      pack_panels(k, Base::data(w), k_offset, n_offset, w_here);
-      dcol = workspace.template take<T>(p.batch * pixels * kx_padded);
+      pack_panels(k, here.column.size(), kx, w_dx, [&](long i, long n) {
+        return static_cast<T>(Base::data(w)[here.column[i] * kx + n % p.x_channels * p.x_conv.taps() + n / p.x_channels]);
+      });
       const ConvDims& v = p.x_conv;
       gd = gather(p.in.d, p.out.d, v.kernel.d, v.stride.d, v.dilation.d, Base::x_maps.d);
       gh = gather(p.in.h, p.out.h, v.kernel.h, v.stride.h, v.dilation.h, Base::x_maps.h);
@@ -696,8 +700,8 @@ struct Backward : Engine<A> {
       g.dh_frame[0] = dh_direct ? dh->stride(0) : state;
       g.dh_stride[0] = c1;
       g.dh[1] = dh_rec;
-      g.dh_frame[1] = pixels * c1_padded;
-      g.dh_stride[1] = c1_padded;
+      g.dh_frame[1] = pixels * dh_ld;
+      g.dh_stride[1] = dh_ld;
       g.dc = dc;
       g.dc_frame = state;
       g.dgates = dgates;
@@ -707,15 +711,19 @@ struct Backward : Engine<A> {
       g.map = pixel_map;
       parallel(dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end) { k.gates_backward(g, begin, end); });
 
-      if (!first || need_h0) {
-        const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, w_back, c1, long(back.column.size()), dh_rec, c1_padded};
+      if (!first || need_h0 || dx_like_dh) {
+        // Nobody wants dh before the first step; its columns can be left out where they are whole panels.
+        const long from = first && !need_h0 && c1_padded % k.panel == 0 ? c1_padded : 0;
+        const long columns = (dx_like_dh ? c1_padded + p.x_channels : c1) - from, depth = back.column.size();
+        const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, w_back + depth * from, columns, depth, dh_rec + from, dh_ld};
         parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
+        if (dx_like_dh) unpack_dx(active, step, dh_rec + c1_padded, dh_ld, dx);
       }
-      if (dcol) {
-        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, w_here, kx, long(here.column.size()), dcol, kx_padded};
+      if (dx_rows) {
+        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, w_dx, kx, long(here.column.size()), dx_rows, dx_padded};
         parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
-        gather_dx(active, step, dcol, kx_padded, gd, gh, gw, dx);
-      } else if (need_dx) {
+        gather_dx(active, step, dx_rows, dx_padded, gd, gh, gw, dx);
+      } else if (p.convolved && need_dx) {
         unpack_dgates(active, step, dgates, dx);
       }
       run_weight_grads(wgrads, r, has_h, need_whh ? h_frames : nullptr);
@@ -731,7 +739,7 @@ struct Backward : Engine<A> {
     if (need_peephole)
       for (long i = 0; i < 3; ++i) unpack_row(dpeephole + i * state, c1, pixels, c1, Base::out_data(dp) + i * state, 1, pixels);
     Tensor dh0 = need_h0 ? Base::new_channels_last(shape_of(*in.h0), narrow) : empty_cpu({0}, narrow);
-    if (need_h0) unpack_row(dh_rec, c1_padded, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
+    if (need_h0) unpack_row(dh_rec, dh_ld, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
     const ScalarType c0_dtype = need_c0 ? in.c0->scalar_type() : scalar_type<T>();
     Tensor dc0 = need_c0 ? Base::new_channels_last(shape_of(*in.c0), c0_dtype) : empty_cpu({0}, c0_dtype);
     if (need_c0) {
@@ -755,6 +763,32 @@ struct Backward : Engine<A> {
       for (size_t i = 0; i < wgrads.size(); start = end_of[i++]) {
         const long b = std::max(begin, start) - start, e = std::min(end, end_of[i]) - start;
         if (b < e) k.weight_grad(wgrads[i], b, e);
+      }
+    });
+  }
+
+  // w_hh, and w_ih behind it, as GEMM operand over the taps of dgates. Both are [4C, channels, *K] over the same taps, so one is
+  // packed into the columns before `split` and the other after.
+  T* pack_taps(const DgatesOperand& over, long split, bool with_x) {
+    const long taps = p.h_conv.taps(), columns = with_x ? split + p.x_channels : c1;
+    const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = with_x ? torch::stable::contiguous(*in.w_ih) : w_hh;
+    T* packed = workspace.template take<T>(over.column.size() * round_up(columns, k.lanes));
+    pack_panels(k, over.column.size(), columns, packed, [&](long i, long n) {
+      if (n < c1) return static_cast<T>(Base::data(w_hh)[(over.column[i] * c1 + n) * taps + over.tap[i]]);
+      if (n < split) return T(0);
+      return static_cast<T>(Base::data(w_ih)[(over.column[i] * p.x_channels + n - split) * taps + over.tap[i]]);
+    });
+    return packed;
+  }
+
+  void unpack_dx(const std::vector<long>& active, long step, const T* rows, long ld, const Tensor& dx) {
+    const long n = p.in.rows();
+    const FrameStrides strides = frame_strides(dx, 2);
+    parallel(active.size() * n, [&](long begin, long end) {
+      for (long r = begin; r < end; ++r) {
+        const long s = active[r / n], d = (r % n) / p.in.h, y = (r % n) % p.in.h;
+        A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + d * strides.d + y * strides.h;
+        unpack_row(rows + (s * n + r % n) * p.in.w * ld, ld, p.in.w, p.x_channels, dst, strides.w, strides.c);
       }
     });
   }

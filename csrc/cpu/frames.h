@@ -82,20 +82,16 @@ void unpack_row(const T* src, long ld, long pixels, long channels, A* dst, long 
     for (long c = 0; c < channels; ++c) dst[x * stride_w + c * stride_c] = static_cast<A>(src[x * ld + c]);
 }
 
-// Weights as a GEMM operand: b[k, n] = w[k_offset[k] + n_offset[n]], packed [panel][k][panel columns], the last panel one vector
-// wide where that is enough. n_offset -1 is a column of zeros.
-template <class A, class T>
-void pack_panels(const Kernels<T>& kernels, const A* w, const std::vector<long>& k_offset, const std::vector<long>& n_offset,
-                 T* dst) {
-  const long k = k_offset.size(), columns = n_offset.size();
+// A GEMM operand of k rows, packed [panel][k][panel columns], the last panel one vector wide where that is enough.
+template <class T, class F>
+void pack_panels(const Kernels<T>& kernels, long k, long columns, T* dst, const F& value) {
   parallel((columns + kernels.panel - 1) / kernels.panel, [&](long begin, long end) {
     for (long p = begin; p < end; ++p) {
       const long n0 = p * kernels.panel, left = columns - n0;
       const long width = left > kernels.lanes ? kernels.panel : kernels.lanes, real = std::min(left, width);
       T* q = dst + n0 * k;
       for (long i = 0; i < k; ++i, q += width) {
-        const A* row = w + k_offset[i];
-        for (long n = 0; n < real; ++n) q[n] = n_offset[n0 + n] < 0 ? T(0) : static_cast<T>(row[n_offset[n0 + n]]);
+        for (long n = 0; n < real; ++n) q[n] = value(i, n0 + n);
         for (long n = real; n < width; ++n) q[n] = T(0);
       }
     }

@@ -227,12 +227,14 @@ static long weight_grad_tasks(const Runs& runs) {
 
 template <class T>
 static void weight_grad(const WeightGrad<T>& p, long begin, long end) {
-  enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel, kSegments = 32, kPixels = 192 };
+  enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel, kSegments = 32, kPixels = 128 };
   const Cut cut(p.a.runs.length, Tile<T>::kPixels);
   const Cut across(p.rows.width, kPixels);
   const long ldw = (p.columns + W - 1) / W * W, total = p.rows.samples * p.rows.rows * across.tiles;
-  // A chunk of pixels stays in cache while every tile of dw takes its share from it.
-  const T *row_a[kSegments], *a[kSegments], *g[kSegments];
+  // A chunk of pixels is read by every tile of dw; its panel of dgates is made dense first, so that it stays in L1.
+  alignas(64) T panel[2 * kPixels * kPanel];
+  const bool dense = end - begin > 2;
+  const T *row_a[kSegments], *a[kSegments], *row_g[kSegments], *g[kSegments];
   long pixels[kSegments];
   for (long at = 0; at < total;) {
     long segments = 0, count = 0;
@@ -241,21 +243,30 @@ static void weight_grad(const WeightGrad<T>& p, long begin, long end) {
       const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
       const long d = row / p.rows.height, y = row % p.rows.height;
       row_a[segments] = row_start(p.a, s, d, y) + x * p.a.runs.stride;
-      g[segments] = p.dgates + s * p.dgates_frame + d * p.dgates_map.depth + y * p.dgates_map.height + x * p.columns;
+      row_g[segments] = p.dgates + s * p.dgates_frame + d * p.dgates_map.depth + y * p.dgates_map.height + x * p.columns;
       pixels[segments] = across.at(at % across.tiles + 1) - x;
       count += pixels[segments];
     }
     for (long n = 0; n < p.columns; n += kPanel) {
+      const long width = p.columns - n > W ? (long)kPanel : (long)W;
+      T* to = panel;
+      for (long i = 0; i < segments; ++i) {
+        g[i] = row_g[i] + n;
+        if (!dense) continue;
+        for (long x = 0; x < pixels[i]; ++x)
+          for (long j = 0; j < width; j += W) Simd<T>::store(to + x * width + j, Simd<T>::load(g[i] + x * p.columns + j));
+        g[i] = to;
+        to += pixels[i] * width;
+      }
       for (long task = begin; task < end; ++task) {
         const long run = task / cut.tiles, k = cut.at(task % cut.tiles), m = cut.at(task % cut.tiles + 1) - k;
         for (long i = 0; i < segments; ++i) a[i] = row_a[i] + p.a.runs.offset[run] + k;
         T* dw = p.dw + (run * p.a.runs.length + k) * ldw + n;
-        if (p.columns - n > W)
-          TileTable<T>::template weight_grad<2>(m, segments, a, p.a.runs.stride, g, p.columns, pixels, dw, ldw);
+        if (width == kPanel)
+          TileTable<T>::template weight_grad<2>(m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
         else
-          TileTable<T>::template weight_grad<1>(m, segments, a, p.a.runs.stride, g, p.columns, pixels, dw, ldw);
+          TileTable<T>::template weight_grad<1>(m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
       }
-      for (long i = 0; i < segments; ++i) g[i] += kPanel;
     }
   }
 }
