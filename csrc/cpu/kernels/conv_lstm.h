@@ -8,23 +8,36 @@ struct Cut {
   INLINE long at(long i) const { return width * i / tiles; }
 };
 
+// Rows are taken in groups whose operands stay in L2 while the panels of B pass by, each streamed once a group.
+template <class T>
+static INLINE long group_rows(const Operand<T>& a, const Operand<T>& b) {
+  enum { kBytes = 512 << 10, kLeast = 4 };
+  const long bytes = ((a.frames ? a.map.height : 0) + (b.frames ? b.map.height : 0)) * (long)sizeof(T);
+  const long rows = kBytes / (bytes > 0 ? bytes : 1);
+  return rows > kLeast ? rows : (long)kLeast;
+}
+
 template <class T>
 static void rows_gemm(const RowsGemm<T>& p, long begin, long end) {
   const Runs* runs[2] = {&p.a[0].runs, &p.a[1].runs};
   const Cut cut(p.rows.width, Tile<T>::kPixels);
   enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel };
-  for (long n = 0; n < p.columns; n += kPanel) {
-    const long columns = p.columns - n < kPanel ? p.columns - n : (long)kPanel;
-    for (long r = begin; r < end; ++r) {
-      const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
-      const T* start[2];
-      for (int o = 0; o < 2; ++o)
-        start[o] = p.a[o].frames ? row_start(p.a[o], s, row / p.rows.height, row % p.rows.height) : 0;
-      T* out = p.out + (s * p.rows.rows + row) * p.rows.width * p.ldo + n;
-      for (long i = 0; i < cut.tiles; ++i) {
-        const long x = cut.at(i), m = cut.at(i + 1) - x;
-        const T* a[2] = {start[0] ? start[0] + x * runs[0]->stride : 0, start[1] ? start[1] + x * runs[1]->stride : 0};
-        tile_all_columns<T>(m, a, runs, p.b + p.k * n, p.k, 0, columns, out + x * p.ldo, p.ldo);
+  const long group = group_rows(p.a[0], p.a[1]);
+  for (long first = begin; first < end; first += group) {
+    const long last = first + group < end ? first + group : end;
+    for (long n = 0; n < p.columns; n += kPanel) {
+      const long columns = p.columns - n < kPanel ? p.columns - n : (long)kPanel;
+      for (long r = first; r < last; ++r) {
+        const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
+        const T* start[2];
+        for (int o = 0; o < 2; ++o)
+          start[o] = p.a[o].frames ? row_start(p.a[o], s, row / p.rows.height, row % p.rows.height) : 0;
+        T* out = p.out + (s * p.rows.rows + row) * p.rows.width * p.ldo + n;
+        for (long i = 0; i < cut.tiles; ++i) {
+          const long x = cut.at(i), m = cut.at(i + 1) - x;
+          const T* a[2] = {start[0] ? start[0] + x * runs[0]->stride : 0, start[1] ? start[1] + x * runs[1]->stride : 0};
+          tile_all_columns<T>(m, a, runs, p.b + p.k * n, p.k, 0, columns, out + x * p.ldo, p.ldo);
+        }
       }
     }
   }
@@ -116,39 +129,45 @@ static INLINE void prefetch_tile(const ConvLSTMStep<T>& p, long m, long ch, long
   }
 }
 
+// The tiles of one row, for the block of n channels from ch on; z is room for a tile of pre-activations.
+template <class T>
+static INLINE void step_row(const ConvLSTMStep<T>& p, const T* weights, long ch, long n, long s, long row, const long* out_sample, T* z, long ldz) {
+  const Cut cut(p.rows.width, Tile<T>::kPixels);
+  const Runs* runs[2] = {&p.x.runs, &p.h.runs};
+  const long d = row / p.rows.height, y = row % p.rows.height;
+  const T* start[2] = {p.x.frames ? row_start(p.x, s, d, y) : 0, p.h.frames ? row_start(p.h, s, d, y) : 0};
+  T* h_row = p.h_frames ? p.h_frames + s * p.h_frame + d * p.h_map.depth + y * p.h_map.height + ch : 0;
+  T* out_row = p.out ? p.out + *out_sample + row * p.rows.width * p.channels + ch : 0;
+  for (long i = 0; i < cut.tiles; ++i) {
+    const long x = cut.at(i), m = cut.at(i + 1) - x, pixel = row * p.rows.width + x;
+    const T* a[2] = {start[0] ? start[0] + x * runs[0]->stride : 0, start[1] ? start[1] + x * runs[1]->stride : 0};
+    T* h_tile = h_row ? h_row + x * p.channels : 0;
+    T* out_tile = out_row ? out_row + x * p.channels : 0;
+    prefetch_tile(p, m, ch, pixel, s, h_tile, out_tile);
+    tile_all_columns<T>(m, a, runs, weights, p.k, p.bias + 4 * ch, 4 * n, z, ldz);
+    if (p.peephole)
+      cell_tile<T, true>(p, z, ldz, m, n, ch, pixel, s, h_tile, out_tile);
+    else
+      cell_tile<T, false>(p, z, ldz, m, n, ch, pixel, s, h_tile, out_tile);
+  }
+}
+
 template <class T>
 static void conv_lstm_step(const ConvLSTMStep<T>& p, long begin, long end) {
   enum { W = Simd<T>::W };
-  // A tile of pre-activations; the slack holds what the last vector of a narrow block loads past its end.
+  // The slack holds what the last vector of a narrow block loads past its end.
   alignas(64) T z[Tile<T>::kPixels * 4 * kBlock + W];
   for (long i = 0; i < (long)(sizeof(z) / sizeof(T)); ++i) z[i] = 0;
-  const Cut cut(p.rows.width, Tile<T>::kPixels);
-  const Runs* runs[2] = {&p.x.runs, &p.h.runs};
-  const T* weights = p.weights;
-  // Without x its part of the packed K axis is not there; without h it is the tail, and is simply not reached.
-  for (long ch = 0; ch < p.channels; ch += kBlock) {
-    const long n = p.channels - ch < kBlock ? p.channels - ch : (long)kBlock, columns = 4 * n;
-    const long ldz = (columns + W - 1) / W * W;
-    for (long r = begin; r < end; ++r) {
-      const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
-      const long d = row / p.rows.height, y = row % p.rows.height;
-      const T* start[2] = {p.x.frames ? row_start(p.x, s, d, y) : 0, p.h.frames ? row_start(p.h, s, d, y) : 0};
-      T* h_row = p.h_frames ? p.h_frames + s * p.h_frame + d * p.h_map.depth + y * p.h_map.height + ch : 0;
-      T* out_row = p.out ? p.out + p.out_sample[r / p.rows.rows] + row * p.rows.width * p.channels + ch : 0;
-      for (long i = 0; i < cut.tiles; ++i) {
-        const long x = cut.at(i), m = cut.at(i + 1) - x;
-        const T* a[2] = {start[0] ? start[0] + x * runs[0]->stride : 0, start[1] ? start[1] + x * runs[1]->stride : 0};
-        prefetch_tile(p, m, ch, row * p.rows.width + x, s, h_row ? h_row + x * p.channels : 0, out_row ? out_row + x * p.channels : 0);
-        tile_all_columns<T>(m, a, runs, weights, p.k, p.bias + 4 * ch, columns, z, ldz);
-        T* h_tile = h_row ? h_row + x * p.channels : 0;
-        T* out_tile = out_row ? out_row + x * p.channels : 0;
-        if (p.peephole)
-          cell_tile<T, true>(p, z, ldz, m, n, ch, row * p.rows.width + x, s, h_tile, out_tile);
-        else
-          cell_tile<T, false>(p, z, ldz, m, n, ch, row * p.rows.width + x, s, h_tile, out_tile);
-      }
+  const long group = group_rows(p.x, p.h);
+  for (long first = begin; first < end; first += group) {
+    const long last = first + group < end ? first + group : end;
+    const T* weights = p.weights;
+    for (long ch = 0; ch < p.channels; ch += kBlock) {
+      const long n = p.channels - ch < kBlock ? p.channels - ch : (long)kBlock, ldz = (4 * n + W - 1) / W * W;
+      for (long r = first; r < last; ++r)
+        step_row(p, weights, ch, n, p.rows.sample[r / p.rows.rows], r % p.rows.rows, p.out_sample + r / p.rows.rows, z, ldz);
+      weights += p.k * ldz;
     }
-    weights += p.k * ldz;
   }
   if (p.stream_gates) Simd<T>::fence();
 }

@@ -53,6 +53,7 @@ static void tile_weight_grad(long segments, const T* const* a, long a_stride, co
                              T* dw, long ldw) {
   typedef Simd<T> S;
   typedef typename S::V V;
+  enum { kAhead = 8 };  // every pixel of a is on other cache lines
   V acc[M][NV];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < NV; ++n) acc[m][n] = V{};
@@ -62,6 +63,8 @@ static void tile_weight_grad(long segments, const T* const* a, long a_stride, co
     for (long x = 0; x < pixels[s]; ++x, p += a_stride, q += g_stride) {
       V gv[NV];
       for (int n = 0; n < NV; ++n) gv[n] = S::load(q + n * S::W);
+      __builtin_prefetch(p + kAhead * a_stride);
+      if (M > 1) __builtin_prefetch(p + kAhead * a_stride + M - 1);
 #pragma GCC unroll 14
       for (int m = 0; m < M; ++m) {
         const V av = S::set1(p[m]);
