@@ -117,6 +117,13 @@ class ConvLSTMLayers(nn.Module):
                 f"{type(self).__name__}: peephole{suffix} has no size yet, expected image_size in the constructor, or "
                 "a call of the module before it is compiled, exported or reached through forward()"
             )
+        if peephole is not None:
+            size = tuple(state[0].shape[2:]) if frames is None else layer.state_size(frames.shape[3:])
+            if tuple(peephole.shape[2:]) != size:
+                raise ValueError(
+                    f"{type(self).__name__}: the state of layer {index} has size {list(size)}, expected "
+                    f"{list(peephole.shape[2:])} as peephole{suffix} has (from image_size, or from the first call)"
+                )
         return conv_lstm(
             frames,
             None if frames is None else getattr(self, f"weight_ih{suffix}"),
@@ -148,7 +155,7 @@ class ConvLSTMLayers(nn.Module):
 
     def _check_state(self, index: int, state: Pair, leading: tuple[int, ...], frame_size: Sequence[int] | None) -> None:
         """`leading` is what comes before the channels, `frame_size` the spatial size of the layer's input."""
-        layer, suffix = self._layers[index], self._suffixes[index][0]
+        layer = self._layers[index]
         size = tuple(state[0].shape[len(leading) + 1 :]) if frame_size is None else layer.state_size(frame_size)
         expected = (*leading, layer.channels, *size)
         for name, part in zip("hc", state):
@@ -158,16 +165,6 @@ class ConvLSTMLayers(nn.Module):
                     f"{type(self).__name__}: state {name} of layer {index} has shape {list(part.shape)}, "
                     f"expected [{', '.join(map(str, shown))}]"
                 )
-        peephole = getattr(self, f"peephole{suffix}")
-        if peephole is not None and not _is_lazy(peephole) and tuple(peephole.shape[2:]) != size:
-            raise self._wrong_size(index, size)
-
-    def _wrong_size(self, index: int, size: Sequence[int]) -> ValueError:
-        name = f"peephole{self._suffixes[index][0]}"
-        return ValueError(
-            f"{type(self).__name__}: the state of layer {index} has size {list(size)}, expected "
-            f"{list(getattr(self, name).shape[2:])} as {name} has (from image_size, or from the first call)"
-        )
 
     def _first_state_size(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
         """Spatial size of the first layer's state, from the arguments of `forward`."""

@@ -53,6 +53,20 @@ struct Problem {
     for (long i = 3 - spatial; i < 3; ++i) leading.push_back(dims[i]);
     return leading;
   }
+  // The same for samples begin ... begin + n.
+  Problem group(long begin, long n) const {
+    Problem q = *this;
+    q.batch = n;
+    q.lengths.assign(lengths.begin() + begin, lengths.begin() + begin + n);
+    return q;
+  }
+  // Samples are taken together only as far as threads need work between two barriers; scratch is a group's.
+  long group_size() const {
+    const double flops = 8. * channels * pixels() * (h_conv.taps() * channels + (convolved ? 0 : x_conv.taps() * x_channels));
+    const long threads = torch::stable::get_num_threads();
+    const long by_work = long(2.5e7 * threads / std::max(1., flops)) + 1, by_rows = (4 * threads + out.rows() - 1) / std::max<long>(1, out.rows());
+    return std::min(batch, std::max(by_work, by_rows));
+  }
   long blocks() const { return (channels + kBlock - 1) / kBlock; }
   long block_channels(long block) const { return std::min<long>(kBlock, channels - block * kBlock); }
 };
@@ -82,10 +96,22 @@ bool dense_channels_last(const Tensor& t, long axis) {
   return true;
 }
 
+Tensor samples(Tensor t, long begin, long n) { return n == t.size(0) ? t : torch::stable::narrow(t, 0, begin, n); }
+
+OptionalTensor samples(const OptionalTensor& t, long begin, long n) { return t ? OptionalTensor(samples(*t, begin, n)) : t; }
+
 struct Inputs {
-  const OptionalTensor &x, &w_ih;
-  const Tensor& w_hh;
-  const OptionalTensor &bias, &peephole, &h0, &c0, &lengths;
+  OptionalTensor x, w_ih;
+  Tensor w_hh;
+  OptionalTensor bias, peephole, h0, c0, lengths;
+
+  Inputs group(long begin, long n) const {
+    Inputs in = *this;
+    in.x = samples(x, begin, n);
+    in.h0 = samples(h0, begin, n);
+    in.c0 = samples(c0, begin, n);
+    return in;
+  }
 };
 
 Problem make_problem(const char* op, const Inputs& in, int64_t time, const std::vector<int64_t>& stride,
@@ -220,19 +246,23 @@ struct Engine {
   using T = Wide<A>;
   static constexpr bool kNarrow = !std::is_same_v<A, T>;
 
-  const Problem& p;
-  const Inputs& in;
+  Problem p;
+  Inputs in;
   const Kernels<T>& k = kernels<T>();
   Workspace workspace;
   long pixels, c1, state;  // state: elements of one sample's h
   PaddingMaps x_maps, h_maps;
   FrameLayout x_layout, h_layout;
   T *x_frames = nullptr, *gates_x = nullptr;
-  const T* peephole = nullptr;
 
-  Engine(const Problem& p, const Inputs& in)
-      : p(p),
-        in(in),
+  // Weights as the kernels read them, packed once a call for all groups.
+  struct Packed {
+    const T *weights = nullptr, *bias = nullptr, *peephole = nullptr;
+  };
+
+  Engine(const Problem& problem, const Inputs& inputs)
+      : p(problem),
+        in(inputs),
         pixels(p.pixels()),
         c1(p.channels),
         state(pixels * c1),
@@ -243,18 +273,24 @@ struct Engine {
                padding_map(p.out.h, p.h_conv.before.h, p.h_conv.behind.h, "zeros"),
                padding_map(p.out.w, p.h_conv.before.w, p.h_conv.behind.w, "zeros")},
         x_layout(x_maps.extent(), p.x_conv, p.x_channels),
-        h_layout(h_maps.extent(), p.h_conv, c1) {
-    if (defined(in.peephole)) {
-      T* q = workspace.take<T>(3 * state);
-      const FrameStrides strides = frame_strides(*in.peephole, 1);
-      const PaddingMaps maps = plain_maps();
-      for (long i = 0; i < 3; ++i)
-        for (long row = 0; row < p.out.rows(); ++row)
-          pack_row(data(*in.peephole) + i * in.peephole->stride(0), strides, maps, row, c1, q + i * state + row * p.out.w * c1);
-      peephole = q;
-    }
+        h_layout(h_maps.extent(), p.h_conv, c1) {}
+
+  void take_x() {
     if (convolves_x()) x_frames = workspace.take<T>(p.batch * x_layout.frame);
     if (p.convolved) gates_x = workspace.take<T>(p.batch * 4 * state);
+  }
+
+  const T* pack_peephole() {
+    if (!defined(in.peephole)) return nullptr;
+    T* packed = workspace.take<T>(3 * state);
+    const FrameStrides strides = frame_strides(*in.peephole, 1);
+    const PaddingMaps maps = plain_maps();
+    parallel(p.out.rows(), [&](long begin, long end) {
+      for (long i = 0; i < 3; ++i)
+        for (long row = begin; row < end; ++row)
+          pack_row(data(*in.peephole) + i * in.peephole->stride(0), strides, maps, row, c1, c1, packed + i * state + row * p.out.w * c1);
+    });
+    return packed;
   }
 
   bool convolves_x() const { return p.has_x && !p.convolved; }
@@ -271,24 +307,24 @@ struct Engine {
 
   // Packs frame(sample) of t, whose channel axis is `axis`, for every active sample.
   template <class B, class Frame>
-  void pack(const std::vector<long>& active, const Tensor& t, long axis, const PaddingMaps& maps, T* dst, const Frame& frame) {
+  void pack(const std::vector<long>& active, const Tensor& t, long axis, const PaddingMaps& maps, T* dst, const Frame& frame, long ld = 0) {
     const FrameStrides strides = frame_strides(t, axis);
-    const long channels = t.size(axis), n = maps.extent().rows(), row_size = maps.w.size() * channels;
+    const long channels = t.size(axis), n = maps.extent().rows(), width = ld ? ld : channels, row_size = maps.w.size() * width;
     const B* base = static_cast<const B*>(t.const_data_ptr());
     parallel(active.size() * n, [&](long begin, long end) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n], row = r % n;
-        pack_row(base + frame(s), strides, maps, row, channels, dst + (s * n + row) * row_size);
+        pack_row(base + frame(s), strides, maps, row, channels, width, dst + (s * n + row) * row_size);
       }
     });
   }
 
   // State tensors [B, C, *S'] in activations or in the wide type.
-  void pack_state(const Tensor& t, const PaddingMaps& maps, T* dst) {
+  void pack_state(const Tensor& t, const PaddingMaps& maps, T* dst, long ld = 0) {
     const std::vector<long> all = everyone();
     const auto frame = [&](long s) { return s * t.stride(0); };
-    if (t.scalar_type() == scalar_type<A>()) pack<A>(all, t, 1, maps, dst, frame);
-    else pack<T>(all, t, 1, maps, dst, frame);
+    if (t.scalar_type() == scalar_type<A>()) pack<A>(all, t, 1, maps, dst, frame, ld);
+    else pack<T>(all, t, 1, maps, dst, frame, ld);
   }
 
   std::vector<long> everyone() const {
@@ -309,7 +345,7 @@ struct Engine {
   long k_rows() const { return (convolves_x() ? p.x_conv.taps() * p.x_channels : 0) + p.h_conv.taps() * c1; }
 
   // Gate weights: [block][panel][k][panel columns], k = taps of x, then taps of h. Bias: [4 * first channel of block + column].
-  std::pair<T*, T*> pack_gate_weights() {
+  Packed pack_weights() {
     const long kx = convolves_x() ? p.x_conv.taps() * p.x_channels : 0, kh = p.h_conv.taps() * c1;
     long columns = 0;
     for (long b = 0; b < p.blocks(); ++b) columns += round_up(4 * p.block_channels(b), k.lanes);
@@ -336,7 +372,7 @@ struct Engine {
           bias[4 * kBlock * b + j] = defined(in.bias) ? static_cast<T>(data(*in.bias)[(j / n * c1 + b * kBlock + j % n) * in.bias->stride(0)]) : T(0);
       }
     });
-    return {packed, bias};
+    return {packed, bias, pack_peephole()};
   }
 
   // w [channels][taps] of one output channel into a column, k = tap * channels + channel.
@@ -346,15 +382,15 @@ struct Engine {
   }
 
   // The arguments of a step that do not change from step to step.
-  ConvLSTMStep<T> step_arguments(const T* weights, const T* bias) {
+  ConvLSTMStep<T> step_arguments(const Packed& packed) {
     ConvLSTMStep<T> s{};
-    s.weights = weights;
-    s.bias = bias;
+    s.weights = packed.weights;
+    s.bias = packed.bias;
     s.k = k_rows();
     s.channels = c1;
     s.gates_x = gates_x;
     s.gates_x_frame = 4 * state;
-    s.peephole = peephole;
+    s.peephole = packed.peephole;
     if (convolves_x()) s.x = x_layout.template operand<T>(x_frames, p.x_conv.stride.w);
     return s;
   }
@@ -395,30 +431,44 @@ struct Engine {
     return empty_ordered(shape, last_order(shape.size()), dtype);
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const std::string& save) {
+  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  Outputs forward(const std::string& save) {
     const ScalarType narrow = scalar_type<A>(), wide = scalar_type<T>();
     const bool keep_c = save != "none", keep_gates = save == "fast";
-    Tensor h = new_channels_last(p.shape({p.batch, p.time, c1}), narrow);
-    Tensor h_n = new_channels_last(p.shape({p.batch, c1}), narrow), c_n = new_channels_last(p.shape({p.batch, c1}), wide);
-    Tensor c = keep_c ? new_channels_last(p.shape({p.batch, p.time, c1}), wide) : empty_cpu({0}, wide);
-    Tensor gates = keep_gates ? new_channels_last(p.shape({p.batch, p.time, 4 * c1}), wide) : empty_cpu({0}, wide);
+    Outputs all{new_channels_last(p.shape({p.batch, p.time, c1}), narrow), new_channels_last(p.shape({p.batch, c1}), narrow),
+                new_channels_last(p.shape({p.batch, c1}), wide),
+                keep_c ? new_channels_last(p.shape({p.batch, p.time, c1}), wide) : empty_cpu({0}, wide),
+                keep_gates ? new_channels_last(p.shape({p.batch, p.time, 4 * c1}), wide) : empty_cpu({0}, wide)};
+    const auto& [h, h_n, c_n, c, gates] = all;
+    const Packed packed = pack_weights();
+    // Larger than a cache, the saved gates would only drive out what the next step needs.
+    const bool stream_gates = keep_gates && gates.numel() * sizeof(T) > (size_t(32) << 20) && c1 % kBlock == 0 &&
+                              reinterpret_cast<uintptr_t>(gates.mutable_data_ptr()) % 64 == 0;
+    for (long begin = 0, size = p.group_size(); begin < p.batch; begin += size) {
+      const long n = std::min(size, p.batch - begin);
+      Engine part(p.group(begin, n), in.group(begin, n));
+      part.run_forward(packed, {samples(h, begin, n), samples(h_n, begin, n), samples(c_n, begin, n), keep_c ? samples(c, begin, n) : c,
+                                keep_gates ? samples(gates, begin, n) : gates}, keep_c, keep_gates, stream_gates);
+    }
+    return all;
+  }
+
+  void run_forward(const Packed& packed, const Outputs& outputs, bool keep_c, bool keep_gates, bool stream_gates) {
+    const auto& [h, h_n, c_n, c, gates] = outputs;
     T* c_last = static_cast<T*>(c_n.mutable_data_ptr());
     T* c_all = keep_c ? static_cast<T*>(c.mutable_data_ptr()) : nullptr;
     T* gates_all = keep_gates ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
     A* h_all = out_data(h);
 
-    const auto [weights, bias] = pack_gate_weights();
+    take_x();
     T* h_frames[2] = {workspace.take<T>(p.batch * h_layout.frame), workspace.take<T>(p.batch * h_layout.frame)};
     if (defined(in.h0)) pack_state(*in.h0, h_maps, h_frames[0]);
     for (int i = defined(in.h0) ? 1 : 0; i < 2; ++i) clear(h_frames[i], p.batch * h_layout.frame);
     if (defined(in.c0)) pack_state(*in.c0, plain_maps(), c_last);
     else clear(c_last, p.batch * state);
 
-    // Larger than a cache, the saved gates would only drive out what the next step needs.
-    const bool stream_gates = keep_gates && gates.numel() * sizeof(T) > (size_t(32) << 20) && c1 % kBlock == 0 &&
-                              reinterpret_cast<uintptr_t>(gates_all) % 64 == 0;
-
-    ConvLSTMStep<T> s = step_arguments(weights, bias);
+    ConvLSTMStep<T> s = step_arguments(packed);
     std::vector<long> out_sample;
     for (long step = 0; step < p.time; ++step) {
       const std::vector<long> active = p.active(step);
@@ -455,7 +505,6 @@ struct Engine {
     });
     for (long b = 0; b < p.batch; ++b)
       if (p.lengths[b] == 0) copy_initial(b, out_data(h_n) + b * state);
-    return {h, h_n, c_n, c, gates};
   }
 
   void copy_initial(long sample, A* dst) {
@@ -465,7 +514,7 @@ struct Engine {
     }
     const FrameStrides strides = frame_strides(*in.h0, 1);
     for (long row = 0; row < p.out.rows(); ++row)
-      pack_row(data(*in.h0) + sample * in.h0->stride(0), strides, plain_maps(), row, c1, dst + row * p.out.w * c1);
+      pack_row(data(*in.h0) + sample * in.h0->stride(0), strides, plain_maps(), row, c1, c1, dst + row * p.out.w * c1);
   }
 
   template <class E>
@@ -516,19 +565,18 @@ struct Backward : Engine<A> {
       const long n = part ? rest : long(kBlock), blocks = part ? (rest ? 1 : 0) : whole, ch0 = part ? whole * kBlock : 0;
       o.a[part] = {};
       if (!blocks) continue;
-      const T* base = dgates + 4 * p.batch * padded_pixels * ch0;
       for (long b = 0; b < blocks; ++b)
         for (long d = 0; d < kernel.d; ++d)
           for (long h = 0; h < kernel.h; ++h) {
             const long pixel = taps ? (d * padded.h + h) * padded.w : origin;
-            o.offsets[part].push_back(4 * n * (b * p.batch * padded_pixels + pixel));
+            o.offsets[part].push_back(4 * n * (b * padded_pixels + pixel));
             for (long w = 0; w < kernel.w; ++w)
               for (long j = 0; j < 4 * n; ++j) {
                 o.column.push_back(j / n * c1 + ch0 + b * kBlock + j % n);
                 o.tap.push_back(((kernel.d - 1 - d) * kernel.h + kernel.h - 1 - h) * kernel.w + kernel.w - 1 - w);
               }
           }
-      o.a[part] = {base, 4 * n * padded_pixels, {4 * n * pixel_map.depth, 4 * n * pixel_map.height},
+      o.a[part] = {dgates + 4 * padded_pixels * ch0, 4 * padded_pixels * c1, {4 * n * pixel_map.depth, 4 * n * pixel_map.height},
                    {o.offsets[part].data(), long(o.offsets[part].size()), 4 * n * kernel.w, 4 * n}};
     }
   }
@@ -554,113 +602,166 @@ struct Backward : Engine<A> {
     return g;
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-      const OptionalTensor& dh, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& h, const Tensor& c,
-      const Tensor& gates, const std::vector<int64_t>& needs) {
-    const ScalarType narrow = scalar_type<A>();
-    const bool lean = gates.numel() == 0 && h.numel() > 0;
-    const bool need_dx = needs[0] && p.has_x, need_wih = needs[1] && Base::convolves_x(), need_whh = needs[2], need_bias = needs[3] && defined(in.bias);
-    const bool need_peephole = needs[4] && defined(in.peephole), need_h0 = needs[5] && defined(in.h0), need_c0 = needs[6] && defined(in.c0);
-    const long n_rows = p.out.rows(), kx = Base::convolves_x() ? p.x_conv.taps() * p.x_channels : 0, kh = p.h_conv.taps() * c1;
-    const long c1_padded = round_up(c1, k.lanes);
-
-    const T* c_all = static_cast<const T*>(c.const_data_ptr());
-    const T* gates_all = lean ? nullptr : static_cast<const T*>(gates.const_data_ptr());
-    T* dgates = workspace.template take<T>(4 * p.batch * padded_pixels * c1);
-    Base::clear(dgates, 4 * p.batch * padded_pixels * c1);
+  // What a call wants, how dx comes about, and what all groups share: packed weights, and sums over samples.
+  struct Plan {
+    bool lean, dx, w_ih, w_hh, bias, peephole, h0, c0;
     // dh is a GEMM over the taps of dgates. Where the convolutions are alike and Cin fills vectors, dx is more columns of it:
     // [sample][pixel][dh | dx]. Else dx is a GEMM over dgates alone with all taps as columns, and a gather over them.
-    const bool dx_like_dh = need_dx && kx && p.padding_mode == "zeros" && p.x_conv == p.h_conv && 4 * p.x_channels >= 3 * round_up(p.x_channels, k.lanes);
-    const long dh_ld = c1_padded + (dx_like_dh ? round_up(p.x_channels, k.lanes) : 0);
+    bool dx_like_dh;
+    typename Base::Packed packed;
+    const T *w_back = nullptr, *w_dx = nullptr;
+    Gather gather[3];
+    std::vector<T*> dw[3];  // [operand: x, h, one][block][k][columns rounded up]
+    T* dpeephole = nullptr;
+  };
+
+  using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  long kx() const { return Base::convolves_x() ? p.x_conv.taps() * p.x_channels : 0; }
+  long kh() const { return p.h_conv.taps() * c1; }
+  long c1_padded() const { return round_up(c1, k.lanes); }
+
+  Plan make_plan(bool lean, const std::vector<int64_t>& needs) {
+    Plan plan{};
+    plan.lean = lean;
+    plan.dx = needs[0] && p.has_x;
+    plan.w_ih = needs[1] && Base::convolves_x();
+    plan.w_hh = needs[2];
+    plan.bias = needs[3] && defined(in.bias);
+    plan.peephole = needs[4] && defined(in.peephole);
+    plan.h0 = needs[5] && defined(in.h0);
+    plan.c0 = needs[6] && defined(in.c0);
+    plan.dx_like_dh = plan.dx && kx() && p.padding_mode == "zeros" && p.x_conv == p.h_conv &&
+                      4 * p.x_channels >= 3 * round_up(p.x_channels, k.lanes);
+    if (lean) plan.packed = Base::pack_weights();
+    else plan.packed.peephole = Base::pack_peephole();
+    if (p.time > 1 || plan.h0 || plan.dx_like_dh) {
+      DgatesOperand back;
+      dgates_operand(nullptr, true, back);
+      plan.w_back = pack_taps(back, c1_padded(), plan.dx_like_dh);
+    }
+    if (plan.dx && kx() && !plan.dx_like_dh) {
+      DgatesOperand here;
+      dgates_operand(nullptr, false, here);
+      T* w_dx = workspace.template take<T>(here.column.size() * round_up(kx(), k.lanes));
+      const Tensor w = torch::stable::contiguous(*in.w_ih);
+      pack_panels(k, here.column.size(), kx(), w_dx, [&](long i, long n) {
+        return static_cast<T>(Base::data(w)[here.column[i] * kx() + n % p.x_channels * p.x_conv.taps() + n / p.x_channels]);
+      });
+      plan.w_dx = w_dx;
+      const ConvDims& v = p.x_conv;
+      plan.gather[0] = gather(p.in.d, p.out.d, v.kernel.d, v.stride.d, v.dilation.d, Base::x_maps.d);
+      plan.gather[1] = gather(p.in.h, p.out.h, v.kernel.h, v.stride.h, v.dilation.h, Base::x_maps.h);
+      plan.gather[2] = gather(p.in.w, p.out.w, v.kernel.w, v.stride.w, v.dilation.w, Base::x_maps.w);
+    }
+    const bool wanted[3] = {plan.w_ih, plan.w_hh, plan.bias};
+    const long k_of[3] = {kx(), kh(), 1};
+    for (int o = 0; o < 3; ++o)
+      for (long b = 0; wanted[o] && b < p.blocks(); ++b) {
+        const long size = k_of[o] * round_up(4 * p.block_channels(b), k.lanes);
+        plan.dw[o].push_back(workspace.template take<T>(size));
+        Base::clear(plan.dw[o].back(), size);
+      }
+    if (plan.peephole) {
+      plan.dpeephole = workspace.template take<T>(3 * state);
+      Base::clear(plan.dpeephole, 3 * state);
+    }
+    return plan;
+  }
+
+  Gradients backward(const OptionalTensor& dh, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& h, const Tensor& c,
+                     const Tensor& gates, const std::vector<int64_t>& needs) {
+    const ScalarType narrow = scalar_type<A>();
+    const bool lean = gates.numel() == 0;
+    const Plan plan = make_plan(lean, needs);
+    const ScalarType c0_dtype = plan.c0 ? in.c0->scalar_type() : scalar_type<T>();
+    Tensor dx = plan.dx ? torch::stable::empty_like(*in.x) : empty_cpu({0}, narrow);  // in x's own layout
+    const bool all_frames = std::all_of(p.lengths.begin(), p.lengths.end(), [&](long n) { return n == p.time; });
+    if (plan.dx && !all_frames) torch::stable::zero_(dx);
+    else if (plan.dx && poison_requested() && dx.numel()) poison(dx.mutable_data_ptr(), dx.numel() * dx.element_size());
+    Tensor dh0 = plan.h0 ? Base::new_channels_last(shape_of(*in.h0), narrow) : empty_cpu({0}, narrow);
+    Tensor dc0 = plan.c0 ? Base::new_channels_last(shape_of(*in.c0), c0_dtype) : empty_cpu({0}, c0_dtype);
+
+    for (long begin = 0, size = p.group_size(); begin < p.batch; begin += size) {
+      const long n = std::min(size, p.batch - begin);
+      Backward part(p.group(begin, n), in.group(begin, n));
+      part.run_backward(plan, samples(dh, begin, n), samples(dh_n, begin, n), samples(dc_n, begin, n), samples(h, begin, n),
+                        samples(c, begin, n), lean ? gates : samples(gates, begin, n), plan.dx ? samples(dx, begin, n) : dx,
+                        plan.h0 ? samples(dh0, begin, n) : dh0, plan.c0 ? samples(dc0, begin, n) : dc0);
+    }
+
+    Tensor dw_ih = plan.w_ih ? empty_cpu(shape_of(*in.w_ih), narrow) : empty_cpu({0}, narrow);
+    Tensor dw_hh = plan.w_hh ? empty_cpu(shape_of(in.w_hh), narrow) : empty_cpu({0}, narrow);
+    Tensor dbias = plan.bias ? empty_cpu({4 * c1}, narrow) : empty_cpu({0}, narrow);
+    if (plan.w_ih) unpack_weight_grad(plan.dw[0], p.x_channels, p.x_conv.taps(), Base::out_data(dw_ih));
+    if (plan.w_hh) unpack_weight_grad(plan.dw[1], c1, p.h_conv.taps(), Base::out_data(dw_hh));
+    if (plan.bias) unpack_weight_grad(plan.dw[2], 1, 1, Base::out_data(dbias));
+    Tensor dp = plan.peephole ? empty_cpu(p.shape({3, c1}), narrow) : empty_cpu({0}, narrow);
+    if (plan.peephole)
+      for (long i = 0; i < 3; ++i) unpack_row(plan.dpeephole + i * state, c1, pixels, c1, Base::out_data(dp) + i * state, 1, pixels);
+    return {dx, dw_ih, dw_hh, dbias, dp, dh0, dc0};
+  }
+
+  void run_backward(const Plan& plan, const OptionalTensor& dh, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& h,
+                    const Tensor& c, const Tensor& gates, const Tensor& dx, const Tensor& dh0, const Tensor& dc0) {
+    const long n_rows = p.out.rows();
+    const T* c_all = static_cast<const T*>(c.const_data_ptr());
+    const T* gates_all = plan.lean ? nullptr : static_cast<const T*>(gates.const_data_ptr());
+    T* dgates = workspace.template take<T>(4 * p.batch * padded_pixels * c1);
+    Base::clear(dgates, 4 * p.batch * padded_pixels * c1);
+    const long dh_ld = c1_padded() + (plan.dx_like_dh ? round_up(p.x_channels, k.lanes) : 0);
     T* dh_rec = workspace.template take<T>(p.batch * pixels * dh_ld);
     T* dc = workspace.template take<T>(p.batch * state);
-    T* dh_last = workspace.template take<T>(p.batch * state);
-    if (defined(dh_n)) Base::pack_state(*dh_n, Base::plain_maps(), dh_last);
-    else Base::clear(dh_last, p.batch * state);
+    if (defined(dh_n)) Base::pack_state(*dh_n, Base::plain_maps(), dh_rec, dh_ld);
+    else Base::clear(dh_rec, p.batch * pixels * dh_ld);
     if (defined(dc_n)) Base::pack_state(*dc_n, Base::plain_maps(), dc);
     else Base::clear(dc, p.batch * state);
-    parallel(p.batch * pixels, [&](long begin, long end) {
-      for (long i = begin; i < end; ++i) std::memcpy(dh_rec + i * dh_ld, dh_last + i * c1, c1 * sizeof(T));
-    });
     T* c0 = nullptr;
     if (defined(in.c0)) Base::pack_state(*in.c0, Base::plain_maps(), c0 = workspace.template take<T>(p.batch * state));
     // dh goes in as it lies where it can.
-    const bool dh_direct = defined(dh) && !Base::kNarrow && p.uniform_frames() && dense_channels_last(*dh, 2) && dh->stride(1) != 0;
+    const bool dh_direct = defined(dh) && !Base::kNarrow && p.uniform_frames() && dense_channels_last(*dh, 2);
     T* dh_packed = defined(dh) && !dh_direct ? workspace.template take<T>(p.batch * state) : nullptr;
-    T* dpeephole = need_peephole ? workspace.template take<T>(3 * state) : nullptr;
-    if (dpeephole) Base::clear(dpeephole, 3 * state);
-    T* h_frames = (need_whh || lean) ? workspace.template take<T>(p.batch * h_layout.frame) : nullptr;
+    T* h_frames = plan.w_hh || plan.lean ? workspace.template take<T>(p.batch * h_layout.frame) : nullptr;
+    const bool reads_x = p.has_x && (plan.w_ih || plan.lean);
+    if (reads_x) Base::take_x();
 
-    // Weights as dgrad reads them.
-    const bool any_dh = p.time > 1 || need_h0;
-    const long dx_padded = round_up(kx, k.lanes);
     DgatesOperand back, here;
-    T *w_back = nullptr, *w_dx = nullptr, *dx_rows = nullptr;
-    if (any_dh || dx_like_dh) {
-      dgates_operand(dgates, true, back);
-      w_back = pack_taps(back, c1_padded, dx_like_dh);
-    }
-    Gather gd, gh, gw;
-    if (need_dx && kx && !dx_like_dh) {
-      dx_rows = workspace.template take<T>(p.batch * pixels * dx_padded);
-      dgates_operand(dgates, false, here);
-      w_dx = workspace.template take<T>(here.column.size() * dx_padded);
-      const Tensor w = torch::stable::contiguous(*in.w_ih);
-      pack_panels(k, here.column.size(), kx, w_dx, [&](long i, long n) {
-        return static_cast<T>(Base::data(w)[here.column[i] * kx + n % p.x_channels * p.x_conv.taps() + n / p.x_channels]);
-      });
-      const ConvDims& v = p.x_conv;
-      gd = gather(p.in.d, p.out.d, v.kernel.d, v.stride.d, v.dilation.d, Base::x_maps.d);
-      gh = gather(p.in.h, p.out.h, v.kernel.h, v.stride.h, v.dilation.h, Base::x_maps.h);
-      gw = gather(p.in.w, p.out.w, v.kernel.w, v.stride.w, v.dilation.w, Base::x_maps.w);
-    }
+    if (plan.w_back) dgates_operand(dgates, true, back);
+    if (plan.w_dx) dgates_operand(dgates, false, here);
+    const long dx_padded = round_up(kx(), k.lanes);
+    T* dx_rows = plan.w_dx ? workspace.template take<T>(p.batch * pixels * dx_padded) : nullptr;
 
-    // Gradients of the weights: [operand: x, h, one][block][k][columns rounded up].
     const T one = T(1);
     const long zero_offset = 0;
-    std::vector<WeightGrad<T>> wgrads;
-    std::vector<long> wgrad_ends;
-    std::vector<T*> dw[3];
-    const bool wanted[3] = {need_wih, need_whh, need_bias};
-    const Operand<T> operand[3] = {kx ? x_layout.template operand<T>(Base::x_frames, p.x_conv.stride.w) : Operand<T>{},
+    const Operand<T> operand[3] = {kx() ? x_layout.template operand<T>(Base::x_frames, p.x_conv.stride.w) : Operand<T>{},
                                    h_layout.template operand<T>(h_frames, 1), {&one, 0, {0, 0}, {&zero_offset, 1, 1, 0}}};
-    const long k_of[3] = {kx, kh, 1};
+    std::vector<WeightGrad<T>> wgrads;
     for (long b = 0; b < p.blocks(); ++b)
       for (int o = 0; o < 3; ++o) {
-        if (!wanted[o]) continue;
-        const long n = p.block_channels(b), size = k_of[o] * round_up(4 * n, k.lanes);
-        T* d = workspace.template take<T>(size);
-        Base::clear(d, size);
-        dw[o].push_back(d);
+        if (plan.dw[o].empty()) continue;
+        const long n = p.block_channels(b);
         WeightGrad<T> g{};
         g.a = operand[o];
-        g.dgates = dgates + 4 * (p.batch * padded_pixels * b * kBlock + origin * n);
-        g.dgates_frame = 4 * n * padded_pixels;
+        g.dgates = dgates + 4 * (padded_pixels * b * kBlock + origin * n);
+        g.dgates_frame = 4 * padded_pixels * c1;
         g.dgates_map = {4 * n * pixel_map.depth, 4 * n * pixel_map.height};
         g.columns = 4 * n;
-        g.dw = d;
+        g.dw = plan.dw[o][b];
         wgrads.push_back(g);
       }
 
-    Tensor dx = need_dx ? torch::stable::empty_like(*in.x) : empty_cpu({0}, narrow);  // in x's own layout
-    const bool all_frames = std::all_of(p.lengths.begin(), p.lengths.end(), [&](long n) { return n == p.time; });
-    if (need_dx && !all_frames) torch::stable::zero_(dx);
-    else if (need_dx && poison_requested() && dx.numel()) poison(dx.mutable_data_ptr(), dx.numel() * dx.element_size());
-
-    // lean: gates of one step, recomputed.
+    // lean: the activated gates of one step, recomputed to where their gradients will lie.
     ConvLSTMStep<T> again{};
-    T* gates_step = nullptr;
-    if (lean) {
-      const auto [weights, bias] = Base::pack_gate_weights();
-      again = Base::step_arguments(weights, bias);
-      gates_step = workspace.template take<T>(4 * p.batch * state);
-      again.c = workspace.template take<T>(p.batch * state);
-      again.c_frame = state;
-      again.gates = gates_step;
-      again.gates_frame = 4 * state;
+    if (plan.lean) {
+      again = Base::step_arguments(plan.packed);
+      again.gates = dgates;
+      again.gates_frame = 4 * padded_pixels * c1;
+      again.blocked_gates = true;
+      again.gates_pixels = padded_pixels;
+      again.gates_origin = origin;
+      again.gates_map = pixel_map;
     }
 
-    const bool reads_x = p.has_x && (need_wih || lean);
     if (reads_x && Base::same_x()) Base::pack_x(p.active(0), 0);
     for (long step = p.time; step-- > 0;) {
       const std::vector<long> active = p.active(step);
@@ -668,13 +769,13 @@ struct Backward : Engine<A> {
       const Rows r = Base::rows(active);
       const bool first = step == 0, has_h = !first || defined(in.h0);
       if (reads_x && !Base::same_x()) Base::pack_x(active, step);
-      if ((need_whh || lean) && has_h) {
+      if (h_frames && has_h) {
         if (first) Base::pack_state(*in.h0, Base::h_maps, h_frames);
         else Base::template pack<A>(active, h, 2, Base::h_maps, h_frames, [&](long s) { return (s * p.time + p.frame_of(s, step - 1)) * state; });
       }
       const T* c_prev = first ? c0 : c_all + (step - 1) * state;
       const long c_prev_frame = first ? state : p.time * state;
-      if (lean) {
+      if (plan.lean) {
         again.rows = r;
         again.h = has_h ? operand[1] : Operand<T>{};
         again.c_prev = c_prev;
@@ -688,14 +789,14 @@ struct Backward : Engine<A> {
       GatesBackward<T> g{};
       g.rows = r;
       g.channels = c1;
-      g.gates = lean ? gates_step : gates_all + 4 * step * state;
-      g.gates_frame = lean ? 4 * state : 4 * p.time * state;
+      g.gates = plan.lean ? nullptr : gates_all + 4 * step * state;
+      g.gates_frame = 4 * p.time * state;
       g.c_prev = c_prev;
       g.c_prev_frame = c_prev_frame;
       g.c = c_all + step * state;
       g.c_frame = p.time * state;
-      g.peephole = Base::peephole;
-      g.dpeephole = dpeephole;
+      g.peephole = plan.packed.peephole;
+      g.dpeephole = plan.dpeephole;
       g.dh[0] = dh_direct ? reinterpret_cast<const T*>(dh->const_data_ptr()) + (p.reverse ? p.time - 1 - step : step) * dh->stride(1) : dh_packed;
       g.dh_frame[0] = dh_direct ? dh->stride(0) : state;
       g.dh_stride[0] = c1;
@@ -705,48 +806,33 @@ struct Backward : Engine<A> {
       g.dc = dc;
       g.dc_frame = state;
       g.dgates = dgates;
-      g.dgates_frame = padded_pixels;
-      g.samples_total = p.batch;
+      g.dgates_frame = 4 * padded_pixels * c1;
+      g.dgates_pixels = padded_pixels;
       g.origin = origin;
       g.map = pixel_map;
-      parallel(dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end) { k.gates_backward(g, begin, end); });
+      parallel(plan.dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end) { k.gates_backward(g, begin, end); });
 
-      if (!first || need_h0 || dx_like_dh) {
+      if (!first || plan.h0 || plan.dx_like_dh) {
         // Nobody wants dh before the first step; its columns can be left out where they are whole panels.
-        const long from = first && !need_h0 && c1_padded % k.panel == 0 ? c1_padded : 0;
-        const long columns = (dx_like_dh ? c1_padded + p.x_channels : c1) - from, depth = back.column.size();
-        const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, w_back + depth * from, columns, depth, dh_rec + from, dh_ld};
+        const long from = first && !plan.h0 && c1_padded() % k.panel == 0 ? c1_padded() : 0;
+        const long columns = (plan.dx_like_dh ? c1_padded() + p.x_channels : c1) - from, depth = back.column.size();
+        const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, plan.w_back + depth * from, columns, depth, dh_rec + from, dh_ld};
         parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
-        if (dx_like_dh) unpack_dx(active, step, dh_rec + c1_padded, dh_ld, dx);
+        if (plan.dx_like_dh) unpack_dx(active, step, dh_rec + c1_padded(), dh_ld, dx);
       }
       if (dx_rows) {
-        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, w_dx, kx, long(here.column.size()), dx_rows, dx_padded};
+        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, plan.w_dx, kx(), long(here.column.size()), dx_rows, dx_padded};
         parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
-        gather_dx(active, step, dx_rows, dx_padded, gd, gh, gw, dx);
-      } else if (p.convolved && need_dx) {
+        gather_dx(active, step, dx_rows, dx_padded, plan.gather, dx);
+      } else if (p.convolved && plan.dx) {
         unpack_dgates(active, step, dgates, dx);
       }
-      run_weight_grads(wgrads, r, has_h, need_whh ? h_frames : nullptr);
+      run_weight_grads(wgrads, r, has_h, plan.w_hh ? h_frames : nullptr);
     }
 
-    Tensor dw_ih = need_wih ? empty_cpu(shape_of(*in.w_ih), narrow) : empty_cpu({0}, narrow);
-    Tensor dw_hh = need_whh ? empty_cpu(shape_of(in.w_hh), narrow) : empty_cpu({0}, narrow);
-    Tensor dbias = need_bias ? empty_cpu({4 * c1}, narrow) : empty_cpu({0}, narrow);
-    if (need_wih) unpack_weight_grad(dw[0], p.x_channels, p.x_conv.taps(), Base::out_data(dw_ih));
-    if (need_whh) unpack_weight_grad(dw[1], c1, p.h_conv.taps(), Base::out_data(dw_hh));
-    if (need_bias) unpack_weight_grad(dw[2], 1, 1, Base::out_data(dbias));
-    Tensor dp = need_peephole ? empty_cpu(p.shape({3, c1}), narrow) : empty_cpu({0}, narrow);
-    if (need_peephole)
-      for (long i = 0; i < 3; ++i) unpack_row(dpeephole + i * state, c1, pixels, c1, Base::out_data(dp) + i * state, 1, pixels);
-    Tensor dh0 = need_h0 ? Base::new_channels_last(shape_of(*in.h0), narrow) : empty_cpu({0}, narrow);
-    if (need_h0) unpack_row(dh_rec, dh_ld, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
-    const ScalarType c0_dtype = need_c0 ? in.c0->scalar_type() : scalar_type<T>();
-    Tensor dc0 = need_c0 ? Base::new_channels_last(shape_of(*in.c0), c0_dtype) : empty_cpu({0}, c0_dtype);
-    if (need_c0) {
-      if (c0_dtype == narrow) unpack_row(dc, c1, p.batch * pixels, c1, Base::out_data(dc0), c1, 1);
-      else unpack_row(dc, c1, p.batch * pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()), c1, 1);
-    }
-    return {dx, dw_ih, dw_hh, dbias, dp, dh0, dc0};
+    if (plan.h0) unpack_row(dh_rec, dh_ld, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
+    if (plan.c0 && dc0.scalar_type() == scalar_type<A>()) unpack_row(dc, c1, p.batch * pixels, c1, Base::out_data(dc0), c1, 1);
+    else if (plan.c0) unpack_row(dc, c1, p.batch * pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()), c1, 1);
   }
 
   // One parallel region for all operands and blocks: their tasks end to end.
@@ -794,8 +880,8 @@ struct Backward : Engine<A> {
   }
 
   // dx[q] = sum over the (tap, output) pairs that read q of dcol[output, tap].
-  void gather_dx(const std::vector<long>& active, long step, const T* dcol, long ld, const Gather& gd, const Gather& gh, const Gather& gw,
-                 const Tensor& dx) {
+  void gather_dx(const std::vector<long>& active, long step, const T* dcol, long ld, const Gather (&along)[3], const Tensor& dx) {
+    const auto& [gd, gh, gw] = along;
     const long n = p.in.rows(), ci = p.x_channels;
     const FrameStrides strides = frame_strides(dx, 2);
     parallel(active.size() * n, [&](long begin, long end) {
@@ -833,7 +919,7 @@ struct Backward : Engine<A> {
         A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + row / p.out.h * strides.d + row % p.out.h * strides.h;
         for (long b = 0; b < p.blocks(); ++b) {
           const long n = p.block_channels(b), ch = b * kBlock;
-          const T* src = dgates + 4 * (p.batch * padded_pixels * ch + (s * padded_pixels + at) * n);
+          const T* src = dgates + 4 * (padded_pixels * (s * c1 + ch) + at * n);
           for (long gate = 0; gate < 4; ++gate)
             unpack_row(src + gate * n, 4 * n, p.out.w, n, dst + (gate * c1 + ch) * strides.c, strides.w, strides.c);
         }
@@ -842,7 +928,7 @@ struct Backward : Engine<A> {
   }
 
   // [block][tap][channel][gate, channel of block] to [4C, channels, taps].
-  void unpack_weight_grad(const std::vector<T*>& dw, long channels, long taps, A* out) {
+  void unpack_weight_grad(const std::vector<T*>& dw, long channels, long taps, A* out) const {
     parallel(dw.size(), [&](long begin, long end) {
       for (long b = begin; b < end; ++b) {
         const long n = p.block_channels(b), ld = round_up(4 * n, k.lanes);

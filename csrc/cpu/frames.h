@@ -42,37 +42,29 @@ struct PaddingMaps {
   Extent extent() const { return {long(d.size()), long(h.size()), long(w.size())}; }
 };
 
-// One row of a padded frame: dst [width][channels].
+// One row of a padded frame: dst [width][ld], channels of it written.
 template <class A, class T>
-void pack_row(const A* frame, const FrameStrides& strides, const PaddingMaps& maps, long row, long channels, T* dst) {
+void pack_row(const A* frame, const FrameStrides& strides, const PaddingMaps& maps, long row, long channels, long ld, T* dst) {
   const long height = maps.h.size(), width = maps.w.size();
   const long d = maps.d[row / height], y = maps.h[row % height];
-  if (d < 0 || y < 0) {
-    std::memset(static_cast<void*>(dst), 0, width * channels * sizeof(T));
-    return;
-  }
-  const A* src = frame + d * strides.d + y * strides.h;
-  if (strides.c == 1) {
-    for (long x = 0; x < width; ++x, dst += channels) {
-      if (maps.w[x] < 0) {
-        std::memset(static_cast<void*>(dst), 0, channels * sizeof(T));
-      } else {
-        const A* p = src + maps.w[x] * strides.w;
-        for (long c = 0; c < channels; ++c) dst[c] = static_cast<T>(p[c]);
-      }
-    }
-    return;
-  }
+  const bool outside = d < 0 || y < 0;
   for (long x = 0; x < width; ++x)
-    if (maps.w[x] < 0) std::memset(static_cast<void*>(dst + x * channels), 0, channels * sizeof(T));
-  // Sixteen channels at a time: their writes share a cache line.
-  for (long c0 = 0; c0 < channels; c0 += 16)
-    for (long x = 0; x < width; ++x)
-      if (maps.w[x] >= 0) {
-        const A* p = src + c0 * strides.c + maps.w[x] * strides.w;
-        T* q = dst + x * channels + c0;
-        for (long c = 0; c < 16 && c0 + c < channels; ++c) q[c] = static_cast<T>(p[c * strides.c]);
-      }
+    if (outside || maps.w[x] < 0) std::memset(static_cast<void*>(dst + x * ld), 0, channels * sizeof(T));
+  if (outside) return;
+  const A* src = frame + d * strides.d + y * strides.h;
+  // Sixteen channels at a time: where pixels lie innermost, their writes share a cache line.
+  const long together = strides.c == 1 ? channels : 16;
+  for (long c0 = 0; c0 < channels; c0 += together)
+    for (long x = 0; x < width; ++x) {
+      if (maps.w[x] < 0) continue;
+      const A* p = src + c0 * strides.c + maps.w[x] * strides.w;
+      T* q = dst + x * ld + c0;
+      const long n = std::min(together, channels - c0);
+      if (strides.c == 1)
+        for (long c = 0; c < n; ++c) q[c] = static_cast<T>(p[c]);
+      else
+        for (long c = 0; c < n; ++c) q[c] = static_cast<T>(p[c * strides.c]);
+    }
 }
 
 // A dense row [pixels][ld] of T into activations of any strides, rounding.

@@ -52,9 +52,17 @@ static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
   typedef VectorMath<T> M;
   const long c4 = 4 * p.channels, plane = p.rows.rows * p.rows.width * p.channels;
   const T* c_prev = p.c_prev ? p.c_prev + sample * p.c_prev_frame + pixel * p.channels + ch : 0;
-  T* c = p.c + sample * p.c_frame + pixel * p.channels + ch;
+  T* c = p.c ? p.c + sample * p.c_frame + pixel * p.channels + ch : 0;
   const T* gx = p.gates_x ? p.gates_x + sample * p.gates_x_frame + pixel * c4 + ch : 0;
   T* gates = p.gates ? p.gates + sample * p.gates_frame + pixel * c4 + ch : 0;
+  long gate = p.channels, next = c4;
+  if (p.gates && p.blocked_gates) {
+    const long row = pixel / p.rows.width, d = row / p.rows.height, y = row % p.rows.height;
+    const long at = p.gates_origin + d * p.gates_map.depth + y * p.gates_map.height + pixel % p.rows.width;
+    gates = p.gates + sample * p.gates_frame + 4 * (p.gates_pixels * ch + at * n);
+    gate = n;
+    next = 4 * n;
+  }
   const T* peephole = kPeephole ? p.peephole + pixel * p.channels + ch : 0;
   for (long i = 0; i < m; ++i) {
     for (long j = 0; j < n; j += S::W) {
@@ -79,53 +87,35 @@ static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
       }
       const CellForward<V> r = lstm_cell_forward<M, kPeephole>(zi, zf, zg, zo, cp, pe);
       if (whole) {
-        S::store(c + at, r.c);
+        if (c) S::store(c + at, r.c);
         if (h_frame) S::store(h_frame + at, r.h);
         if (h) S::store(h + at, r.h);
-        if (gates) {
-          T* q = gates + i * c4 + j;
-          if (p.stream_gates) {
-            S::stream(q, r.i);
-            S::stream(q + p.channels, r.f);
-            S::stream(q + 2 * p.channels, r.g);
-            S::stream(q + 3 * p.channels, r.o);
-          } else {
-            S::store(q, r.i);
-            S::store(q + p.channels, r.f);
-            S::store(q + 2 * p.channels, r.g);
-            S::store(q + 3 * p.channels, r.o);
-          }
+        if (gates && p.stream_gates) {
+          T* q = gates + i * next + j;
+          S::stream(q, r.i);
+          S::stream(q + gate, r.f);
+          S::stream(q + 2 * gate, r.g);
+          S::stream(q + 3 * gate, r.o);
+        } else if (gates) {
+          T* q = gates + i * next + j;
+          S::store(q, r.i);
+          S::store(q + gate, r.f);
+          S::store(q + 2 * gate, r.g);
+          S::store(q + 3 * gate, r.o);
         }
       } else {
-        S::storen(c + at, r.c, lanes);
+        if (c) S::storen(c + at, r.c, lanes);
         if (h_frame) S::storen(h_frame + at, r.h, lanes);
         if (h) S::storen(h + at, r.h, lanes);
         if (gates) {
-          T* q = gates + i * c4 + j;
+          T* q = gates + i * next + j;
           S::storen(q, r.i, lanes);
-          S::storen(q + p.channels, r.f, lanes);
-          S::storen(q + 2 * p.channels, r.g, lanes);
-          S::storen(q + 3 * p.channels, r.o, lanes);
+          S::storen(q + gate, r.f, lanes);
+          S::storen(q + 2 * gate, r.g, lanes);
+          S::storen(q + 3 * gate, r.o, lanes);
         }
       }
     }
-  }
-}
-
-// The GEMM of a tile takes thousands of cycles: time enough to fetch what its cells will read and write.
-template <class T>
-static INLINE void prefetch_tile(const ConvLSTMStep<T>& p, long m, long ch, long pixel, long sample, const T* h_frame, const T* out) {
-  const T* c_prev = p.c_prev ? p.c_prev + sample * p.c_prev_frame + pixel * p.channels + ch : 0;
-  const T* c = p.c + sample * p.c_frame + pixel * p.channels + ch;
-  const T* gates = p.gates && !p.stream_gates ? p.gates + sample * p.gates_frame + pixel * 4 * p.channels + ch : 0;
-  for (long i = 0; i < m; ++i) {
-    const long at = i * p.channels;
-    if (c_prev) __builtin_prefetch(c_prev + at);
-    if (c_prev != c) __builtin_prefetch(c + at, 1);
-    if (h_frame) __builtin_prefetch(h_frame + at, 1);
-    if (out) __builtin_prefetch(out + at, 1);
-    if (gates)
-      for (long g = 0; g < 4; ++g) __builtin_prefetch(gates + 4 * at + g * p.channels, 1);
   }
 }
 
@@ -143,7 +133,6 @@ static INLINE void step_row(const ConvLSTMStep<T>& p, const T* weights, long ch,
     const T* a[2] = {start[0] ? start[0] + x * runs[0]->stride : 0, start[1] ? start[1] + x * runs[1]->stride : 0};
     T* h_tile = h_row ? h_row + x * p.channels : 0;
     T* out_tile = out_row ? out_row + x * p.channels : 0;
-    prefetch_tile(p, m, ch, pixel, s, h_tile, out_tile);
     tile_all_columns<T>(m, a, runs, weights, p.k, p.bias + 4 * ch, 4 * n, z, ldz);
     if (p.peephole)
       cell_tile<T, true>(p, z, ldz, m, n, ch, pixel, s, h_tile, out_tile);
@@ -184,9 +173,10 @@ static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
     const long pixel = row_pixel + x;
     for (long ch = 0; ch < c1; ch += kBlock) {
       const long n = c1 - ch < kBlock ? c1 - ch : (long)kBlock;
-      T* dgates = p.dgates + 4 * (p.samples_total * p.dgates_frame * ch + (s * p.dgates_frame + frame_pixel + x) * n);
+      T* dgates = p.dgates + s * p.dgates_frame + 4 * (p.dgates_pixels * ch + (frame_pixel + x) * n);
       const long at = pixel * c1 + ch;
-      const T* gates = p.gates + s * p.gates_frame + pixel * 4 * c1 + ch;
+      const T* gates = p.gates ? p.gates + s * p.gates_frame + pixel * 4 * c1 + ch : dgates;
+      const long gate = p.gates ? c1 : n;
       T* dc = p.dc + s * p.dc_frame + at;
       for (long j = 0; j < n; j += S::W) {
         const long lanes = n - j < S::W ? n - j : (long)S::W;
@@ -202,8 +192,8 @@ static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
         }
         const V c = S::loadn(p.c + s * p.c_frame + at + j, lanes);
         const CellBackward<V> r = lstm_cell_backward<M, kPeephole>(
-            S::loadn(gates + j, lanes), S::loadn(gates + c1 + j, lanes), S::loadn(gates + 2 * c1 + j, lanes),
-            S::loadn(gates + 3 * c1 + j, lanes), c_prev, c, dh, S::loadn(dc + j, lanes), pe);
+            S::loadn(gates + j, lanes), S::loadn(gates + gate + j, lanes), S::loadn(gates + 2 * gate + j, lanes),
+            S::loadn(gates + 3 * gate + j, lanes), c_prev, c, dh, S::loadn(dc + j, lanes), pe);
         S::storen(dc + j, r.dc, lanes);
         S::storen(dgates + j, r.di, lanes);
         S::storen(dgates + n + j, r.df, lanes);

@@ -61,10 +61,14 @@ struct ConvLSTMStep {
   const T* peephole;     // [3][row][x][C]; null = none
   const T* c_prev;       // [sample][row][x][C]; null = zero; may be c itself
   long c_prev_frame;
-  T* c;
+  T* c;                  // null = not wanted
   long c_frame;
   T* gates;              // [sample][row][x][4C], activated; null = not kept
   long gates_frame;
+  // blocked_gates: they go where GatesBackward will read them and put its gradients (its dgates, map and origin).
+  bool blocked_gates;
+  long gates_pixels, gates_origin;
+  RowMap gates_map;
   bool stream_gates;     // past the cache: nobody reads them before the backward. Whole blocks at aligned addresses only
   T* h_frames;           // next step's recurrent input, inside its border; null = not wanted
   long h_frame;
@@ -73,12 +77,12 @@ struct ConvLSTMStep {
   const long* out_sample;  // [samples] element offset of each sample in out
 };
 
-// Gradients of the pre-activations, written as frames of blocks: [block][sample][depth][height][width][columns].
+// Gradients of the pre-activations, written as bordered frames of blocks: [sample][block][depth][height][width][columns].
 template <class T>
 struct GatesBackward {
   Rows rows;
   long channels;
-  const T* gates;
+  const T* gates;        // [sample][row][x][4C], activated; null = they lie where dgates will
   long gates_frame;
   const T *c_prev, *c;   // c_prev null = zero
   long c_prev_frame, c_frame;
@@ -89,8 +93,8 @@ struct GatesBackward {
   T* dc;                 // [sample][row][x][C]: gradient of c on entry, of c_prev on exit
   long dc_frame;
   T* dgates;
-  long dgates_frame;     // one channel's worth: a block of n channels has frames of 4 n * dgates_frame elements
-  long samples_total, origin;  // origin: pixels from a frame's start to its first interior one
+  long dgates_frame, dgates_pixels;  // elements from sample to sample; pixels of a bordered frame
+  long origin;                 // pixels from a frame's start to its first interior one
   RowMap map;                  // in pixels
 };
 
@@ -99,7 +103,7 @@ template <class T>
 struct WeightGrad {
   Rows rows;
   Operand<T> a;
-  const T* dgates;       // frames of one block
+  const T* dgates;       // of one block, from its first interior pixel
   long dgates_frame;
   RowMap dgates_map;
   long columns;
