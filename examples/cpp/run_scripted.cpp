@@ -22,6 +22,7 @@ static torch::Tensor read_tensor(const char* path) {
 }
 
 static torch::Tensor first_tensor(const torch::IValue& value) {
+  if (value.isTensorList()) return value.toTensorVector().at(0);
   return value.isTuple() ? first_tensor(value.toTuple()->elements().at(0)) : value.toTensor();
 }
 

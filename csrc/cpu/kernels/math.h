@@ -45,7 +45,7 @@ struct VectorMath<float> {
     q = q * u + S::set1(2.587099600e-02f);
     q = q * u + S::set1(4.671301619e-01f);
     q = q * u + S::set1(1.f);
-    const Number r = S::divide(x * p, q);
+    const Number r = x * S::divide(p, q);  // the quotient is positive: the sign of a zero comes through
     return S::max(S::set1(-1.f), S::min(S::set1(1.f), r));
   }
 };
