@@ -86,8 +86,8 @@ def test_tanh_over_the_whole_range(kernels: ModuleType, isa: str, dtype: type) -
     x, found = x[~np.isnan(x)], found[~np.isnan(x)]
     assert found.min() == -1 and found.max() == 1
     np.testing.assert_array_equal(np.signbit(found), np.signbit(x))
-    # float32 is x (P(x^2) / Q(x^2)). Where they count most, at |x| = 9, rounding takes 3 ulp in P, 3.4 in Q, 0.5 in x^2, 1 in the
-    # quotient and 0.5 in the product; the fit 0.3. They do not all fall together.
+    # float32 is x (P(x^2) / Q(x^2)). Where they count most, at |x| = 9, rounding takes 3 ulp in P, 3.4 in Q, 0.5 in
+    # x^2, 1 in the quotient and 0.5 in the product; the fit 0.3. They do not all fall together.
     assert ulps(found, np.tanh(x.astype(np.longdouble))) <= (8 if dtype is np.float32 else 4)
 
 

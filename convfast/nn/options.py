@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..ops.conv_lstm import _PADDING_MODES as PADDING_MODES
+from ..ops.conv_lstm import PADDING_MODES
 from ..reference.padded_conv import same_padding
 
 Numbers = int | tuple[int, ...]

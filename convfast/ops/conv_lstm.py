@@ -21,7 +21,7 @@ from .checks import (
 
 _OP = "conv_lstm"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def conv_lstm(
@@ -139,8 +139,8 @@ def _unpack(state: tuple[Tensor | None, Tensor | None] | None) -> tuple[Tensor |
 
 
 def _check_options(padding_mode: str, memory: str) -> None:
-    if padding_mode not in _PADDING_MODES:
-        raise ValueError(f"{_OP}: padding_mode is {padding_mode!r}, expected one of {', '.join(_PADDING_MODES)}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"{_OP}: padding_mode is {padding_mode!r}, expected one of {', '.join(PADDING_MODES)}")
     if memory not in ("fast", "lean"):
         raise ValueError(f"{_OP}: memory is {memory!r}, expected 'fast' or 'lean'")
 
