@@ -34,6 +34,7 @@ static void tile_gemm(const T* const* a, const Runs* const* runs, const T* b, co
       for (const T* end = b + run.length * NV * S::W; b != end; b += NV * S::W) {
         V bv[NV];
         for (int n = 0; n < NV; ++n) bv[n] = S::load(b + n * S::W);
+        for (int n = 0; n < NV; ++n) __builtin_prefetch(b + (12 * NV + n) * S::W);  // L2 does not keep up by itself
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
           const V av = S::set1(p[m / 3][(m % 3) * stride]);
