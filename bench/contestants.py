@@ -11,6 +11,7 @@ from bench import runtimes
 from bench.cases import ConvLSTMCase, GatesCase
 from bench.harness import Contestant
 from bench.reference_models import CatConvLSTM, HoistedConvLSTM, load_weights, lstm_cell
+from convfast.ops.conv_lstm import WITH_WINOGRAD
 
 Forward = Callable[..., Tensor]
 OPPONENTS = {"cat": CatConvLSTM, "hoisted": HoistedConvLSTM}
@@ -41,10 +42,11 @@ class Problem:
         load_weights(model, self.weights)
         return model.to(memory_format=torch.channels_last) if channels_last else model
 
-    def convfast(self, backend: str, memory: str = "fast") -> nn.Module:
+    def convfast(self, backend: str, memory: str = "fast", algorithm: str = "auto") -> nn.Module:
         case = self.case
         last = {"step": case.time, "effective_step": [case.time - 1]} if case.same_frame else {}
-        model = convfast.ConvLSTM(case.channels, list(case.hidden), case.kernel, memory=memory, backend=backend, **last)
+        options = {"memory": memory, "algorithm": algorithm, "backend": backend, **last}
+        model = convfast.ConvLSTM(case.channels, list(case.hidden), case.kernel, **options)
         model.load_state_dict(self.weights)
         return model
 
@@ -120,11 +122,11 @@ def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, C
 
         everyone[label] = build
 
-    def ours(backend: str, memory: str) -> None:
-        label = f"convfast {backend}" + (f" {memory}" if train else "")
+    def ours(backend: str, memory: str, algorithm: str = "auto") -> None:
+        label = f"convfast {backend}" + (f" {memory}" if train else "") + (" direct" if algorithm == "direct" else "")
 
         def build() -> Contestant:
-            model = problem.convfast(backend, memory)
+            model = problem.convfast(backend, memory, algorithm)
             forward = problem.convfast_forward(model)
             if train:
                 grads = convfast_grads(model)
@@ -156,6 +158,9 @@ def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, C
     for backend in usable_backends("conv_lstm"):
         for memory in ("fast", "lean") if train else ("fast",):
             ours(backend, memory)
+        for memory in ("fast", "lean") if train else ("fast",):
+            if backend in WITH_WINOGRAD:
+                ours(backend, memory, "direct")
     return everyone
 
 

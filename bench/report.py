@@ -200,6 +200,9 @@ def _summary_table(races: list[Row]) -> str:
     columns = ["case", "best torch opponent", "its ms", "convfast ms", "ratio"]
     lean = races[0]["headline"].endswith(" fast")
     columns += ["lean ms", "lean ratio"] if lean else []
+    direct = races[0]["headline"] + " direct"
+    has_direct = all(direct in row["contestants"] for row in races)
+    columns += ["direct ms", "direct ratio"] if has_direct else []
     lines = []
     for row in races:
         best, ours = row["contestants"][row["best_opponent"]], row["contestants"][row["headline"]]
@@ -212,6 +215,9 @@ def _summary_table(races: list[Row]) -> str:
         ]
         if lean:
             figures = row["contestants"][row["headline"].removesuffix("fast") + "lean"]
+            line += [f"{figures['ms']:.3f}", f"{figures['ratio']:.2f}×"]
+        if has_direct:
+            figures = row["contestants"][direct]
             line += [f"{figures['ms']:.3f}", f"{figures['ratio']:.2f}×"]
         lines.append([*line, f"{ours['rate']:.1f}", f"{ours['of_peak']:.0%}", f"{ours['frames_per_s']:.0f}"])
     return _table([*columns, races[0]["unit"], "of peak", "frames/s"], lines)

@@ -27,5 +27,6 @@ def test_throughput(
 def test_memory_of_a_training_step(case: ConvLSTMCase, report: Report) -> None:
     backend = backends.select("conv_lstm", None, "cpu")
     names = ["eager cat", "eager hoisted", f"convfast {backend} fast", f"convfast {backend} lean"]
+    names += [f"convfast {backend} fast direct", f"convfast {backend} lean direct"]
     figures = {name: memory.measure(case, name) for name in names}
     report.memory.append({"case": case.id, "contestants": figures})

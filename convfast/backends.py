@@ -57,7 +57,7 @@ def available(op: str) -> dict[str, bool | str]:
         ValueError: there is no such op.
     """
     _check_op(op)
-    return {name: _why_not(op, name) or True for name in reversed(BACKENDS)}
+    return {name: why_not(op, name) or True for name in reversed(BACKENDS)}
 
 
 def select(op: str, backend: str | None, device_type: str) -> str:
@@ -72,11 +72,11 @@ def select(op: str, backend: str | None, device_type: str) -> str:
     _check_op(op)
     wanted = backend or os.environ.get("CONVFAST_BACKEND") or None
     if wanted is None:
-        return next(name for name in BACKENDS if _why_not(op, name, device_type) is None)
+        return next(name for name in BACKENDS if why_not(op, name, device_type) is None)
     if wanted not in BACKENDS:
         source = "backend" if backend else "CONVFAST_BACKEND"
         raise ValueError(f"{op}: {source} is {wanted!r}, expected one of {', '.join(BACKENDS)}")
-    reason = _why_not(op, wanted, device_type)
+    reason = why_not(op, wanted, device_type)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {wanted!r} is not available: {reason}")
     return wanted
@@ -102,7 +102,8 @@ def _check_op(op: str) -> None:
         raise ValueError(f"convfast: op is {op!r}, expected one of {', '.join(OPS)}")
 
 
-def _why_not(op: str, name: str, device_type: str | None = None) -> str | None:
+def why_not(op: str, name: str, device_type: str | None = None) -> str | None:
+    """The reason why a backend cannot run `op` (on tensors of `device_type`), None where it can."""
     backend = BACKENDS[name]
     if op not in backend.ops:
         return f"it has no {op}"

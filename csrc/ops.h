@@ -22,7 +22,7 @@
 //   -> dgates in dtype of dh (A), dc in A', dpeephole [3, C, *S] in dtype of peephole
 //
 // conv_lstm_forward(x, w_ih, w_hh, bias, peephole, h0, c0, lengths, time, stride, padding, dilation,
-//                   padding_mode, reverse, save) -> (h, h_n, c_n, c, gates)
+//                   padding_mode, reverse, algorithm, save) -> (h, h_n, c_n, c, gates)
 //   x         [B, T, Cin, *S]   A, any strides; undefined = no input (decoder; then c0 or h0 gives B and *S')
 //             [B, T, 4C, *S']   when w_ih is undefined: the input convolution, already computed, without bias
 //   w_ih      [4C, Cin, *K]     A; input-to-hidden
@@ -37,6 +37,7 @@
 //   stride, dilation int[n]; padding int[2n] (before, behind, of each dim), of the input convolution
 //   padding_mode  "zeros" | "reflect" | "replicate" | "circular"
 //   reverse   bool              last frame first
+//   algorithm "auto" | "direct" | "winograd"   how convolutions are computed; what is saved does not depend on it
 //   save      "none" | "fast" | "lean"
 //   -> h      [B, T, C, *S']    A, channels-last; h at the previous step is the recurrent input
 //      h_n    [B, C, *S']       A, channels-last; state after each sample's last step (h0 when its length is 0)
@@ -47,11 +48,14 @@
 //   Bytes per step kept for backward, in units of B*C*prod(S')*sizeof(A'): fast 5 + h, lean 1 + h.
 //
 // conv_lstm_backward(dh, dh_n, dc_n, x, w_ih, w_hh, bias, peephole, h0, c0, lengths, h, c, gates, time, stride,
-//                    padding, dilation, padding_mode, reverse, needs)
+//                    padding, dilation, padding_mode, reverse, algorithm, needs)
 //     -> (dx, dw_ih, dw_hh, dbias, dpeephole, dh0, dc0)
 //   dh [B, T, C, *S'], dh_n, dc_n [B, C, *S']   any strides; undefined = zero. Never written to
 //   h, c, gates   as the forward returned them; gates empty (lean): recomputed from h, c and the inputs
 //   needs     int[7]             which of the seven gradients are wanted; others come back empty
 //   -> each gradient in its tensor's shape; dtype of its tensor (dc0: of c0). dx in x's own
 //      layout where x is dense, as empty_like(x)
+//
+// conv_lstm_algorithm(x, w_ih, w_hh, h0, c0, time, stride, padding, dilation, padding_mode, algorithm) -> str
+//   what the two ops above take for these shapes: "winograd F(m x m, r x r)", or "direct: " and the reason
 #pragma once

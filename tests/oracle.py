@@ -110,7 +110,7 @@ def relative_errors(actual, exact):
     return error.square().mean().sqrt().item() / rms, error.abs().max().item() / largest
 
 
-def assert_close_to_oracle(actual, exact, eager, name="result", terms=0):
+def assert_close_to_oracle(actual, exact, eager, name="result", terms=0, multiple=EAGER_MULTIPLE, floor=FLOOR_EPS):
     """`actual` is as near to `exact` (float64) as `eager`, plain torch in the dtype of `eager`, is: RMS and maximum.
 
     `terms`: how many frames and pixels are summed up in each element, as in the gradient of a weight.
@@ -121,7 +121,7 @@ def assert_close_to_oracle(actual, exact, eager, name="result", terms=0):
     unit = torch.finfo(torch.float64).eps / eps if actual.dtype == torch.float64 else 1.0
     got, eager_errors = relative_errors(actual, exact), relative_errors(eager, exact)
     for kind, error, eager_error in zip(("RMS", "largest"), got, eager_errors):
-        bound = unit * (EAGER_MULTIPLE * eager_error + (FLOOR_EPS + math.sqrt(terms)) * eps)
+        bound = unit * (multiple * eager_error + (floor + math.sqrt(terms)) * eps)
         assert error <= bound, (
             f"{name}: {kind} error {error:.2g}, expected at most {bound:.2g} (eager {eager_error:.2g})"
         )

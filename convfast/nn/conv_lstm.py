@@ -50,6 +50,8 @@ class ConvLSTM(ConvLSTMLayers):
         unit_forget_bias: biases of the forget gates start at 1.
         return_all_layers: return lists of the outputs and states of all layers.
         memory: what is kept for the backward: "fast" the activated gates and c, "lean" only c.
+        algorithm: "auto", "direct" or "winograd", see `convfast.conv_lstm`; `convfast.explain(module, input)` tells
+            which one a call takes, and why.
         backend: a name from `convfast.available("conv_lstm")`; None takes the best.
 
     `kernel_size` and the options of the input convolution hold for every layer (so `stride=2` halves the frames once
@@ -85,6 +87,7 @@ class ConvLSTM(ConvLSTMLayers):
         unit_forget_bias: bool = False,
         return_all_layers: bool = False,
         memory: str = "fast",
+        algorithm: str = "auto",
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -111,6 +114,7 @@ class ConvLSTM(ConvLSTMLayers):
             image_size=None if image_size is None else numbers(owner, "image_size", image_size, self.dims, 1),
             unit_forget_bias=unit_forget_bias,
             memory=memory,
+            algorithm=algorithm,
             backend=backend,
             device=device,
             dtype=dtype,
@@ -301,6 +305,7 @@ class ConvLSTMCell(ConvLSTMLayers):
         padding_mode: str = "zeros",
         unit_forget_bias: bool = False,
         memory: str = "fast",
+        algorithm: str = "auto",
         backend: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -318,6 +323,7 @@ class ConvLSTMCell(ConvLSTMLayers):
             image_size=None if image_size is None else numbers(owner, "image_size", image_size, self.dims, 1),
             unit_forget_bias=unit_forget_bias,
             memory=memory,
+            algorithm=algorithm,
             backend=backend,
             device=device,
             dtype=dtype,

@@ -10,6 +10,7 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 
 from ..compat import automan000
 from ..ops import conv_lstm
+from ..ops.conv_lstm import ALGORITHMS
 from .options import Layer
 from .state import Pair
 
@@ -35,6 +36,7 @@ class ConvLSTMLayers(nn.Module):
         image_size: tuple[int, ...] | None,
         unit_forget_bias: bool,
         memory: str,
+        algorithm: str,
         backend: str | None,
         device: Any,
         dtype: Any,
@@ -43,6 +45,8 @@ class ConvLSTMLayers(nn.Module):
         owner = type(self).__name__
         if memory not in ("fast", "lean"):
             raise ValueError(f"{owner}: memory is {memory!r}, expected 'fast' or 'lean'")
+        if algorithm not in ALGORITHMS:
+            raise ValueError(f"{owner}: algorithm is {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
         if unit_forget_bias and not bias:
             raise ValueError(f"{owner}: unit_forget_bias is True with bias=False, expected bias=True")
         if dtype is not None and not dtype.is_floating_point:
@@ -50,6 +54,7 @@ class ConvLSTMLayers(nn.Module):
         self.image_size = image_size
         self.unit_forget_bias = unit_forget_bias
         self.memory = memory
+        self.algorithm = algorithm
         self.backend = backend
         self._layers = list(layers)
         self._suffixes = [list(group) for group in suffixes]
@@ -140,6 +145,7 @@ class ConvLSTMLayers(nn.Module):
             padding_mode=layer.padding_mode,
             reverse=direction == 1,
             memory=self.memory,
+            algorithm=self.algorithm,
             backend=self.backend,
         )
 

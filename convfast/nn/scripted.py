@@ -64,6 +64,7 @@ class _Layer(nn.Module):
         self.padding_mode = layer.padding_mode
         self.mode_of_pad = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         self.reverse = suffix.endswith("_reverse")
+        self.algorithm = module.algorithm
 
     def input_gates(self, frames: Tensor, weight: Tensor) -> Tensor:
         x = F.pad(frames.flatten(0, 1), self.pads_of_pad, self.mode_of_pad)
@@ -88,7 +89,8 @@ class _Layer(nn.Module):
                 frames = gates.expand(sizes)
         output, h_n, c_n, _, _ = torch.ops.convfast.conv_lstm_forward(
             frames, weight, self.weight_hh, self.bias, self.peephole, h, c, lengths, steps,
-            self.stride, self.pads, self.dilation, self.padding_mode, self.reverse, "none",
+            self.stride, self.pads, self.dilation, self.padding_mode, self.reverse,
+            self.algorithm, "none",
         )  # fmt: skip
         return output, h_n, c_n
 

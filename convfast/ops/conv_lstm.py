@@ -22,6 +22,8 @@ from .checks import (
 _OP = "conv_lstm"
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+ALGORITHMS = ("auto", "direct", "winograd")
+WITH_WINOGRAD = ("cpu",)
 
 
 def conv_lstm(
@@ -41,6 +43,7 @@ def conv_lstm(
     padding_mode: str = "zeros",
     reverse: bool = False,
     memory: str = "fast",
+    algorithm: str = "auto",
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run one ConvLSTM layer over a sequence of frames of 1 to 3 dims.
@@ -65,6 +68,9 @@ def conv_lstm(
         steps: number of steps T; needed only without input, or to repeat the one frame of `input`.
         reverse: read each sample from its last frame to its first; outputs stay with their frames.
         memory: what is kept for the backward: "fast" the activated gates and c, "lean" only c.
+        algorithm: "direct" sums every product of a convolution; "winograd" takes a fraction of them, for 3×3 and 5×5
+            kernels in float32 and narrower (docs/conv_lstm.md says how far it may be from direct); "auto" takes what is
+            faster for the shape. `convfast.explain` tells what a module's call takes.
         backend: a name from `convfast.available("conv_lstm")`; None takes the best.
 
     Returns:
@@ -74,7 +80,7 @@ def conv_lstm(
     Raises:
         ValueError: a shape, a size, an option or a device is wrong.
         TypeError: dtypes are mixed (outside autocast), not floating, or `lengths` is not of an integer type.
-        RuntimeError: the backend asked for cannot be had.
+        RuntimeError: the backend or the algorithm asked for cannot be had.
     """
     if isinstance(weight_hh, Tensor) and (dtype := autocast_dtype(weight_hh)) is not None:
         input, weight_ih, weight_hh, bias, peephole = autocast_to(dtype, input, weight_ih, weight_hh, bias, peephole)
@@ -86,13 +92,13 @@ def conv_lstm(
             return conv_lstm(
                 input, weight_ih, weight_hh, bias, peephole, (h0, c0), lengths, steps=steps, stride=stride,
                 padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode, reverse=reverse,
-                memory=memory, backend=backend,
+                memory=memory, algorithm=algorithm, backend=backend,
             )  # fmt: skip
 
     h0, c0 = _unpack(state)
     tensors = {"weight_hh": weight_hh, "input": input, "weight_ih": weight_ih, "bias": bias, "peephole": peephole}
     check_tensors(_OP, {**tensors, "state h": h0, "state c": c0}, state="state c")
-    _check_options(padding_mode, memory)
+    _check_options(padding_mode, memory, algorithm)
     dims, channels = _check_weights(weight_ih, weight_hh, groups)
     stride = _numbers("stride", stride, dims, 1)
     dilation = _numbers("dilation", dilation, dims, 1)
@@ -106,6 +112,7 @@ def conv_lstm(
     check_shape(_OP, "state c", c0, (batch, channels, *space), "[B, C, *S']")
     lengths = _check_lengths(lengths, batch, time, weight_hh.device)
     name = backends.select(_OP, backend, weight_hh.device.type)
+    _check_algorithm(algorithm, name)
 
     if input is not None and weight_ih is not None:
         # The gradient of an expanded frame, unlike its result, has T parts; only a frame that is given once has one.
@@ -119,7 +126,7 @@ def conv_lstm(
         input = input.expand(-1, time, *[-1] * (dims + 1))
 
     operands = (input, weight_ih, weight_hh, bias, peephole, h0, c0)
-    options = (time, stride, pads, dilation, padding_mode, reverse)
+    options = (time, stride, pads, dilation, padding_mode, reverse, algorithm)
     if forward_mode():
         outputs = reference.conv_lstm_forward(*operands, lengths, *options, "none")
     elif needs_function(*operands):
@@ -138,11 +145,18 @@ def _unpack(state: tuple[Tensor | None, Tensor | None] | None) -> tuple[Tensor |
     return state[0], state[1]
 
 
-def _check_options(padding_mode: str, memory: str) -> None:
+def _check_options(padding_mode: str, memory: str, algorithm: str) -> None:
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"{_OP}: padding_mode is {padding_mode!r}, expected one of {', '.join(PADDING_MODES)}")
     if memory not in ("fast", "lean"):
         raise ValueError(f"{_OP}: memory is {memory!r}, expected 'fast' or 'lean'")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"{_OP}: algorithm is {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
+
+
+def _check_algorithm(algorithm: str, backend: str) -> None:
+    if algorithm == "winograd" and backend not in WITH_WINOGRAD:
+        raise RuntimeError(f"{_OP}: algorithm is 'winograd', expected 'auto' or 'direct' with backend {backend!r}")
 
 
 def _check_weights(weight_ih: Tensor | None, weight_hh: Tensor, groups: int) -> tuple[int, int]:
@@ -295,7 +309,7 @@ class _ConvLSTM(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *operands, lengths = inputs[:8]
-        ctx.options, ctx.backend = inputs[8:14], inputs[15]
+        ctx.options, ctx.backend = inputs[8:15], inputs[16]
         h, _, _, c, gates = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(c, gates)
@@ -305,7 +319,7 @@ class _ConvLSTM(torch.autograd.Function):
     def backward(
         ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 9
+        nothing = (None,) * 10
         if dh is None and dh_n is None and dc_n is None:
             return (None,) * 7 + nothing
         *inputs, h, c, gates = ctx.saved_tensors
@@ -320,6 +334,26 @@ class _ConvLSTM(torch.autograd.Function):
             backward = reference.conv_lstm_backward
         grads = backward(dh, dh_n, dc_n, *inputs, h, c, gates, *ctx.options, needs)
         return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
+
+
+def algorithm_of(
+    backend: str,
+    input: Tensor,
+    weight_ih: Tensor | None,
+    weight_hh: Tensor,
+    stride: tuple[int, ...],
+    pads: tuple[int, ...],
+    dilation: tuple[int, ...],
+    padding_mode: str,
+    algorithm: str,
+) -> str:
+    """What a backend makes of `algorithm`, and why. Only shapes and dtypes are looked at."""
+    _check_algorithm(algorithm, backend)
+    if backend not in WITH_WINOGRAD:
+        return "convolutions by the library"
+    return torch.ops.convfast.conv_lstm_algorithm(
+        input, weight_ih, weight_hh, None, None, input.shape[1], stride, pads, dilation, padding_mode, algorithm
+    )
 
 
 def register_fakes() -> None:
@@ -341,6 +375,7 @@ def register_fakes() -> None:
         dilation: list[int],
         padding_mode: str,
         reverse: bool,
+        algorithm: str,
         save: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         source = x if x is not None else h0 if h0 is not None else c0
@@ -384,6 +419,7 @@ def register_fakes() -> None:
         dilation: list[int],
         padding_mode: str,
         reverse: bool,
+        algorithm: str,
         needs: list[int],
     ) -> tuple[Tensor, ...]:
         def weight(tensor: Tensor | None, need: int) -> Tensor:

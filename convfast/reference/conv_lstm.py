@@ -81,9 +81,10 @@ def conv_lstm_forward(
     dilation: Sequence[int],
     padding_mode: str,
     reverse: bool,
+    algorithm: str,
     save: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """→ (h, h_n, c_n, c, gates) as csrc/ops.h says."""
+    """→ (h, h_n, c_n, c, gates) as csrc/ops.h says. `algorithm` is the library's own affair here."""
     dims = w_hh.ndim - 2
     dtype = state_dtype(w_hh.dtype)
     active = _active(lengths, time, dims)
@@ -148,6 +149,7 @@ def conv_lstm_backward(
     dilation: Sequence[int],
     padding_mode: str,
     reverse: bool,
+    algorithm: str,
     needs: Sequence[int],
 ) -> tuple[Tensor | None, ...]:
     """→ (dx, dw_ih, dw_hh, dbias, dpeephole, dh0, dc0) as csrc/ops.h says; None where not needed."""

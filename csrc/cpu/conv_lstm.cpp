@@ -8,7 +8,8 @@
 
 #include <tuple>
 
-#include "frames.h"
+#include "conv_lstm_problem.h"
+#include "winograd.h"
 
 namespace convfast {
 namespace cpu {
@@ -16,205 +17,7 @@ namespace {
 
 constexpr const char* kForward = "conv_lstm_forward";
 constexpr const char* kBackward = "conv_lstm_backward";
-
-bool operator==(const Extent& a, const Extent& b) { return a.d == b.d && a.h == b.h && a.w == b.w; }
-
-struct ConvDims {
-  Extent kernel, stride, dilation, before{0, 0, 0}, behind{0, 0, 0};
-  long taps() const { return kernel.pixels(); }
-  bool operator==(const ConvDims& o) const {
-    return kernel == o.kernel && stride == o.stride && dilation == o.dilation && before == o.before && behind == o.behind;
-  }
-};
-
-// Everything about one call that both passes share, in plain numbers.
-struct Problem {
-  long batch = 0, time = 0, spatial = 0, channels = 0, x_channels = 0;
-  bool has_x = false, convolved = false;  // convolved: x is the input convolution's result
-  Extent in, out;
-  ConvDims x_conv, h_conv;
-  std::string padding_mode;
-  bool reverse = false;
-  std::vector<long> lengths;
-
-  long pixels() const { return out.pixels(); }
-  long frame_of(long sample, long step) const { return reverse ? lengths[sample] - 1 - step : step; }
-  bool uniform_frames() const {
-    return !reverse || std::all_of(lengths.begin(), lengths.end(), [&](long n) { return n == time; });
-  }
-  std::vector<long> active(long step) const {
-    std::vector<long> samples;
-    for (long b = 0; b < batch; ++b)
-      if (step < lengths[b]) samples.push_back(b);
-    return samples;
-  }
-  std::vector<int64_t> shape(std::vector<int64_t> leading) const {
-    const long dims[] = {out.d, out.h, out.w};
-    for (long i = 3 - spatial; i < 3; ++i) leading.push_back(dims[i]);
-    return leading;
-  }
-  // The same for samples begin ... begin + n.
-  Problem group(long begin, long n) const {
-    Problem q = *this;
-    q.batch = n;
-    q.lengths.assign(lengths.begin() + begin, lengths.begin() + begin + n);
-    return q;
-  }
-  // Samples are taken together only as far as threads need work between two barriers; scratch is a group's.
-  long group_size() const {
-    const double flops = 8. * channels * pixels() * (h_conv.taps() * channels + (convolved ? 0 : x_conv.taps() * x_channels));
-    const long threads = torch::stable::get_num_threads();
-    const long by_work = long(2.5e7 * threads / std::max(1., flops)) + 1, by_rows = (4 * threads + out.rows() - 1) / std::max<long>(1, out.rows());
-    return std::min(batch, std::max(by_work, by_rows));
-  }
-  long blocks() const { return (channels + kBlock - 1) / kBlock; }
-  long block_channels(long block) const { return std::min<long>(kBlock, channels - block * kBlock); }
-};
-
-Extent extent_from(const std::vector<int64_t>& dims, long skip, long fill = 1, long every = 1) {
-  long v[3] = {fill, fill, fill};
-  const long n = (dims.size() - skip + every - 1) / every;
-  for (long i = 0; i < n; ++i) v[3 - n + i] = dims[skip + i * every];
-  return {v[0], v[1], v[2]};
-}
-
-// Strides of x [.., C, *S] whose channel axis is `axis`.
-FrameStrides frame_strides(const Tensor& t, long axis) {
-  long v[3] = {0, 0, 0};
-  const long n = t.dim() - axis - 1;
-  for (long i = 0; i < n; ++i) v[3 - n + i] = t.stride(axis + 1 + i);
-  return {t.stride(axis), v[0], v[1], v[2]};
-}
-
-bool dense_channels_last(const Tensor& t, long axis) {
-  long expected = t.size(axis);
-  if (expected > 1 && t.stride(axis) != 1) return false;
-  for (long i = t.dim() - 1; i > axis; --i) {
-    if (t.size(i) > 1 && t.stride(i) != expected) return false;
-    expected *= t.size(i);
-  }
-  return true;
-}
-
-Tensor samples(Tensor t, long begin, long n) { return n == t.size(0) ? t : torch::stable::narrow(t, 0, begin, n); }
-
-OptionalTensor samples(const OptionalTensor& t, long begin, long n) { return t ? OptionalTensor(samples(*t, begin, n)) : t; }
-
-struct Inputs {
-  OptionalTensor x, w_ih;
-  Tensor w_hh;
-  OptionalTensor bias, peephole, h0, c0, lengths;
-
-  Inputs group(long begin, long n) const {
-    Inputs in = *this;
-    in.x = samples(x, begin, n);
-    in.h0 = samples(h0, begin, n);
-    in.c0 = samples(c0, begin, n);
-    return in;
-  }
-};
-
-Problem make_problem(const char* op, const Inputs& in, int64_t time, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, const std::string& padding_mode,
-                     bool reverse) {
-  Problem p;
-  const ScalarType dtype = in.w_hh.scalar_type();
-  const ScalarType wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  p.spatial = in.w_hh.dim() - 2;
-  CONVFAST_CHECK(p.spatial >= 1 && p.spatial <= 3, op, "w_hh", "[4C, C, *K] with 1 to 3 kernel dims", shape_string(shape_of(in.w_hh)));
-  p.channels = in.w_hh.size(1);
-  CONVFAST_CHECK(p.channels >= 1 && in.w_hh.size(0) == 4 * p.channels, op, "w_hh", "[4C, C, *K]", shape_string(shape_of(in.w_hh)));
-  CONVFAST_CHECK(time >= 1, op, "time", "at least 1", time);
-  p.time = time;
-  p.has_x = defined(in.x);
-  p.convolved = p.has_x && !defined(in.w_ih);
-  p.padding_mode = padding_mode;
-  p.reverse = reverse;
-
-  const Extent one, zero{0, 0, 0};
-  const auto kernel = shape_of(in.w_hh);
-  p.h_conv = {extent_from(kernel, 2), one, one, zero, zero};
-  const Extent& k = p.h_conv.kernel;
-  CONVFAST_CHECK(k.d >= 1 && k.h >= 1 && k.w >= 1, op, "w_hh", "of at least one tap a dim", shape_string(kernel));
-  p.h_conv.before = {(k.d - 1) / 2, (k.h - 1) / 2, (k.w - 1) / 2};
-  p.h_conv.behind = {k.d / 2, k.h / 2, k.w / 2};
-
-  const int64_t rank = p.spatial + 2;
-  if (p.has_x) {
-    CONVFAST_CHECK(in.x->dim() == rank + 1, op, "x", "of rank " + std::to_string(rank + 1), shape_string(shape_of(*in.x)));
-    CONVFAST_CHECK(in.x->size(1) == time, op, "x", "of time extent " + std::to_string(time), shape_string(shape_of(*in.x)));
-    p.batch = in.x->size(0);
-    p.in = extent_from(shape_of(*in.x), 3);
-    p.x_channels = in.x->size(2);
-    p.out = p.in;
-    check_dtype(op, "x", *in.x, dtype, dtype);
-    if (p.convolved) {
-      CONVFAST_CHECK(p.x_channels == 4 * p.channels, op, "x", "of 4C channels when w_ih is undefined", shape_string(shape_of(*in.x)));
-    } else {
-      const auto w = shape_of(*in.w_ih);
-      CONVFAST_CHECK(int64_t(w.size()) == rank && w[0] == 4 * p.channels && w[1] == p.x_channels, op, "w_ih", "[4C, Cin, *K]",
-                     shape_string(w));
-      check_dtype(op, "w_ih", *in.w_ih, dtype, dtype);
-      CONVFAST_CHECK(int64_t(stride.size()) == p.spatial && int64_t(dilation.size()) == p.spatial &&
-                         int64_t(padding.size()) == 2 * p.spatial,
-                     op, "stride, padding, dilation", "of n, 2n and n elements", shape_string(padding));
-      std::vector<int64_t> before, behind;
-      for (long i = 0; i < p.spatial; ++i) {
-        before.push_back(padding[2 * i]);
-        behind.push_back(padding[2 * i + 1]);
-      }
-      p.x_conv = {extent_from(w, 2), extent_from(stride, 0), extent_from(dilation, 0), extent_from(before, 0, 0), extent_from(behind, 0, 0)};
-      const ConvDims& c = p.x_conv;
-      const auto out_size = [&](long n, long k, long s, long d, long lo, long hi) {
-        CONVFAST_CHECK(k >= 1 && s >= 1 && d >= 1 && lo >= 0 && hi >= 0, op, "stride, padding, dilation", "positive", s);
-        const long most = padding_mode == "reflect" ? n - 1 : padding_mode == "circular" ? n : lo + hi;
-        CONVFAST_CHECK(lo <= most && hi <= most, op, "padding", "at most " + std::to_string(most) + " for this size", std::max(lo, hi));
-        const long span = n + lo + hi - d * (k - 1) - 1;
-        CONVFAST_CHECK(span >= 0, op, "x", "at least as large as the kernel", shape_string(shape_of(*in.x)));
-        return span / s + 1;
-      };
-      CONVFAST_CHECK(padding_mode == "zeros" || padding_mode == "reflect" || padding_mode == "replicate" || padding_mode == "circular", op,
-                     "padding_mode", "zeros, reflect, replicate or circular", padding_mode);
-      p.out.d = out_size(p.in.d, c.kernel.d, c.stride.d, c.dilation.d, c.before.d, c.behind.d);
-      p.out.h = out_size(p.in.h, c.kernel.h, c.stride.h, c.dilation.h, c.before.h, c.behind.h);
-      p.out.w = out_size(p.in.w, c.kernel.w, c.stride.w, c.dilation.w, c.before.w, c.behind.w);
-    }
-  } else {
-    CONVFAST_CHECK(defined(in.h0) || defined(in.c0), op, "h0 or c0", "given when x is undefined", "neither");
-    const Tensor& state = defined(in.h0) ? *in.h0 : *in.c0;
-    CONVFAST_CHECK(state.dim() == rank, op, defined(in.h0) ? "h0" : "c0", "of rank " + std::to_string(rank), shape_string(shape_of(state)));
-    p.batch = state.size(0);
-    p.out = p.in = extent_from(shape_of(state), 2);
-  }
-  const auto state_shape = p.shape({p.batch, p.channels});
-  if (defined(in.h0)) {
-    check_shape(op, "h0", *in.h0, state_shape);
-    check_dtype(op, "h0", *in.h0, dtype, dtype);
-  }
-  if (defined(in.c0)) {
-    check_shape(op, "c0", *in.c0, state_shape);
-    check_dtype(op, "c0", *in.c0, dtype, wide);
-  }
-  if (defined(in.bias)) {
-    check_shape(op, "bias", *in.bias, {4 * p.channels});
-    check_dtype(op, "bias", *in.bias, dtype, dtype);
-  }
-  if (defined(in.peephole)) {
-    check_shape(op, "peephole", *in.peephole, p.shape({3, p.channels}));
-    check_dtype(op, "peephole", *in.peephole, dtype, dtype);
-  }
-  p.lengths.assign(p.batch, time);
-  if (defined(in.lengths)) {
-    check_shape(op, "lengths", *in.lengths, {p.batch});
-    CONVFAST_CHECK(in.lengths->scalar_type() == ScalarType::Long, op, "lengths", "int64", torch::headeronly::toString(in.lengths->scalar_type()));
-    const int64_t* n = static_cast<const int64_t*>(in.lengths->const_data_ptr());
-    for (long b = 0; b < p.batch; ++b) {
-      p.lengths[b] = n[b * in.lengths->stride(0)];
-      CONVFAST_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= time, op, "lengths", "between 0 and " + std::to_string(time), p.lengths[b]);
-    }
-  }
-  return p;
-}
+constexpr const char* kAlgorithm = "conv_lstm_algorithm";
 
 // A convolution's reads as runs over bordered frames of `pixel` elements a pixel.
 struct FrameLayout {
@@ -254,6 +57,7 @@ struct Engine {
   PaddingMaps x_maps, h_maps;
   FrameLayout x_layout, h_layout;
   T *x_frames = nullptr, *gates_x = nullptr;
+  Tiling<T> tiling;
 
   // Weights as the kernels read them, packed once a call for all groups.
   struct Packed {
@@ -266,17 +70,21 @@ struct Engine {
         pixels(p.pixels()),
         c1(p.channels),
         state(pixels * c1),
-        x_maps{padding_map(p.in.d, p.x_conv.before.d, p.x_conv.behind.d, p.padding_mode),
-               padding_map(p.in.h, p.x_conv.before.h, p.x_conv.behind.h, p.padding_mode),
-               padding_map(p.in.w, p.x_conv.before.w, p.x_conv.behind.w, p.padding_mode)},
-        h_maps{padding_map(p.out.d, p.h_conv.before.d, p.h_conv.behind.d, "zeros"),
-               padding_map(p.out.h, p.h_conv.before.h, p.h_conv.behind.h, "zeros"),
-               padding_map(p.out.w, p.h_conv.before.w, p.h_conv.behind.w, "zeros")},
+        x_maps(frame_maps(p.in, p.x_conv, p.padding_mode)),
+        h_maps(frame_maps(p.out, p.h_conv, "zeros")),
         x_layout(x_maps.extent(), p.x_conv, p.x_channels),
-        h_layout(h_maps.extent(), p.h_conv, c1) {}
+        h_layout(h_maps.extent(), p.h_conv, c1),
+        tiling(p.winograd, p.h_conv.kernel.h, p.out) {}
+
+  // Frames of whole tiles: Winograd reads past the last row and column.
+  PaddingMaps frame_maps(const Extent& size, const ConvDims& conv, const std::string& mode) const {
+    const auto rest = [&](long n) { return p.winograd ? round_up(n, p.winograd) - n : 0; };
+    return {padding_map(size.d, conv.before.d, conv.behind.d, mode), padding_map(size.h, conv.before.h, conv.behind.h + rest(size.h), mode),
+            padding_map(size.w, conv.before.w, conv.behind.w + rest(size.w), mode)};
+  }
 
   void take_x() {
-    if (convolves_x()) x_frames = workspace.take<T>(p.batch * x_layout.frame);
+    if (p.convolves_x()) x_frames = workspace.take<T>(p.batch * x_layout.frame);
     if (p.convolved) gates_x = workspace.take<T>(p.batch * 4 * state);
   }
 
@@ -288,12 +96,11 @@ struct Engine {
     parallel(p.out.rows(), [&](long begin, long end) {
       for (long i = 0; i < 3; ++i)
         for (long row = begin; row < end; ++row)
-          pack_row(data(*in.peephole) + i * in.peephole->stride(0), strides, maps, row, c1, c1, packed + i * state + row * p.out.w * c1);
+          pack_row(k, data(*in.peephole) + i * in.peephole->stride(0), strides, maps, row, c1, c1, packed + i * state + row * p.out.w * c1);
     });
     return packed;
   }
 
-  bool convolves_x() const { return p.has_x && !p.convolved; }
   static const A* data(const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); }
   static A* out_data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
 
@@ -314,7 +121,7 @@ struct Engine {
     parallel(active.size() * n, [&](long begin, long end) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n], row = r % n;
-        pack_row(base + frame(s), strides, maps, row, channels, width, dst + (s * n + row) * row_size);
+        pack_row(k, base + frame(s), strides, maps, row, channels, width, dst + (s * n + row) * row_size);
       }
     });
   }
@@ -342,37 +149,53 @@ struct Engine {
     else pack<A>(active, *in.x, 2, x_maps, x_frames, frame);
   }
 
-  long k_rows() const { return (convolves_x() ? p.x_conv.taps() * p.x_channels : 0) + p.h_conv.taps() * c1; }
+  long input_channels() const { return (p.convolves_x() ? p.x_channels : 0) + c1; }
+  long k_rows() const { return (p.convolves_x() ? p.x_conv.taps() * p.x_channels : 0) + p.h_conv.taps() * c1; }
 
-  // Gate weights: [block][panel][k][panel columns], k = taps of x, then taps of h. Bias: [4 * first channel of block + column].
-  Packed pack_weights() {
-    const long kx = convolves_x() ? p.x_conv.taps() * p.x_channels : 0, kh = p.h_conv.taps() * c1;
+  Packed pack_weights() { return {tiling ? pack_winograd_weights() : pack_direct_weights(), pack_bias(), pack_peephole()}; }
+
+  // [4 * first channel of block + column]
+  T* pack_bias() {
+    T* bias = workspace.take<T>(4 * c1);
+    for (long n = 0; n < 4 * c1; ++n) bias[n] = defined(in.bias) ? static_cast<T>(data(*in.bias)[p.weight_row(n) * in.bias->stride(0)]) : T(0);
+    return bias;
+  }
+
+  // [block][panel][k][panel columns], k = taps of x, then taps of h.
+  T* pack_direct_weights() {
+    const long kx = p.convolves_x() ? p.x_conv.taps() * p.x_channels : 0, kh = p.h_conv.taps() * c1;
     long columns = 0;
     for (long b = 0; b < p.blocks(); ++b) columns += round_up(4 * p.block_channels(b), k.lanes);
     T* packed = workspace.take<T>(columns * (kx + kh));
-    T* bias = workspace.take<T>(4 * c1);
     // Both weights are one operand only if they are one array; so they are packed apart into a common layout.
     const Tensor w_hh = torch::stable::contiguous(in.w_hh);
     const Tensor w_ih = kx ? torch::stable::contiguous(*in.w_ih) : w_hh;
     parallel(p.blocks(), [&](long begin, long end) {
       for (long b = begin; b < end; ++b) {
-        const long n = p.block_channels(b), width = 4 * n;
-        T* block = packed + 4 * kBlock * b * (kx + kh);
+        const long width = 4 * p.block_channels(b);
+        T* block = packed + kSlab * b * (kx + kh);
         for (long n0 = 0; n0 < width; n0 += k.panel) {
           const long left = width - n0, w = left > k.lanes ? k.panel : k.lanes;
           T* panel = block + n0 * (kx + kh);
           std::memset(static_cast<void*>(panel), 0, (kx + kh) * w * sizeof(T));
           for (long j = 0; j < std::min(left, w); ++j) {
-            const long row = (n0 + j) / n * c1 + b * kBlock + (n0 + j) % n;
+            const long row = p.weight_row(kSlab * b + n0 + j);
             if (kx) pack_column(data(w_ih) + row * kx, p.x_channels, p.x_conv.taps(), panel + j, w);
             pack_column(data(w_hh) + row * kh, c1, p.h_conv.taps(), panel + kx * w + j, w);
           }
         }
-        for (long j = 0; j < width; ++j)
-          bias[4 * kBlock * b + j] = defined(in.bias) ? static_cast<T>(data(*in.bias)[(j / n * c1 + b * kBlock + j % n) * in.bias->stride(0)]) : T(0);
       }
     });
-    return {packed, bias, pack_peephole()};
+    return packed;
+  }
+
+  T* pack_winograd_weights() {
+    const long ci = p.convolves_x() ? p.x_channels : 0, taps = p.h_conv.taps();
+    const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = ci ? torch::stable::contiguous(*in.w_ih) : w_hh;
+    return tiling.pack_filters(k, workspace, ci + c1, 4 * c1, false, [&](long i, long n) {
+      const long row = p.weight_row(n);
+      return i < ci ? data(w_ih) + (row * ci + i) * taps : data(w_hh) + (row * c1 + i - ci) * taps;
+    });
   }
 
   // w [channels][taps] of one output channel into a column, k = tap * channels + channel.
@@ -391,11 +214,22 @@ struct Engine {
     s.gates_x = gates_x;
     s.gates_x_frame = 4 * state;
     s.peephole = packed.peephole;
-    if (convolves_x()) s.x = x_layout.template operand<T>(x_frames, p.x_conv.stride.w);
+    if (p.convolves_x()) s.x = x_layout.template operand<T>(x_frames, p.x_conv.stride.w);
     return s;
   }
 
+  // Channels of bordered frames as Winograd reads them.
+  static WinogradInput<T> winograd_input(const FrameLayout& layout, const T* frames) {
+    return {frames, layout.frame, layout.padded.w * layout.pixel, layout.pixel, 1, 0, layout.pixel};
+  }
+
   void run_step(const ConvLSTMStep<T>& s) {
+    if (tiling) {
+      const Winograd<T> w = tiling.problem(s.rows, winograd_input(x_layout, s.x.frames), winograd_input(h_layout, s.h.frames),
+                                           input_channels(), s.weights);
+      tiling.run(w, 4 * c1, [&](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) { tiling.kernels->step(s, w, range, scratch); });
+      return;
+    }
     parallel(s.rows.samples * s.rows.rows, [&](long begin, long end) { k.conv_lstm_step(s, begin, end); });
   }
 
@@ -442,19 +276,21 @@ struct Engine {
                 keep_gates ? new_channels_last(p.shape({p.batch, p.time, 4 * c1}), wide) : empty_cpu({0}, wide)};
     const auto& [h, h_n, c_n, c, gates] = all;
     const Packed packed = pack_weights();
-    // Larger than a cache, the saved gates would only drive out what the next step needs.
-    const bool stream_gates = keep_gates && gates.numel() * sizeof(T) > (size_t(32) << 20) && c1 % kBlock == 0 &&
-                              reinterpret_cast<uintptr_t>(gates.mutable_data_ptr()) % 64 == 0;
+    // Larger than a cache, the saved gates and the output would only drive out what the next step needs.
+    const auto stream = [&](const Tensor& t, size_t most) {
+      return c1 % kBlock == 0 && t.numel() * sizeof(T) > most && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
+    };
+    const bool stream_gates = keep_gates && stream(gates, size_t(32) << 20), stream_out = !kNarrow && stream(h, size_t(8) << 20);
     for (long begin = 0, size = p.group_size(); begin < p.batch; begin += size) {
       const long n = std::min(size, p.batch - begin);
       Engine part(p.group(begin, n), in.group(begin, n));
       part.run_forward(packed, {samples(h, begin, n), samples(h_n, begin, n), samples(c_n, begin, n), keep_c ? samples(c, begin, n) : c,
-                                keep_gates ? samples(gates, begin, n) : gates}, keep_c, keep_gates, stream_gates);
+                                keep_gates ? samples(gates, begin, n) : gates}, keep_c, keep_gates, stream_gates, stream_out);
     }
     return all;
   }
 
-  void run_forward(const Packed& packed, const Outputs& outputs, bool keep_c, bool keep_gates, bool stream_gates) {
+  void run_forward(const Packed& packed, const Outputs& outputs, bool keep_c, bool keep_gates, bool stream_gates, bool stream_out) {
     const auto& [h, h_n, c_n, c, gates] = outputs;
     T* c_last = static_cast<T*>(c_n.mutable_data_ptr());
     T* c_all = keep_c ? static_cast<T*>(c.mutable_data_ptr()) : nullptr;
@@ -462,6 +298,7 @@ struct Engine {
     A* h_all = out_data(h);
 
     take_x();
+    tiling.take_scratch(workspace, {input_channels()});
     T* h_frames[2] = {workspace.take<T>(p.batch * h_layout.frame), workspace.take<T>(p.batch * h_layout.frame)};
     if (defined(in.h0)) pack_state(*in.h0, h_maps, h_frames[0]);
     for (int i = defined(in.h0) ? 1 : 0; i < 2; ++i) clear(h_frames[i], p.batch * h_layout.frame);
@@ -485,6 +322,7 @@ struct Engine {
       s.gates = keep_gates ? gates_all + 4 * step * state : nullptr;
       s.gates_frame = 4 * p.time * state;
       s.stream_gates = stream_gates;
+      s.stream_out = stream_out && s.h_frames;
       s.h_frames = kNarrow || step + 1 < p.time ? h_frames[(step + 1) % 2] + h_origin() : nullptr;
       s.h_frame = h_layout.frame;
       s.h_map = h_layout.map;
@@ -514,7 +352,7 @@ struct Engine {
     }
     const FrameStrides strides = frame_strides(*in.h0, 1);
     for (long row = 0; row < p.out.rows(); ++row)
-      pack_row(data(*in.h0) + sample * in.h0->stride(0), strides, plain_maps(), row, c1, c1, dst + row * p.out.w * c1);
+      pack_row(k, data(*in.h0) + sample * in.h0->stride(0), strides, plain_maps(), row, c1, c1, dst + row * p.out.w * c1);
   }
 
   template <class E>
@@ -536,6 +374,7 @@ struct Backward : Engine<A> {
   using Base::p;
   using Base::pixels;
   using Base::state;
+  using Base::tiling;
   using Base::workspace;
   using Base::x_layout;
   using Base::h_layout;
@@ -612,12 +451,16 @@ struct Backward : Engine<A> {
     const T *w_back = nullptr, *w_dx = nullptr;
     Gather gather[3];
     std::vector<T*> dw[3];  // [operand: x, h, one][block][k][columns rounded up]
+    T* sums = nullptr;      // Winograd: of the transformed gradients of w_ih | w_hh, one of each part of the tiles
     T* dpeephole = nullptr;
   };
 
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-  long kx() const { return Base::convolves_x() ? p.x_conv.taps() * p.x_channels : 0; }
+  // Channels of x and h whose weights' gradients are wanted.
+  static long sum_channels(const Plan& plan, const Problem& p) { return (plan.w_ih ? p.x_channels : 0) + (plan.w_hh ? p.channels : 0); }
+
+  long kx() const { return p.convolves_x() ? p.x_conv.taps() * p.x_channels : 0; }
   long kh() const { return p.h_conv.taps() * c1; }
   long c1_padded() const { return round_up(c1, k.lanes); }
 
@@ -625,7 +468,7 @@ struct Backward : Engine<A> {
     Plan plan{};
     plan.lean = lean;
     plan.dx = needs[0] && p.has_x;
-    plan.w_ih = needs[1] && Base::convolves_x();
+    plan.w_ih = needs[1] && p.convolves_x();
     plan.w_hh = needs[2];
     plan.bias = needs[3] && defined(in.bias);
     plan.peephole = needs[4] && defined(in.peephole);
@@ -635,7 +478,9 @@ struct Backward : Engine<A> {
                       4 * p.x_channels >= 3 * round_up(p.x_channels, k.lanes);
     if (lean) plan.packed = Base::pack_weights();
     else plan.packed.peephole = Base::pack_peephole();
-    if (p.time > 1 || plan.h0 || plan.dx_like_dh) {
+    if (tiling && (p.time > 1 || plan.h0 || plan.dx_like_dh)) {
+      plan.w_back = pack_winograd_back(plan.dx_like_dh);
+    } else if (p.time > 1 || plan.h0 || plan.dx_like_dh) {
       DgatesOperand back;
       dgates_operand(nullptr, true, back);
       plan.w_back = pack_taps(back, c1_padded(), plan.dx_like_dh);
@@ -662,6 +507,11 @@ struct Backward : Engine<A> {
         plan.dw[o].push_back(workspace.template take<T>(size));
         Base::clear(plan.dw[o].back(), size);
       }
+    if (tiling && sum_channels(plan, p)) {
+      const long size = tiling.parts(0, sum_channels(plan, p), 4 * c1, true).tiles * tiling.weights_size(sum_channels(plan, p), round_up(4 * c1, k.lanes));
+      plan.sums = workspace.template take<T>(size);
+      Base::clear(plan.sums, size);
+    }
     if (plan.peephole) {
       plan.dpeephole = workspace.template take<T>(3 * state);
       Base::clear(plan.dpeephole, 3 * state);
@@ -675,7 +525,7 @@ struct Backward : Engine<A> {
     const bool lean = gates.numel() == 0;
     const Plan plan = make_plan(lean, needs);
     const ScalarType c0_dtype = plan.c0 ? in.c0->scalar_type() : scalar_type<T>();
-    Tensor dx = plan.dx ? torch::stable::empty_like(*in.x) : empty_cpu({0}, narrow);  // in x's own layout
+    Tensor dx = plan.dx ? cpu::empty_like(*in.x) : empty_cpu({0}, narrow);  // in x's own layout
     const bool all_frames = std::all_of(p.lengths.begin(), p.lengths.end(), [&](long n) { return n == p.time; });
     if (plan.dx && !all_frames) torch::stable::zero_(dx);
     else if (plan.dx && poison_requested() && dx.numel()) poison(dx.mutable_data_ptr(), dx.numel() * dx.element_size());
@@ -690,6 +540,7 @@ struct Backward : Engine<A> {
                         plan.h0 ? samples(dh0, begin, n) : dh0, plan.c0 ? samples(dc0, begin, n) : dc0);
     }
 
+    if (plan.sums) finish_winograd_sums(plan);
     Tensor dw_ih = plan.w_ih ? empty_cpu(shape_of(*in.w_ih), narrow) : empty_cpu({0}, narrow);
     Tensor dw_hh = plan.w_hh ? empty_cpu(shape_of(in.w_hh), narrow) : empty_cpu({0}, narrow);
     Tensor dbias = plan.bias ? empty_cpu({4 * c1}, narrow) : empty_cpu({0}, narrow);
@@ -698,7 +549,7 @@ struct Backward : Engine<A> {
     if (plan.bias) unpack_weight_grad(plan.dw[2], 1, 1, Base::out_data(dbias));
     Tensor dp = plan.peephole ? empty_cpu(p.shape({3, c1}), narrow) : empty_cpu({0}, narrow);
     if (plan.peephole)
-      for (long i = 0; i < 3; ++i) unpack_row(plan.dpeephole + i * state, c1, pixels, c1, Base::out_data(dp) + i * state, 1, pixels);
+      for (long i = 0; i < 3; ++i) unpack_row(k, plan.dpeephole + i * state, c1, pixels, c1, Base::out_data(dp) + i * state, 1, pixels);
     return {dx, dw_ih, dw_hh, dbias, dp, dh0, dc0};
   }
 
@@ -724,9 +575,10 @@ struct Backward : Engine<A> {
     T* h_frames = plan.w_hh || plan.lean ? workspace.template take<T>(p.batch * h_layout.frame) : nullptr;
     const bool reads_x = p.has_x && (plan.w_ih || plan.lean);
     if (reads_x) Base::take_x();
+    tiling.take_scratch(workspace, {4 * c1, Base::input_channels(), sum_channels(plan, p)});
 
     DgatesOperand back, here;
-    if (plan.w_back) dgates_operand(dgates, true, back);
+    if (plan.w_back && !tiling) dgates_operand(dgates, true, back);
     if (plan.w_dx) dgates_operand(dgates, false, here);
     const long dx_padded = round_up(kx(), k.lanes);
     T* dx_rows = plan.w_dx ? workspace.template take<T>(p.batch * pixels * dx_padded) : nullptr;
@@ -738,7 +590,7 @@ struct Backward : Engine<A> {
     std::vector<WeightGrad<T>> wgrads;
     for (long b = 0; b < p.blocks(); ++b)
       for (int o = 0; o < 3; ++o) {
-        if (plan.dw[o].empty()) continue;
+        if (plan.dw[o].empty() || (tiling && o < 2)) continue;
         const long n = p.block_channels(b);
         WeightGrad<T> g{};
         g.a = operand[o];
@@ -814,10 +666,16 @@ struct Backward : Engine<A> {
 
       if (!first || plan.h0 || plan.dx_like_dh) {
         // Nobody wants dh before the first step; its columns can be left out where they are whole panels.
-        const long from = first && !plan.h0 && c1_padded() % k.panel == 0 ? c1_padded() : 0;
+        const long unit = tiling ? long(kSlab) : k.panel, from = first && !plan.h0 && c1_padded() % unit == 0 ? c1_padded() : 0;
         const long columns = (plan.dx_like_dh ? c1_padded() + p.x_channels : c1) - from, depth = back.column.size();
-        const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, plan.w_back + depth * from, columns, depth, dh_rec + from, dh_ld};
-        parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
+        if (tiling) {
+          const RowsGemm<T> gemm{r, {}, nullptr, columns, 0, dh_rec + from, dh_ld};
+          const Winograd<T> w = dgates_tiles(r, dgates, plan.w_back + tiling.kernels->planes * 4 * c1 * from);
+          tiling.run(w, columns, [&](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) { tiling.kernels->rows_gemm(gemm, w, range, scratch); });
+        } else {
+          const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, plan.w_back + depth * from, columns, depth, dh_rec + from, dh_ld};
+          parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
+        }
         if (plan.dx_like_dh) unpack_dx(active, step, dh_rec + c1_padded(), dh_ld, dx);
       }
       if (dx_rows) {
@@ -828,11 +686,12 @@ struct Backward : Engine<A> {
         unpack_dgates(active, step, dgates, dx);
       }
       run_weight_grads(wgrads, r, has_h, plan.w_hh ? h_frames : nullptr);
+      if (plan.sums) run_winograd_sums(plan, r, dgates, has_h ? h_frames : nullptr);
     }
 
-    if (plan.h0) unpack_row(dh_rec, dh_ld, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
-    if (plan.c0 && dc0.scalar_type() == scalar_type<A>()) unpack_row(dc, c1, p.batch * pixels, c1, Base::out_data(dc0), c1, 1);
-    else if (plan.c0) unpack_row(dc, c1, p.batch * pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()), c1, 1);
+    if (plan.h0) unpack_row(k, dh_rec, dh_ld, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
+    if (plan.c0 && dc0.scalar_type() == scalar_type<A>()) unpack_row(k, dc, c1, p.batch * pixels, c1, Base::out_data(dc0), c1, 1);
+    else if (plan.c0) unpack_row(k, dc, c1, p.batch * pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()), c1, 1);
   }
 
   // One parallel region for all operands and blocks: their tasks end to end.
@@ -849,6 +708,54 @@ struct Backward : Engine<A> {
       for (size_t i = 0; i < wgrads.size(); start = end_of[i++]) {
         const long b = std::max(begin, start) - start, e = std::min(end, end_of[i]) - start;
         if (b < e) k.weight_grad(wgrads[i], b, e);
+      }
+    });
+  }
+
+  Winograd<T> dgates_tiles(const Rows& rows, const T* dgates, const T* weights) const {
+    const long whole = c1 / kBlock, rest = 4 * (c1 % kBlock), frame = 4 * padded_pixels * c1;
+    return tiling.problem(rows, {whole ? dgates : nullptr, frame, kSlab * padded.w, kSlab, whole, kSlab * padded_pixels, kSlab},
+                          {rest ? dgates + kSlab * whole * padded_pixels : nullptr, frame, rest * padded.w, rest, 1, 0, rest}, 4 * c1, weights);
+  }
+
+  // w_hh, and w_ih behind it, turned round: from gates' gradients to those of h and x.
+  T* pack_winograd_back(bool with_x) {
+    const long taps = p.h_conv.taps(), split = c1_padded(), ci = p.x_channels;
+    const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = with_x ? torch::stable::contiguous(*in.w_ih) : w_hh;
+    return tiling.pack_filters(k, workspace, 4 * c1, with_x ? split + ci : c1, true, [&](long i, long n) -> const A* {
+      const long row = p.weight_row(i);
+      if (n < c1) return Base::data(w_hh) + (row * c1 + n) * taps;
+      return n < split ? nullptr : Base::data(w_ih) + (row * ci + n - split) * taps;
+    });
+  }
+
+  void run_winograd_sums(const Plan& plan, const Rows& rows, const T* dgates, const T* h_frames) {
+    const long channels = sum_channels(plan, p), size = tiling.weights_size(channels, round_up(4 * c1, k.lanes));
+    const Winograd<T> w = tiling.problem(rows, Base::winograd_input(x_layout, plan.w_ih ? Base::x_frames : nullptr),
+                                         Base::winograd_input(h_layout, plan.w_hh ? h_frames : nullptr), channels, nullptr);
+    if (!w.a[0].frames && !w.a[1].frames) return;
+    const GateFrames<T> g{dgates, 4 * padded_pixels * c1, padded_pixels, origin, padded.w, c1};
+    tiling.run(w, 4 * c1, [&](const Winograd<T>& w, const WinogradRange& range, T* scratch, long part) {
+      tiling.kernels->weight_grad(w, g, range, scratch, plan.sums + part * size);
+    });
+  }
+
+  // From transformed sums to dw, as the direct kernels leave it.
+  void finish_winograd_sums(const Plan& plan) {
+    const long channels = sum_channels(plan, p), parts = tiling.parts(0, channels, 4 * c1, true).tiles, taps = p.h_conv.taps();
+    const long size = tiling.weights_size(channels, round_up(4 * c1, k.lanes)), ci = plan.w_ih ? p.x_channels : 0;
+    parallel(p.blocks() * channels, [&](long begin, long end) {
+      alignas(64) T u[64 * kSlab], g[25 * kSlab];
+      std::vector<const T*> terms(parts);
+      for (long i = begin; i < end; ++i) {
+        const long b = i / channels, c = i % channels, ld = round_up(4 * p.block_channels(b), k.lanes);
+        for (long plane = 0; plane < tiling.kernels->planes; ++plane) {
+          for (long part = 0; part < parts; ++part) terms[part] = plan.sums + part * size + kSlab * b * tiling.kernels->planes * channels + (plane * channels + c) * ld;
+          k.sum_rows(parts, terms.data(), ld, u + plane * kSlab);
+        }
+        tiling.kernels->filter_gradient(u, ld, g);
+        T* dw = c < ci ? plan.dw[0][b] + c * ld : plan.dw[1][b] + (c - ci) * ld;
+        for (long t = 0; t < taps; ++t) std::memcpy(dw + t * (c < ci ? ci : c1) * ld, g + t * kSlab, ld * sizeof(T));
       }
     });
   }
@@ -874,7 +781,7 @@ struct Backward : Engine<A> {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n], d = (r % n) / p.in.h, y = (r % n) % p.in.h;
         A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + d * strides.d + y * strides.h;
-        unpack_row(rows + (s * n + r % n) * p.in.w * ld, ld, p.in.w, p.x_channels, dst, strides.w, strides.c);
+        unpack_row(k, rows + (s * n + r % n) * p.in.w * ld, ld, p.in.w, p.x_channels, dst, strides.w, strides.c);
       }
     });
   }
@@ -903,7 +810,7 @@ struct Backward : Engine<A> {
           k.sum_rows(terms.size(), terms.data(), ci, sum.data() + x * ci);
         }
         A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + d * strides.d + y * strides.h;
-        unpack_row(sum.data(), ci, p.in.w, ci, dst, strides.w, strides.c);
+        unpack_row(k, sum.data(), ci, p.in.w, ci, dst, strides.w, strides.c);
       }
     });
   }
@@ -921,7 +828,7 @@ struct Backward : Engine<A> {
           const long n = p.block_channels(b), ch = b * kBlock;
           const T* src = dgates + 4 * (padded_pixels * (s * c1 + ch) + at * n);
           for (long gate = 0; gate < 4; ++gate)
-            unpack_row(src + gate * n, 4 * n, p.out.w, n, dst + (gate * c1 + ch) * strides.c, strides.w, strides.c);
+            unpack_row(k, src + gate * n, 4 * n, p.out.w, n, dst + (gate * c1 + ch) * strides.c, strides.w, strides.c);
         }
       }
     });
@@ -945,10 +852,11 @@ struct Backward : Engine<A> {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_forward(
     OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor bias, OptionalTensor peephole, OptionalTensor h0, OptionalTensor c0,
     OptionalTensor lengths, int64_t time, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-    std::string padding_mode, bool reverse, std::string save) {
+    std::string padding_mode, bool reverse, std::string algorithm, std::string save) {
   const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
   CONVFAST_CHECK(save == "none" || save == "fast" || save == "lean", kForward, "save", "none, fast or lean", save);
-  const Problem p = make_problem(kForward, in, time, stride, padding, dilation, padding_mode, reverse);
+  Problem p = make_problem(kForward, in, time, stride, padding, dilation, padding_mode, reverse);
+  choose_algorithm(kForward, p, w_hh.scalar_type(), algorithm);
   return switch_dtype(kForward, "w_hh", w_hh, [&](auto a) { return Engine<decltype(a)>(p, in).forward(save); });
 }
 
@@ -956,9 +864,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_bac
     OptionalTensor dh, OptionalTensor dh_n, OptionalTensor dc_n, OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor bias,
     OptionalTensor peephole, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, Tensor h, Tensor c, Tensor gates, int64_t time,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, std::string padding_mode, bool reverse,
-    std::vector<int64_t> needs) {
+    std::string algorithm, std::vector<int64_t> needs) {
   const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
-  const Problem p = make_problem(kBackward, in, time, stride, padding, dilation, padding_mode, reverse);
+  Problem p = make_problem(kBackward, in, time, stride, padding, dilation, padding_mode, reverse);
+  choose_algorithm(kBackward, p, w_hh.scalar_type(), algorithm);
   CONVFAST_CHECK(needs.size() == 7, kBackward, "needs", "7 flags", needs.size());
   const auto state_shape = p.shape({p.batch, p.channels}), sequence_shape = p.shape({p.batch, p.time, p.channels});
   check_shape(kBackward, "h", h, sequence_shape);
@@ -983,6 +892,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_bac
                       [&](auto a) { return Backward<decltype(a)>(p, in).backward(dh, dh_n, dc_n, h, c, gates, needs); });
 }
 
+std::string conv_lstm_algorithm(OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor h0, OptionalTensor c0, int64_t time,
+                                std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                std::string padding_mode, std::string algorithm) {
+  const Inputs in{x, w_ih, w_hh, {}, {}, h0, c0, {}};
+  Problem p = make_problem(kAlgorithm, in, time, stride, padding, dilation, padding_mode, false);
+  return choose_algorithm(kAlgorithm, p, w_hh.scalar_type(), algorithm);
+}
+
 std::string cpu_capability() { return kernels<float>().name; }
 
 }  // namespace
@@ -992,6 +909,7 @@ std::string cpu_capability() { return kernels<float>().name; }
 STABLE_TORCH_LIBRARY_IMPL(convfast, CPU, m) {
   m.impl("conv_lstm_forward", TORCH_BOX(&convfast::cpu::conv_lstm_forward));
   m.impl("conv_lstm_backward", TORCH_BOX(&convfast::cpu::conv_lstm_backward));
+  m.impl("conv_lstm_algorithm", TORCH_BOX(&convfast::cpu::conv_lstm_algorithm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convfast, CompositeExplicitAutograd, m) {

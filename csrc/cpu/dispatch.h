@@ -77,17 +77,11 @@ inline FromBlob from_blob_function() {
   return function;
 }
 
-// Uninitialised, with the strides of a contiguous tensor whose dims lie in the order `order` (outermost first). Large ones live in
-// the pool, and go back to it with their last reference.
-inline Tensor empty_ordered(const std::vector<int64_t>& shape, const std::vector<int64_t>& order, ScalarType dtype) {
+// Uninitialised, with strides that leave no gaps. Large tensors live in the pool, and go back to it with their last reference.
+inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
   constexpr int64_t kLarge = 1 << 20;
-  std::vector<int64_t> strides(shape.size());
-  int64_t step = 1, elements = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    strides[order[i]] = step;
-    step *= std::max<int64_t>(1, shape[order[i]]);
-    elements *= shape[order[i]];
-  }
+  int64_t elements = 1;
+  for (int64_t n : shape) elements *= n;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), cpu = aoti_torch_device_type_cpu();
   const int64_t bytes = elements * int64_t(aoti_torch_dtype_element_size(type));
   AtenTensorHandle handle;
@@ -104,6 +98,34 @@ inline Tensor empty_ordered(const std::vector<int64_t>& shape, const std::vector
   Tensor t(handle);
   if (bytes && poison_requested()) poison(t.mutable_data_ptr(), bytes);
   return t;
+}
+
+// With the strides of a contiguous tensor whose dims lie in the order `order` (outermost first).
+inline Tensor empty_ordered(const std::vector<int64_t>& shape, const std::vector<int64_t>& order, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t step = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    strides[order[i]] = step;
+    step *= std::max<int64_t>(1, shape[order[i]]);
+  }
+  return empty_strided(shape, strides, dtype);
+}
+
+// torch.empty_like, from the pool where t has no gaps.
+inline Tensor empty_like(const Tensor& t) {
+  std::vector<int64_t> dims, shape(t.dim()), strides(t.dim());
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    shape[i] = t.size(i);
+    strides[i] = t.stride(i);
+    if (shape[i] != 1) dims.push_back(i);
+  }
+  std::sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+  int64_t expected = 1;
+  for (int64_t i : dims) {
+    if (strides[i] != expected) return torch::stable::empty_like(t);
+    expected *= shape[i];
+  }
+  return empty_strided(shape, strides, t.scalar_type());
 }
 
 inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {

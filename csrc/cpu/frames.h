@@ -43,8 +43,9 @@ struct PaddingMaps {
 };
 
 // One row of a padded frame: dst [width][ld], channels of it written.
-template <class A, class T>
-void pack_row(const A* frame, const FrameStrides& strides, const PaddingMaps& maps, long row, long channels, long ld, T* dst) {
+template <class K, class A, class T>
+void pack_row(const Kernels<K>& kernels, const A* frame, const FrameStrides& strides, const PaddingMaps& maps, long row, long channels, long ld,
+              T* dst) {
   const long height = maps.h.size(), width = maps.w.size();
   const long d = maps.d[row / height], y = maps.h[row % height];
   const bool outside = d < 0 || y < 0;
@@ -52,6 +53,15 @@ void pack_row(const A* frame, const FrameStrides& strides, const PaddingMaps& ma
     if (outside || maps.w[x] < 0) std::memset(static_cast<void*>(dst + x * ld), 0, channels * sizeof(T));
   if (outside) return;
   const A* src = frame + d * strides.d + y * strides.h;
+  if constexpr (std::is_same_v<A, T> && std::is_same_v<T, K>) {
+    // Whole lines of neighbouring pixels, where the map is one stretch of them.
+    const auto shown = [](long x) { return x >= 0; };
+    const long first = std::find_if(maps.w.begin(), maps.w.end(), shown) - maps.w.begin(), n = std::count_if(maps.w.begin(), maps.w.end(), shown);
+    if (strides.w == 1 && strides.c != 1 && n > 0 && maps.w[first + n - 1] == maps.w[first] + n - 1) {
+      kernels.transpose(channels, n, src + maps.w[first], strides.c, dst + first * ld, ld);
+      return;
+    }
+  }
   // Sixteen channels at a time: where pixels lie innermost, their writes share a cache line.
   const long together = strides.c == 1 ? channels : 16;
   for (long c0 = 0; c0 < channels; c0 += together)
@@ -68,8 +78,11 @@ void pack_row(const A* frame, const FrameStrides& strides, const PaddingMaps& ma
 }
 
 // A dense row [pixels][ld] of T into activations of any strides, rounding.
-template <class A, class T>
-void unpack_row(const T* src, long ld, long pixels, long channels, A* dst, long stride_w, long stride_c) {
+template <class K, class A, class T>
+void unpack_row(const Kernels<K>& kernels, const T* src, long ld, long pixels, long channels, A* dst, long stride_w, long stride_c) {
+  if constexpr (std::is_same_v<A, T> && std::is_same_v<T, K>) {
+    if (stride_w == 1 && stride_c != 1) return kernels.transpose(pixels, channels, src, ld, dst, stride_c);
+  }
   for (long x = 0; x < pixels; ++x)
     for (long c = 0; c < channels; ++c) dst[x * stride_w + c * stride_c] = static_cast<A>(src[x * ld + c]);
 }

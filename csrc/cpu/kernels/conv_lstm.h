@@ -43,6 +43,41 @@ static void rows_gemm(const RowsGemm<T>& p, long begin, long end) {
   }
 }
 
+// What most cells are: a whole block, no peepholes, nothing to add. One loop without a branch, rows x m pixels.
+template <class T, int kGates>
+static INLINE void plain_cells(long rows, long m, const T* z, long ldz, long z_next, const T* c_prev, T* c, T* h, T* h_frame, T* gates,
+                               long channels, long width, long h_frame_next, bool stream_out) {
+  typedef Simd<T> S;
+  typedef VectorMath<T> M;
+  const Peephole<typename S::V> none = {};
+  for (long y = 0; y < rows; ++y) {
+    for (long i = 0; i < m; ++i)
+      for (long j = 0; j < kBlock; j += S::W) {
+        const T* q = z + i * ldz + j;
+        const long at = i * channels + j;
+        const CellForward<typename S::V> r = lstm_cell_forward<M, false>(S::load(q), S::load(q + kBlock), S::load(q + 2 * kBlock),
+                                                                         S::load(q + 3 * kBlock), S::load(c_prev + at), none);
+        S::store(c + at, r.c);
+        S::store(h_frame + at, r.h);
+        if (stream_out) S::stream(h + at, r.h);
+        else S::store(h + at, r.h);
+        if (kGates) {
+          T* g = gates + i * 4 * channels + j;
+          const typename S::V a[4] = {r.i, r.f, r.g, r.o};
+          for (int k = 0; k < 4; ++k)
+            if (kGates == 2) S::stream(g + k * channels, a[k]);
+            else S::store(g + k * channels, a[k]);
+        }
+      }
+    z += z_next;
+    c_prev += width * channels;
+    c += width * channels;
+    h += width * channels;
+    h_frame += h_frame_next;
+    gates += 4 * width * channels;
+  }
+}
+
 // The cells of one tile: z holds pre-activations [pixel][4 n], n channels from `ch` on.
 template <class T, bool kPeephole>
 static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, long m, long n, long ch, long pixel, long sample, T* h_frame,
@@ -89,7 +124,8 @@ static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
       if (whole) {
         if (c) S::store(c + at, r.c);
         if (h_frame) S::store(h_frame + at, r.h);
-        if (h) S::store(h + at, r.h);
+        if (h && p.stream_out) S::stream(h + at, r.h);
+        else if (h) S::store(h + at, r.h);
         if (gates && p.stream_gates) {
           T* q = gates + i * next + j;
           S::stream(q, r.i);
@@ -158,7 +194,7 @@ static void conv_lstm_step(const ConvLSTMStep<T>& p, long begin, long end) {
       weights += p.k * ldz;
     }
   }
-  if (p.stream_gates) Simd<T>::fence();
+  if (p.stream_gates || p.stream_out) Simd<T>::fence();
 }
 
 template <class T, bool kPeephole>
@@ -279,6 +315,38 @@ static void weight_grad(const WeightGrad<T>& p, long begin, long end) {
     }
   }
 }
+
+template <class T>
+static INLINE void transpose_scalars(long rows, long columns, const T* src, long ld_src, T* dst, long ld_dst) {
+  for (long j = 0; j < columns; ++j)
+    for (long i = 0; i < rows; ++i) dst[j * ld_dst + i] = src[i * ld_src + j];
+}
+
+template <class T>
+static void transpose(long rows, long columns, const T* src, long ld_src, T* dst, long ld_dst) {
+  transpose_scalars(rows, columns, src, ld_src, dst, ld_dst);
+}
+
+#if defined(__SSE2__)
+template <>
+void transpose<float>(long rows, long columns, const float* src, long ld_src, float* dst, long ld_dst) {
+  const long i4 = rows & ~3l, j4 = columns & ~3l;
+  for (long i0 = 0; i0 < i4; i0 += 16)  // four squares side by side fill a cache line of dst
+    for (long j = 0; j < j4; j += 4)
+      for (long i = i0; i < i4 && i < i0 + 16; i += 4) {
+        const float* s = src + i * ld_src + j;
+        __m128 a = _mm_loadu_ps(s), b = _mm_loadu_ps(s + ld_src), c = _mm_loadu_ps(s + 2 * ld_src), d = _mm_loadu_ps(s + 3 * ld_src);
+        _MM_TRANSPOSE4_PS(a, b, c, d);
+        float* t = dst + j * ld_dst + i;
+        _mm_storeu_ps(t, a);
+        _mm_storeu_ps(t + ld_dst, b);
+        _mm_storeu_ps(t + 2 * ld_dst, c);
+        _mm_storeu_ps(t + 3 * ld_dst, d);
+      }
+  transpose_scalars(rows - i4, j4, src + i4 * ld_src, ld_src, dst + i4, ld_dst);
+  transpose_scalars(rows, columns - j4, src + j4, ld_src, dst + j4 * ld_dst, ld_dst);
+}
+#endif
 
 template <class T>
 static void sum_rows(long rows, const T* const* row, long n, T* out) {

@@ -9,7 +9,7 @@
 namespace convfast {
 namespace cpu {
 
-enum { kBlock = 16 };
+enum { kBlock = 16, kSlab = 4 * kBlock };
 
 // What a GEMM reads from one frame: at a pixel whose first tap lies at p, run i is p + offset[i] ... + length, and the next
 // pixel of the row lies `stride` further.
@@ -75,6 +75,7 @@ struct ConvLSTMStep {
   RowMap h_map;
   T* out;                // h as [sample][row][x][C]; null = the caller takes it from h_frames
   const long* out_sample;  // [samples] element offset of each sample in out
+  bool stream_out;         // as stream_gates
 };
 
 // Gradients of the pre-activations, written as bordered frames of blocks: [sample][block][depth][height][width][columns].
@@ -127,6 +128,58 @@ struct CellSpan {
   T* dpeephole;          // backward: [3], added to; null = not wanted
 };
 
+// Winograd: frames are cut into tiles of m×m output pixels, counted along rows, then down, then over the samples that take part.
+// A *plane* is one of the (m + r - 1)² products of a tile, a *slab* 64 neighbouring columns of the result (a block's, or the last few).
+
+// Channels of bordered frames: `blocks` stretches of `channels` at every pixel.
+template <class T>
+struct WinogradInput {
+  const T* frames;         // null = absent
+  long frame, row, pixel;  // elements from one sample, row, pixel to the next
+  long blocks, block, channels;
+};
+
+template <class T>
+struct Winograd {
+  Rows rows;
+  long down, across;       // tiles of a frame
+  long block;              // tiles transformed together
+  WinogradInput<T> a[2];
+  long k;                  // channels of both inputs, the absent second one too
+  const T* weights;        // [slab][plane][panel][k][panel columns]
+};
+
+// What one thread does of a step.
+struct WinogradRange {
+  long tile, tile_end, slab, slab_end;
+};
+
+// Gates' gradients as GatesBackward writes them.
+template <class T>
+struct GateFrames {
+  const T* frames;
+  long frame, pixels, origin, width, channels;  // pixels, origin and width of a bordered frame, in pixels
+};
+
+// A tile's channels in a plane, off the powers of two that would share cache sets; a plane of `tiles` of them, with slack.
+static inline long winograd_ld(long channels) { return channels % 32 ? channels : channels + 16; }
+static inline long winograd_plane(long tiles, long ld) { return tiles * ld + 16; }
+
+// Scratch of one thread: both transforms of a block.
+static inline long winograd_scratch(long planes, long channels, long block) {
+  return planes * (winograd_plane(block, winograd_ld(channels)) + winograd_plane(block, kSlab));
+}
+
+template <class T>
+struct WinogradKernels {
+  long m, r, planes;  // output pixels and taps of a side; products of a tile
+  void (*step)(const ConvLSTMStep<T>&, const Winograd<T>&, const WinogradRange&, T* scratch);
+  void (*rows_gemm)(const RowsGemm<T>&, const Winograd<T>&, const WinogradRange&, T* scratch);
+  void (*weight_grad)(const Winograd<T>&, const GateFrames<T>&, const WinogradRange&, T* scratch, T* sums);  // [slab][plane][k][columns]
+  void (*filter)(const T* g, long n, T* u, long plane);       // n columns of g [tap][kSlab] to u[point * plane + column]
+  void (*filter_gradient)(const T* u, long n, T* g);          // n columns of u [plane][kSlab] to g [tap][kSlab]
+};
+
 template <class T>
 struct Kernels {
   const char* name;
@@ -139,10 +192,12 @@ struct Kernels {
   void (*weight_grad)(const WeightGrad<T>&, long begin, long end);    // over weight_grad_tasks()
   long (*weight_grad_tasks)(const Runs&);
   void (*sum_rows)(long rows, const T* const* row, long n, T* out);   // out[i] = sum over rows of row[i]
+  void (*transpose)(long rows, long columns, const T* src, long ld_src, T* dst, long ld_dst);  // dst[column][row] = src[row][column]
   void (*cell_forward)(const CellSpan<T>&);
   void (*cell_backward)(const CellSpan<T>&);
   void (*sigmoid)(long n, const T* x, T* y);
   void (*tanh)(long n, const T* x, T* y);
+  const WinogradKernels<T>* winograd[2];  // F(4×4, 3×3), F(2×2, 5×5); null for double
 };
 
 template <class T>

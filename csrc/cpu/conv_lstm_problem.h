@@ -1,0 +1,255 @@
+// One ConvLSTM call in plain numbers: its checked arguments, and which engine runs it.
+#pragma once
+#include "frames.h"
+
+namespace convfast {
+namespace cpu {
+
+inline bool operator==(const Extent& a, const Extent& b) { return a.d == b.d && a.h == b.h && a.w == b.w; }
+
+struct ConvDims {
+  Extent kernel, stride, dilation, before{0, 0, 0}, behind{0, 0, 0};
+  long taps() const { return kernel.pixels(); }
+  bool operator==(const ConvDims& o) const {
+    return kernel == o.kernel && stride == o.stride && dilation == o.dilation && before == o.before && behind == o.behind;
+  }
+};
+
+// Everything about one call that both passes share, in plain numbers.
+struct Problem {
+  long batch = 0, time = 0, spatial = 0, channels = 0, x_channels = 0;
+  bool has_x = false, convolved = false;  // convolved: x is the input convolution's result
+  Extent in, out;
+  ConvDims x_conv, h_conv;
+  std::string padding_mode;
+  bool reverse = false;
+  std::vector<long> lengths;
+  long winograd = 0;  // output pixels of a tile's side; 0 = direct
+
+  long pixels() const { return out.pixels(); }
+  long frame_of(long sample, long step) const { return reverse ? lengths[sample] - 1 - step : step; }
+  bool uniform_frames() const {
+    return !reverse || std::all_of(lengths.begin(), lengths.end(), [&](long n) { return n == time; });
+  }
+  std::vector<long> active(long step) const {
+    std::vector<long> samples;
+    for (long b = 0; b < batch; ++b)
+      if (step < lengths[b]) samples.push_back(b);
+    return samples;
+  }
+  std::vector<int64_t> shape(std::vector<int64_t> leading) const {
+    const long dims[] = {out.d, out.h, out.w};
+    for (long i = 3 - spatial; i < 3; ++i) leading.push_back(dims[i]);
+    return leading;
+  }
+  // The same for samples begin ... begin + n.
+  Problem group(long begin, long n) const {
+    Problem q = *this;
+    q.batch = n;
+    q.lengths.assign(lengths.begin() + begin, lengths.begin() + begin + n);
+    return q;
+  }
+  // Samples are taken together only as far as threads need work between two barriers; scratch is a group's.
+  long group_size() const {
+    const double direct = 8. * channels * pixels() * (h_conv.taps() * channels + (convolved ? 0 : x_conv.taps() * x_channels));
+    const double flops = winograd ? direct * winograd_planes() / (h_conv.taps() * winograd * winograd) : direct;
+    const long threads = torch::stable::get_num_threads();
+    const long by_work = long(2.5e7 * threads / std::max(1., flops)) + 1, by_rows = (4 * threads + out.rows() - 1) / std::max<long>(1, out.rows());
+    return std::min(batch, std::max(by_work, by_rows));
+  }
+  long winograd_planes() const { return (winograd + h_conv.kernel.h - 1) * (winograd + h_conv.kernel.w - 1); }
+  bool convolves_x() const { return has_x && !convolved; }
+  long blocks() const { return (channels + kBlock - 1) / kBlock; }
+  // Row of the weights whose gates lie in a column: columns are [block][gate][channel], rows [gate][channel].
+  long weight_row(long column) const {
+    const long block = column / kSlab, n = block_channels(block), j = column % kSlab;
+    return j / n * channels + block * kBlock + j % n;
+  }
+  long block_channels(long block) const { return std::min<long>(kBlock, channels - block * kBlock); }
+};
+
+inline Extent extent_from(const std::vector<int64_t>& dims, long skip, long fill = 1, long every = 1) {
+  long v[3] = {fill, fill, fill};
+  const long n = (dims.size() - skip + every - 1) / every;
+  for (long i = 0; i < n; ++i) v[3 - n + i] = dims[skip + i * every];
+  return {v[0], v[1], v[2]};
+}
+
+// Strides of x [.., C, *S] whose channel axis is `axis`.
+inline FrameStrides frame_strides(const Tensor& t, long axis) {
+  long v[3] = {0, 0, 0};
+  const long n = t.dim() - axis - 1;
+  for (long i = 0; i < n; ++i) v[3 - n + i] = t.stride(axis + 1 + i);
+  return {t.stride(axis), v[0], v[1], v[2]};
+}
+
+inline bool dense_channels_last(const Tensor& t, long axis) {
+  long expected = t.size(axis);
+  if (expected > 1 && t.stride(axis) != 1) return false;
+  for (long i = t.dim() - 1; i > axis; --i) {
+    if (t.size(i) > 1 && t.stride(i) != expected) return false;
+    expected *= t.size(i);
+  }
+  return true;
+}
+
+inline Tensor samples(Tensor t, long begin, long n) { return n == t.size(0) ? t : torch::stable::narrow(t, 0, begin, n); }
+
+inline OptionalTensor samples(const OptionalTensor& t, long begin, long n) { return t ? OptionalTensor(samples(*t, begin, n)) : t; }
+
+struct Inputs {
+  OptionalTensor x, w_ih;
+  Tensor w_hh;
+  OptionalTensor bias, peephole, h0, c0, lengths;
+
+  Inputs group(long begin, long n) const {
+    Inputs in = *this;
+    in.x = samples(x, begin, n);
+    in.h0 = samples(h0, begin, n);
+    in.c0 = samples(c0, begin, n);
+    return in;
+  }
+};
+
+inline Problem make_problem(const char* op, const Inputs& in, int64_t time, const std::vector<int64_t>& stride,
+                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, const std::string& padding_mode,
+                     bool reverse) {
+  Problem p;
+  const ScalarType dtype = in.w_hh.scalar_type();
+  const ScalarType wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  p.spatial = in.w_hh.dim() - 2;
+  CONVFAST_CHECK(p.spatial >= 1 && p.spatial <= 3, op, "w_hh", "[4C, C, *K] with 1 to 3 kernel dims", shape_string(shape_of(in.w_hh)));
+  p.channels = in.w_hh.size(1);
+  CONVFAST_CHECK(p.channels >= 1 && in.w_hh.size(0) == 4 * p.channels, op, "w_hh", "[4C, C, *K]", shape_string(shape_of(in.w_hh)));
+  CONVFAST_CHECK(time >= 1, op, "time", "at least 1", time);
+  p.time = time;
+  p.has_x = defined(in.x);
+  p.convolved = p.has_x && !defined(in.w_ih);
+  p.padding_mode = padding_mode;
+  p.reverse = reverse;
+
+  const Extent one, zero{0, 0, 0};
+  const auto kernel = shape_of(in.w_hh);
+  p.h_conv = {extent_from(kernel, 2), one, one, zero, zero};
+  const Extent& k = p.h_conv.kernel;
+  CONVFAST_CHECK(k.d >= 1 && k.h >= 1 && k.w >= 1, op, "w_hh", "of at least one tap a dim", shape_string(kernel));
+  p.h_conv.before = {(k.d - 1) / 2, (k.h - 1) / 2, (k.w - 1) / 2};
+  p.h_conv.behind = {k.d / 2, k.h / 2, k.w / 2};
+
+  const int64_t rank = p.spatial + 2;
+  if (p.has_x) {
+    CONVFAST_CHECK(in.x->dim() == rank + 1, op, "x", "of rank " + std::to_string(rank + 1), shape_string(shape_of(*in.x)));
+    CONVFAST_CHECK(in.x->size(1) == time, op, "x", "of time extent " + std::to_string(time), shape_string(shape_of(*in.x)));
+    p.batch = in.x->size(0);
+    p.in = extent_from(shape_of(*in.x), 3);
+    p.x_channels = in.x->size(2);
+    p.out = p.in;
+    check_dtype(op, "x", *in.x, dtype, dtype);
+    if (p.convolved) {
+      CONVFAST_CHECK(p.x_channels == 4 * p.channels, op, "x", "of 4C channels when w_ih is undefined", shape_string(shape_of(*in.x)));
+    } else {
+      const auto w = shape_of(*in.w_ih);
+      CONVFAST_CHECK(int64_t(w.size()) == rank && w[0] == 4 * p.channels && w[1] == p.x_channels, op, "w_ih", "[4C, Cin, *K]",
+                     shape_string(w));
+      check_dtype(op, "w_ih", *in.w_ih, dtype, dtype);
+      CONVFAST_CHECK(int64_t(stride.size()) == p.spatial && int64_t(dilation.size()) == p.spatial &&
+                         int64_t(padding.size()) == 2 * p.spatial,
+                     op, "stride, padding, dilation", "of n, 2n and n elements", shape_string(padding));
+      std::vector<int64_t> before, behind;
+      for (long i = 0; i < p.spatial; ++i) {
+        before.push_back(padding[2 * i]);
+        behind.push_back(padding[2 * i + 1]);
+      }
+      p.x_conv = {extent_from(w, 2), extent_from(stride, 0), extent_from(dilation, 0), extent_from(before, 0, 0), extent_from(behind, 0, 0)};
+      const ConvDims& c = p.x_conv;
+      const auto out_size = [&](long n, long k, long s, long d, long lo, long hi) {
+        CONVFAST_CHECK(k >= 1 && s >= 1 && d >= 1 && lo >= 0 && hi >= 0, op, "stride, padding, dilation", "positive", s);
+        const long most = padding_mode == "reflect" ? n - 1 : padding_mode == "circular" ? n : lo + hi;
+        CONVFAST_CHECK(lo <= most && hi <= most, op, "padding", "at most " + std::to_string(most) + " for this size", std::max(lo, hi));
+        const long span = n + lo + hi - d * (k - 1) - 1;
+        CONVFAST_CHECK(span >= 0, op, "x", "at least as large as the kernel", shape_string(shape_of(*in.x)));
+        return span / s + 1;
+      };
+      CONVFAST_CHECK(padding_mode == "zeros" || padding_mode == "reflect" || padding_mode == "replicate" || padding_mode == "circular", op,
+                     "padding_mode", "zeros, reflect, replicate or circular", padding_mode);
+      p.out.d = out_size(p.in.d, c.kernel.d, c.stride.d, c.dilation.d, c.before.d, c.behind.d);
+      p.out.h = out_size(p.in.h, c.kernel.h, c.stride.h, c.dilation.h, c.before.h, c.behind.h);
+      p.out.w = out_size(p.in.w, c.kernel.w, c.stride.w, c.dilation.w, c.before.w, c.behind.w);
+    }
+  } else {
+    CONVFAST_CHECK(defined(in.h0) || defined(in.c0), op, "h0 or c0", "given when x is undefined", "neither");
+    const Tensor& state = defined(in.h0) ? *in.h0 : *in.c0;
+    CONVFAST_CHECK(state.dim() == rank, op, defined(in.h0) ? "h0" : "c0", "of rank " + std::to_string(rank), shape_string(shape_of(state)));
+    p.batch = state.size(0);
+    p.out = p.in = extent_from(shape_of(state), 2);
+  }
+  const auto state_shape = p.shape({p.batch, p.channels});
+  if (defined(in.h0)) {
+    check_shape(op, "h0", *in.h0, state_shape);
+    check_dtype(op, "h0", *in.h0, dtype, dtype);
+  }
+  if (defined(in.c0)) {
+    check_shape(op, "c0", *in.c0, state_shape);
+    check_dtype(op, "c0", *in.c0, dtype, wide);
+  }
+  if (defined(in.bias)) {
+    check_shape(op, "bias", *in.bias, {4 * p.channels});
+    check_dtype(op, "bias", *in.bias, dtype, dtype);
+  }
+  if (defined(in.peephole)) {
+    check_shape(op, "peephole", *in.peephole, p.shape({3, p.channels}));
+    check_dtype(op, "peephole", *in.peephole, dtype, dtype);
+  }
+  p.lengths.assign(p.batch, time);
+  if (defined(in.lengths)) {
+    check_shape(op, "lengths", *in.lengths, {p.batch});
+    CONVFAST_CHECK(in.lengths->scalar_type() == ScalarType::Long, op, "lengths", "int64", torch::headeronly::toString(in.lengths->scalar_type()));
+    const int64_t* n = static_cast<const int64_t*>(in.lengths->const_data_ptr());
+    for (long b = 0; b < p.batch; ++b) {
+      p.lengths[b] = n[b * in.lengths->stride(0)];
+      CONVFAST_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= time, op, "lengths", "between 0 and " + std::to_string(time), p.lengths[b]);
+    }
+  }
+  return p;
+}
+
+// Why the Winograd engine cannot take a call; empty where it can.
+inline std::string winograd_obstacle(const Problem& p, ScalarType dtype) {
+  const Extent& k = p.h_conv.kernel;
+  if (dtype == ScalarType::Double) return "float64 runs direct";
+  if (p.spatial != 2) return "frames are " + std::to_string(p.spatial) + "-D, not 2-D";
+  if (k.h != k.w || (k.h != 3 && k.h != 5))
+    return "the hidden kernel is " + std::to_string(k.h) + "x" + std::to_string(k.w) + ", not 3x3 or 5x5";
+  if (p.convolves_x() && !(p.x_conv == p.h_conv && p.padding_mode == "zeros"))
+    return "the input convolution is not like the hidden one (same kernel, stride 1, dilation 1, 'same' padding with zeros)";
+  return "";
+}
+
+constexpr long winograd_tile(long taps_of_side) { return taps_of_side == 3 ? 4 : 2; }
+
+// Why direct is faster for a call that Winograd could take; empty where it is not. From measurement (2 cores, AVX-512), and by the
+// frame alone: batch and time must not change an item's numbers.
+inline std::string winograd_loss(const Problem& p) {
+  const long r = p.h_conv.kernel.h, m = winograd_tile(r), tiles = (p.out.h + m - 1) / m * ((p.out.w + m - 1) / m);
+  const double saved = double(r * r * p.out.pixels()) / ((m + r - 1) * (m + r - 1) * tiles);
+  if (tiles < 4 || saved < 1.6) return "frames of " + std::to_string(p.out.h) + "x" + std::to_string(p.out.w) + " make too few whole tiles";
+  const long products = ((p.convolves_x() ? p.x_channels : 0) + p.channels) * 4 * p.channels;
+  const long least = r == 5 ? 320 : tiles < 16 ? 512 : 128;
+  return products < least ? "too few channels for frames of this size" : "";
+}
+
+// Sets the engine; the answer names it, and for direct the reason.
+inline std::string choose_algorithm(const char* op, Problem& p, ScalarType dtype, const std::string& algorithm) {
+  CONVFAST_CHECK(algorithm == "auto" || algorithm == "direct" || algorithm == "winograd", op, "algorithm", "auto, direct or winograd", algorithm);
+  if (algorithm == "direct") return "direct: asked for";
+  const std::string obstacle = winograd_obstacle(p, dtype);
+  CONVFAST_CHECK(obstacle.empty() || algorithm == "auto", op, "algorithm", "auto or direct, because " + obstacle, algorithm);
+  const std::string reason = obstacle.empty() && algorithm == "auto" ? winograd_loss(p) : obstacle;
+  if (!reason.empty()) return "direct: " + reason;
+  const long r = p.h_conv.kernel.h;
+  p.winograd = winograd_tile(r);
+  return "winograd F(" + std::to_string(p.winograd) + "x" + std::to_string(p.winograd) + ", " + std::to_string(r) + "x" + std::to_string(r) + ")";
+}
+
+}  // namespace cpu
+}  // namespace convfast

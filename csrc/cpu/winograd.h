@@ -1,0 +1,104 @@
+// The Winograd engine's part of the glue: how frames are cut into tiles and their work among threads, and the transformed weights.
+#pragma once
+#include <numeric>
+
+#include "conv_lstm_problem.h"
+
+namespace convfast {
+namespace cpu {
+
+template <class T>
+struct Tiling {
+  const WinogradKernels<T>* kernels = nullptr;
+  long down = 0, across = 0;
+  T* scratch = nullptr;  // of each thread
+  long scratch_size = 0;
+
+  Tiling(long m, long taps, const Extent& frame) {
+    if (!m) return;
+    kernels = cpu::kernels<T>().winograd[taps == 3 ? 0 : 1];
+    down = (frame.h + m - 1) / m;
+    across = (frame.w + m - 1) / m;
+  }
+
+  explicit operator bool() const { return kernels != nullptr; }
+
+  // Tiles transformed together: few enough that a block's transforms leave room in L2, many enough that weights are read rarely.
+  // Sums are read and written once a block, so their blocks are larger.
+  long most_tiles(long channels, bool sums) const {
+    const long bytes = sums ? 2500 << 10 : 400 << 10, fit = bytes / (kernels->planes * std::max<long>(1, channels) * long(sizeof(T)));
+    return std::clamp<long>(fit, 24, sums ? 144 : 96);
+  }
+
+  // Enough for inputs of any of these numbers of channels.
+  void take_scratch(Workspace& workspace, std::initializer_list<long> channels) {
+    if (!kernels) return;
+    for (long n : channels)
+      for (bool sums : {false, true}) scratch_size = std::max(scratch_size, round_up(winograd_scratch(kernels->planes, n, most_tiles(n, sums)), 16));
+    scratch = workspace.take<T>(scratch_size * torch::stable::get_num_threads());
+  }
+
+  Winograd<T> problem(const Rows& rows, const WinogradInput<T>& a, const WinogradInput<T>& b, long channels, const T* weights) const {
+    return {rows, down, across, 0, {a, b}, channels, weights};
+  }
+
+  long weights_size(long channels, long columns) const { return kernels->planes * channels * columns; }
+
+  struct Parts {
+    long tiles, slabs;
+  };
+
+  // Threads share out the tiles, each reading all weights; and the slabs, each transforming all tiles, where tiles are too few for
+  // that or every thread's own sums would crowd its cache.
+  Parts parts(long tiles, long channels, long columns, bool sums) const {
+    constexpr long kLarge = 4 << 20, kFew = 12;
+    const long threads = torch::stable::get_num_threads(), slabs = (columns + kSlab - 1) / kSlab;
+    const bool cut = sums ? weights_size(channels, columns) * long(sizeof(T)) > kLarge : tiles < kFew * threads;
+    const long by_slab = cut ? std::gcd(threads, slabs) : 1;
+    return {threads / by_slab, by_slab};
+  }
+
+  // call(problem, range, scratch, part of the tiles), once a thread.
+  template <class F>
+  void run(const Winograd<T>& problem, long columns, const F& call) const {
+    const long tiles = problem.rows.samples * down * across, slabs = (columns + kSlab - 1) / kSlab;
+    Parts n = parts(tiles, problem.k, columns, !problem.weights);
+    n.tiles = std::min(n.tiles, tiles);
+    const long share = (tiles + n.tiles - 1) / n.tiles, most = most_tiles(problem.k, !problem.weights), blocks = (share + most - 1) / most;
+    Winograd<T> w = problem;
+    w.block = (share + blocks - 1) / blocks;
+    parallel(n.tiles * n.slabs, [&](long begin, long end) {
+      for (long i = begin; i < end; ++i) {
+        const long t = i / n.slabs, s = i % n.slabs;
+        call(w, WinogradRange{tiles * t / n.tiles, tiles * (t + 1) / n.tiles, slabs * s / n.slabs, slabs * (s + 1) / n.slabs},
+             scratch + i * scratch_size, t);
+      }
+    });
+  }
+
+  // G g Gᵀ of filter(channel, column), r * r taps or null for zero: [slab][plane][panel][channel][panel columns].
+  template <class F>
+  T* pack_filters(const Kernels<T>& k, Workspace& workspace, long channels, long columns, bool turned, const F& filter) const {
+    const long taps = kernels->r * kernels->r;
+    T* packed = workspace.take<T>(weights_size(channels, round_up(columns, k.lanes)));
+    parallel((columns + kSlab - 1) / kSlab * channels, [&](long begin, long end) {
+      alignas(64) T g[25 * kSlab];
+      for (long i = begin; i < end; ++i) {
+        const long n0 = i / channels * kSlab, c = i % channels, n = std::min<long>(kSlab, columns - n0), ld = round_up(n, k.lanes);
+        for (long j = 0; j < ld; ++j) {
+          const auto* taps_of = j < n ? filter(c, n0 + j) : nullptr;
+          for (long t = 0; t < taps; ++t) g[t * kSlab + j] = taps_of ? static_cast<T>(taps_of[turned ? taps - 1 - t : t]) : T(0);
+        }
+        T* slab = packed + n0 * kernels->planes * channels;
+        for (long p = 0; p < ld; p += k.panel) {
+          const long width = std::min(k.panel, ld - p);
+          kernels->filter(g + p, width, slab + p * channels + c * width, channels * ld);
+        }
+      }
+    });
+    return packed;
+  }
+};
+
+}  // namespace cpu
+}  // namespace convfast

@@ -1,0 +1,357 @@
+"""The Winograd engine of `convfast.conv_lstm`: complete like the direct one, exact to its bound, and when it runs."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import convfast
+from convfast import conv_lstm
+from tests.cases import BY_ID, EVERYTHING, LAYOUTS, WITH_STATE, Case
+from tests.oracle import FLOOR_EPS, assert_close_to_oracle, relative_errors
+from tests.test_conv_lstm import expected, name_of, results
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "native_ops")
+ROOT = Path(__file__).parent.parent
+TILE = {3: 4, 5: 2}  # output pixels of a tile's side
+MULTIPLE = 8.0  # of eager's own error: transforms round more than sums do
+
+
+
+def amplification(kernel: int) -> float:
+    """What the transforms make of independent rounding errors of the products, relative to a direct sum's (RMS).
+
+    Per dim √(Σ_j A_ij² |B_j|² |G_j|² / r), with the matrices of Toom and Cook at the engine's points.
+    """
+    points = [0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)]
+    m, r = TILE[kernel], kernel
+    total = [0.0] * m
+    for j, x in enumerate(points):
+        others = points[:j] + points[j + 1 :]
+        polynomial = np.poly(others)
+        g = [x**i / np.prod([x - y for y in others]) for i in range(r)]
+        for i in range(m):
+            total[i] += x ** (2 * i) * np.square(polynomial).sum() * np.square(g).sum()
+    total[m - 1] += np.square(np.poly(points)).sum()  # the point at infinity
+    return float(np.sqrt(np.mean(total) / r)) ** 2  # two dims
+
+
+# Where eager is exact by luck, as for one pixel: what is granted to a direct sum, as the transforms amplify it.
+FLOOR = {kernel: FLOOR_EPS * amplification(kernel) for kernel in TILE}
+
+SHAPES = [
+    Case("odd_frame", space=(7, 9), hidden=5),
+    Case("whole_tiles_and_blocks", batch=1, channels=16, hidden=16, space=(8, 12)),
+    Case("channels_1_33", channels=1, hidden=33, space=(5, 20)),
+    Case("channels_17_48", channels=17, hidden=48, space=(9, 6)),
+    Case("channels_32_16_many_tiles", batch=3, time=2, channels=32, hidden=16, space=(41, 38)),
+    Case("frame_of_one_pixel", space=(1, 1)),
+    Case("frame_of_one_row", space=(1, 13)),
+    Case("no_bias", given=("input", "weight_ih")),
+    Case("state", given=WITH_STATE),
+    Case("state_h_only", given=("input", "weight_ih", "bias", "h0")),
+    Case("state_c_only_peephole", given=("input", "weight_ih", "bias", "c0", "peephole")),
+    Case("lengths_reverse", batch=4, given=EVERYTHING, lengths=(2, 0, 3, 1), options={"reverse": True}),
+    Case("lengths_without_state", batch=3, lengths=(1, 3, 0), options={"reverse": True}),
+    Case("no_input", given=("h0", "c0", "bias", "peephole")),
+    Case("no_input_c_only", given=("c0",)),
+    Case("input_convolved_before", given=("input", "bias", "h0", "c0", "peephole"), lengths=(1, 3)),
+    Case("groups_2", channels=4, options={"groups": 2}),
+    Case("time_1", time=1, given=EVERYTHING),
+    Case("batch_1_wide_state", batch=1, hidden=40, given=EVERYTHING),
+]
+CASES = [
+    dataclasses.replace(case, id=f"{case.id}_k{k}", kernel=(k, k), options=case.options | {"algorithm": "winograd"})
+    for k in TILE
+    for case in SHAPES
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+each_kernel = pytest.mark.parametrize("kernel", TILE)
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32, layout: str = "contiguous", memory: str = "fast") -> None:
+    plain = dataclasses.replace(case, options={k: v for k, v in case.options.items() if k != "algorithm"})
+    exact, eager = expected(plain, dtype, layout)
+    actual = results(case, conv_lstm, case.arguments(dtype, layout), memory=memory, backend="cpu")
+    pixels = case.batch * case.time * actual["h_n"][0, 0].numel()
+    summed = {"weight_ih": pixels, "weight_hh": pixels, "bias": pixels, "peephole": case.batch * case.time}
+    for name, value in actual.items():
+        terms = summed.get(name.removeprefix("gradient of "), 0)
+        assert_close_to_oracle(value, exact[name], eager[name], name, terms, MULTIPLE, FLOOR[case.kernel[0]])
+
+
+@each_case
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_results_and_gradients_match_oracle(case: Case, memory: str) -> None:
+    check(case, memory=memory)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_narrow_dtypes_match_oracle(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("case", [c for c in CASES if c.id.startswith(("state_k", "lengths_rev"))], ids=lambda c: c.id)
+def test_layouts_match_oracle(case: Case, layout: str) -> None:
+    check(case, layout=layout)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets_match_oracle(capability: str) -> None:
+    script = """
+import torch
+from tests import test_winograd
+print(torch.ops.convfast.cpu_capability() if test_winograd.convfast.available("conv_lstm")["cpu"] is True else "none")
+for case in test_winograd.CASES:
+    for memory in ("fast", "lean"):
+        test_winograd.check(case, memory=memory)
+"""
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [{"default": "baseline"}.get(capability, capability)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@each_kernel
+def test_any_number_of_threads(kernel: int, threads: int) -> None:
+    case = Case("threads", channels=24, hidden=72, space=(13, 11), kernel=(kernel, kernel), given=EVERYTHING)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check(dataclasses.replace(case, options={"algorithm": "winograd"}))
+    finally:
+        torch.set_num_threads(before)
+
+
+def layer(channels: int, hidden: int, kernel: int, scale: float = 1.0, **options: Any) -> convfast.ConvLSTM:
+    module = convfast.ConvLSTM(channels, hidden, kernel, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(scale)
+    return module
+
+
+def like(module: convfast.ConvLSTM, dtype: torch.dtype = torch.float32, **options: Any) -> convfast.ConvLSTM:
+    """A module with the same weights and other options."""
+    again = convfast.ConvLSTM(module.input_channels, module.hidden_channels, module.kernel_size, dtype=dtype, **options)
+    again.load_state_dict(module.state_dict())
+    return again
+
+
+@each_kernel
+def test_error_is_small_and_does_not_grow_with_time(kernel: int) -> None:
+    x = torch.randn(1, 100, 3, 24, 21)
+    module = layer(3, 32, kernel, algorithm="winograd", backend="cpu")
+    with torch.no_grad():
+        exact = like(module, torch.float64, backend="cpu", algorithm="direct")(x.double())[0]
+        eager = like(module, backend="reference")(x)[0]
+        found = module(x)[0]
+    error = (found - exact).abs().amax((0, 2, 3, 4))
+    assert error[:10].max() <= 5e-6
+    assert error.max() <= 2 * error[:20].max()
+    assert_close_to_oracle(found[:, -20:], exact[:, -20:], eager[:, -20:], multiple=MULTIPLE, floor=FLOOR[kernel])
+
+
+@pytest.mark.parametrize(
+    ("channels", "hidden", "size", "scale"), [(8, 16, 16, 6.0), (64, 64, 12, 1.0), (256, 512, 8, 1.0)]
+)
+@each_kernel
+def test_error_with_large_weights_and_many_channels(
+    kernel: int, channels: int, hidden: int, size: int, scale: float
+) -> None:
+    module = layer(channels, hidden, kernel, scale, algorithm="winograd", backend="cpu")
+    x = torch.randn(1, 3, channels, size, size)
+    generator = torch.Generator().manual_seed(2)
+    dh = torch.randn(1, 3, hidden, size, size, generator=generator)
+
+    def values(module: convfast.ConvLSTM) -> dict[str, Tensor]:
+        dtype = module.weight_hh_l0.dtype
+        inputs = x.to(dtype).requires_grad_()
+        output, (_, c) = module(inputs)
+        output.backward(dh.to(dtype))
+        return {"h": output, "c": c, "dx": inputs.grad} | {n: p.grad for n, p in module.named_parameters()}
+
+    exact = values(like(module, torch.float64, backend="cpu", algorithm="direct"))
+    eager = values(like(module, backend="reference"))
+    for name, value in values(module).items():
+        terms = 3 * size * size if name.startswith(("weight", "bias")) else 0
+        assert_close_to_oracle(value, exact[name], eager[name], name, terms, MULTIPLE, FLOOR[kernel])
+
+
+@each_kernel
+def test_same_bits_again_and_in_any_batch(kernel: int) -> None:
+    module = layer(5, 24, kernel, algorithm="winograd", backend="cpu")
+    x = torch.randn(5, 4, 5, 18, 23)
+    grad = torch.randn(5, 4, 24, 18, 23)
+
+    def run(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        module.zero_grad()
+        x = x.detach().requires_grad_()
+        output, _ = module(x)
+        output.backward(grad)
+        return output.detach(), x.grad, module.weight_hh_l0.grad.clone()
+
+    output, dx, dw = run(x, grad)
+    for first, again in zip((output, dx, dw), run(x, grad)):
+        assert torch.equal(first, again)
+    for item in range(5):
+        alone = run(x[item : item + 1], grad[item : item + 1])
+        assert torch.equal(alone[0], output[item : item + 1])
+        assert torch.equal(alone[1], dx[item : item + 1])
+
+
+@each_kernel
+def test_same_bits_from_several_python_threads(kernel: int) -> None:
+    module = layer(3, 16, kernel, algorithm="winograd", backend="cpu")
+    xs = [torch.randn(2, 3, 3, 17, 14) for _ in range(4)]
+
+    def run(x: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        output, _ = module(x)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), [x, *module.parameters()])]
+
+    alone = [run(x) for x in xs]
+    together: list[list[Tensor]] = [[] for _ in xs]
+    runs = [threading.Thread(target=lambda i=i: together[i].extend(run(xs[i]))) for i in range(4)]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    for a, b in zip(alone, together):
+        assert len(b) == len(a)
+        # A new Python thread may have another number of threads below it, which splits sums another way.
+        for i, (p, q) in enumerate(zip(a, b)):
+            assert torch.equal(p, q) if i < 2 else relative_errors(q, p.double())[1] < 1e-5
+
+
+@each_kernel
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reaches_one_tile_further_than_direct(kernel: int, value: float) -> None:
+    x = torch.randn(3, 3, 2, 24, 22)
+    module = layer(2, 16, kernel, algorithm="winograd", backend="cpu")
+    with torch.no_grad():
+        clean = module(x)[0]
+        x[1, 1, 0, 11, 9] = value
+        output = module(x)[0]
+    wrong = ~((output == clean).all(2))
+    reach = kernel // 2 + TILE[kernel] - 1
+    assert not wrong[[0, 2]].any()
+    assert not wrong[1, 0].any()
+    for t in (1, 2):
+        allowed = torch.zeros(24, 22, dtype=torch.bool)
+        allowed[max(0, 11 - t * reach) : 12 + t * reach, max(0, 9 - t * reach) : 10 + t * reach] = True
+        assert not (wrong[1, t] & ~allowed).any()
+        near = t * (kernel // 2)
+        if value != value:
+            assert output[1, t, :, 11 - near : 12 + near, 9 - near : 10 + near].isnan().all()
+
+
+def test_subnormal_numbers() -> None:
+    x = 1e-40 * torch.randn(2, 2, 3, 9, 9)
+    module = layer(3, 16, 3, algorithm="winograd", backend="cpu")
+    with torch.no_grad():
+        found, exact = module(x)[0], like(module, torch.float64, backend="cpu")(x.double())[0]
+    assert (found - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
+def test_second_derivatives() -> None:
+    case = dataclasses.replace(BY_ID["state"], options={"algorithm": "winograd"})
+    arguments = case.arguments(torch.float32)
+    output, _, _ = case.call(conv_lstm, arguments, backend="cpu")
+    (first,) = torch.autograd.grad(output.square().sum(), arguments["input"], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), arguments["weight_hh"])
+    assert second.abs().max() > 0
+
+
+def test_scripted_and_compiled_modules_take_the_algorithm_of_their_module() -> None:
+    x = torch.randn(2, 3, 3, 9, 10)
+    outputs = {}
+    for algorithm in ("direct", "winograd"):
+        torch.manual_seed(1)
+        module = layer(3, 8, 3, algorithm=algorithm, backend="cpu")
+        with torch.no_grad():
+            outputs[algorithm] = module(x)[0]
+            assert torch.equal(torch.jit.script(module)(x)[0], outputs[algorithm])
+            compiled = torch.compile(module, fullgraph=True, backend="eager")
+            assert torch.equal(compiled(x)[0], outputs[algorithm])
+    assert not torch.equal(outputs["direct"], outputs["winograd"])
+    torch.testing.assert_close(outputs["direct"], outputs["winograd"])
+
+
+REFUSED = {
+    "float64": (BY_ID["plain"], torch.float64),
+    "1-D": (BY_ID["frame_1d"], torch.float32),
+    "3-D": (BY_ID["frame_3d"], torch.float32),
+    "2x4": (BY_ID["kernel_even_2x4"], torch.float32),
+    "1x1": (BY_ID["kernel_1"], torch.float32),
+    "input convolution": (BY_ID["dilation_2"], torch.float32),
+    "zeros": (dataclasses.replace(BY_ID["reflect"], kernel=(3, 3)), torch.float32),
+    "stride 1": (BY_ID["stride_2"], torch.float32),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_call_it_cannot_take_is_refused_with_the_reason(reason: str) -> None:
+    case, dtype = REFUSED[reason]
+    with pytest.raises(RuntimeError, match=f"algorithm.*{reason}"):
+        case.call(conv_lstm, case.arguments(dtype), algorithm="winograd", backend="cpu")
+    direct, auto = (case.call(conv_lstm, case.arguments(dtype), algorithm=a, backend="cpu") for a in ("direct", "auto"))
+    assert all(torch.equal(a, b) for a, b in zip(direct, auto))
+
+
+def test_wrong_algorithm() -> None:
+    case = BY_ID["plain"]
+    with pytest.raises(ValueError, match="algorithm is 'fft', expected one of auto, direct, winograd"):
+        case.call(conv_lstm, case.arguments(torch.float32), algorithm="fft")
+    with pytest.raises(ValueError, match="ConvLSTM: algorithm is 'fft'"):
+        convfast.ConvLSTM(1, 1, 3, algorithm="fft")
+    with pytest.raises(RuntimeError, match=r"algorithm is 'winograd'.*'reference'"):
+        case.call(conv_lstm, case.arguments(torch.float32), algorithm="winograd", backend="reference")
+
+
+def test_choice_does_not_depend_on_batch_or_time() -> None:
+    module = convfast.ConvLSTM(16, 16, 3)
+    for size in (4, 8, 12, 64):
+        texts = {
+            convfast.explain(module, torch.empty(batch, time, 16, size, size, device="meta"))
+            for batch in (0, 1, 8)
+            for time in (1, 10)
+        }
+        assert len(texts) == 1
+
+
+def test_explain_names_engine_and_reason() -> None:
+    x = torch.empty(4, 10, 16, 64, 64, device="meta")
+    module = convfast.ConvLSTM(16, [64, 32], [3, 5], bidirectional=True)
+    assert convfast.explain(module, x).splitlines() == [
+        "layer 0: backend cpu, winograd F(4x4, 3x3)",
+        "layer 0_reverse: backend cpu, winograd F(4x4, 3x3)",
+        "layer 1: backend cpu, winograd F(2x2, 5x5)",
+        "layer 1_reverse: backend cpu, winograd F(2x2, 5x5)",
+    ]
+    assert "direct: asked for" in convfast.explain(convfast.ConvLSTM(16, 64, 3, algorithm="direct"), x)
+    assert "direct: the hidden kernel is 1x1" in convfast.explain(convfast.ConvLSTM(16, 64, 1), x)
+    assert "direct: float64" in convfast.explain(convfast.ConvLSTM(16, 64, 3, dtype=torch.float64), x)
+    assert "the input convolution" in convfast.explain(convfast.ConvLSTM(16, 64, 3, padding_mode="reflect"), x)
+    assert "input convolution by the library" in convfast.explain(convfast.ConvLSTM(16, 64, 3, groups=2), x)
+    assert "backend reference" in convfast.explain(convfast.ConvLSTM(16, 64, 3, backend="reference"), x)
+    assert "direct: too few channels" in convfast.explain(convfast.ConvLSTM(16, 1, 3), x)
+    assert "direct: frames of 5x5 make too few" in convfast.explain(convfast.ConvLSTM(16, 64, 3), x[..., :5, :5])
+    assert "winograd" in convfast.explain(convfast.ConvLSTMCell(16, 64, 3), x[:, 0])
+    with pytest.raises(RuntimeError, match="algorithm"):
+        convfast.explain(convfast.ConvLSTM(16, 64, 1, algorithm="winograd"), x)
+    with pytest.raises(TypeError, match="module is a Conv2d"):
+        convfast.explain(torch.nn.Conv2d(1, 1, 1), x)
+    with pytest.raises(ValueError, match="16 channels, expected input_channels=3"):
+        convfast.explain(convfast.ConvLSTM(3, 64, 3), x)
