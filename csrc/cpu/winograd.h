@@ -23,11 +23,12 @@ struct Tiling {
 
   explicit operator bool() const { return kernels != nullptr; }
 
-  // Tiles transformed together: few enough that a block's transforms leave room in L2, many enough that weights are read rarely.
-  // Sums are read and written once a block, so their blocks are larger.
+  // Tiles transformed together: few enough that a block's transforms leave room in L2. Where they do not anyway, more of them, so
+  // that the weights are read less often; and more for sums, which are read and written once a block.
   long most_tiles(long channels, bool sums) const {
+    constexpr long kFew = 24, kMany = 72;
     const long bytes = sums ? 2500 << 10 : 400 << 10, fit = bytes / (kernels->planes * std::max<long>(1, channels) * long(sizeof(T)));
-    return std::clamp<long>(fit, 24, sums ? 144 : 96);
+    return fit < kFew ? kMany : std::min<long>(fit, sums ? 2 * kMany : 96);
   }
 
   // Enough for inputs of any of these numbers of channels.

@@ -43,44 +43,9 @@ static void rows_gemm(const RowsGemm<T>& p, long begin, long end) {
   }
 }
 
-// What most cells are: a whole block, no peepholes, nothing to add. One loop without a branch, rows x m pixels.
-template <class T, int kGates>
-static INLINE void plain_cells(long rows, long m, const T* z, long ldz, long z_next, const T* c_prev, T* c, T* h, T* h_frame, T* gates,
-                               long channels, long width, long h_frame_next, bool stream_out) {
-  typedef Simd<T> S;
-  typedef VectorMath<T> M;
-  const Peephole<typename S::V> none = {};
-  for (long y = 0; y < rows; ++y) {
-    for (long i = 0; i < m; ++i)
-      for (long j = 0; j < kBlock; j += S::W) {
-        const T* q = z + i * ldz + j;
-        const long at = i * channels + j;
-        const CellForward<typename S::V> r = lstm_cell_forward<M, false>(S::load(q), S::load(q + kBlock), S::load(q + 2 * kBlock),
-                                                                         S::load(q + 3 * kBlock), S::load(c_prev + at), none);
-        S::store(c + at, r.c);
-        S::store(h_frame + at, r.h);
-        if (stream_out) S::stream(h + at, r.h);
-        else S::store(h + at, r.h);
-        if (kGates) {
-          T* g = gates + i * 4 * channels + j;
-          const typename S::V a[4] = {r.i, r.f, r.g, r.o};
-          for (int k = 0; k < 4; ++k)
-            if (kGates == 2) S::stream(g + k * channels, a[k]);
-            else S::store(g + k * channels, a[k]);
-        }
-      }
-    z += z_next;
-    c_prev += width * channels;
-    c += width * channels;
-    h += width * channels;
-    h_frame += h_frame_next;
-    gates += 4 * width * channels;
-  }
-}
-
-// The cells of one tile: z holds pre-activations [pixel][4 n], n channels from `ch` on.
+// The cells of a row's stretch, with every option.
 template <class T, bool kPeephole>
-static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, long m, long n, long ch, long pixel, long sample, T* h_frame,
+static INLINE void any_cells(const ConvLSTMStep<T>& p, const T* z, long ldz, long m, long n, long ch, long pixel, long sample, T* h_frame,
                              T* h) {
   typedef Simd<T> S;
   typedef typename S::V V;
@@ -155,6 +120,97 @@ static INLINE void cell_tile(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
   }
 }
 
+// A tile of the step: rows x m pixels from `pixel` on, n channels from `ch` on.
+template <class T>
+struct CellTile {
+  long rows, m, n, ch, pixel, sample;
+  const T* z;            // pre-activations: pixels ldz apart, rows z_next apart, [i | f | g | o][n]
+  long ldz, z_next;
+  T *h_frame, *h;        // null = not wanted
+};
+
+// What most cells are: a whole block, no peepholes, nothing to add. One loop without a branch.
+template <class T, int kGates>
+static INLINE void plain_cells(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
+  typedef Simd<T> S;
+  typedef VectorMath<T> M;
+  const Peephole<typename S::V> none = {};
+  const long channels = p.channels, next = p.rows.width * channels, first = t.pixel * channels + t.ch;
+  const T *z = t.z, *c_prev = p.c_prev + t.sample * p.c_prev_frame + first;
+  T *c = p.c + t.sample * p.c_frame + first, *h = t.h, *h_frame = t.h_frame;
+  T* gates = kGates ? p.gates + t.sample * p.gates_frame + 4 * t.pixel * channels + t.ch : 0;
+  for (long y = 0; y < t.rows; ++y) {
+    for (long i = 0; i < t.m; ++i)
+      for (long j = 0; j < kBlock; j += S::W) {
+        const T* q = z + i * t.ldz + j;
+        const long at = i * channels + j;
+        const CellForward<typename S::V> r = lstm_cell_forward<M, false>(S::load(q), S::load(q + kBlock), S::load(q + 2 * kBlock),
+                                                                         S::load(q + 3 * kBlock), S::load(c_prev + at), none);
+        S::store(c + at, r.c);
+        S::store(h_frame + at, r.h);
+        if (p.stream_out) S::stream(h + at, r.h);
+        else S::store(h + at, r.h);
+        if (kGates) {
+          T* g = gates + 4 * i * channels + j;
+          const typename S::V a[4] = {r.i, r.f, r.g, r.o};
+          for (int k = 0; k < 4; ++k)
+            if (kGates == 2) S::stream(g + k * channels, a[k]);
+            else S::store(g + k * channels, a[k]);
+        }
+      }
+    z += t.z_next;
+    c_prev += next;
+    c += next;
+    h += next;
+    h_frame += p.h_map.height;
+    if (kGates) gates += 4 * next;
+  }
+}
+
+// Fewer channels than a block: gate by gate the pixels of a row lie side by side, so that vectors are full.
+template <class T>
+static INLINE void narrow_cells(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
+  typedef Simd<T> S;
+  typedef VectorMath<T> M;
+  const Peephole<typename S::V> none = {};
+  const long n = p.channels, next = p.rows.width * n;
+  T gates[4][Tile<T>::kPixels * kBlock + S::W];
+  for (long y = 0; y < t.rows; ++y) {
+    const T* z = t.z + y * t.z_next;
+    for (int g = 0; g < 4; ++g)
+      for (long i = 0; i < t.m; ++i)  // vectors run over the end, the next pixel is written after
+        for (long j = 0; j < n; j += S::W) S::store(gates[g] + i * n + j, S::load(z + i * t.ldz + g * n + j));
+    const T* c_prev = p.c_prev + t.sample * p.c_prev_frame + t.pixel * n + y * next;
+    T *c = p.c + t.sample * p.c_frame + t.pixel * n + y * next, *h = t.h + y * next, *h_frame = t.h_frame + y * p.h_map.height;
+    for (long i = 0; i < t.m * n; i += S::W) {
+      const long lanes = t.m * n - i < S::W ? t.m * n - i : (long)S::W;
+      const CellForward<typename S::V> r = lstm_cell_forward<M, false>(S::load(gates[0] + i), S::load(gates[1] + i), S::load(gates[2] + i),
+                                                                       S::load(gates[3] + i), S::loadn(c_prev + i, lanes), none);
+      S::storen(c + i, r.c, lanes);
+      S::storen(h_frame + i, r.h, lanes);
+      S::storen(h + i, r.h, lanes);
+    }
+  }
+}
+
+template <class T>
+static INLINE void cell_tile(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
+  if (!p.peephole && !p.gates_x && !p.blocked_gates && p.c_prev && p.c && t.h_frame && t.h) {
+    if (t.n == kBlock && !p.gates) return plain_cells<T, 0>(p, t);
+    if (t.n == kBlock && p.stream_gates) return plain_cells<T, 2>(p, t);
+    if (t.n == kBlock) return plain_cells<T, 1>(p, t);
+    if (p.channels < kBlock && !p.gates) return narrow_cells(p, t);
+  }
+  for (long y = 0; y < t.rows; ++y) {
+    const long pixel = t.pixel + y * p.rows.width;
+    T* h_frame = t.h_frame ? t.h_frame + y * p.h_map.height : 0;
+    T* h = t.h ? t.h + y * p.rows.width * p.channels : 0;
+    const T* z = t.z + y * t.z_next;
+    if (p.peephole) any_cells<T, true>(p, z, t.ldz, t.m, t.n, t.ch, pixel, t.sample, h_frame, h);
+    else any_cells<T, false>(p, z, t.ldz, t.m, t.n, t.ch, pixel, t.sample, h_frame, h);
+  }
+}
+
 // The tiles of one row, for the block of n channels from ch on; z is room for a tile of pre-activations.
 template <class T>
 static INLINE void step_row(const ConvLSTMStep<T>& p, const T* weights, long ch, long n, long s, long row, const long* out_sample, T* z, long ldz) {
@@ -170,10 +226,7 @@ static INLINE void step_row(const ConvLSTMStep<T>& p, const T* weights, long ch,
     T* h_tile = h_row ? h_row + x * p.channels : 0;
     T* out_tile = out_row ? out_row + x * p.channels : 0;
     tile_all_columns<T>(m, a, runs, weights, p.k, p.bias + 4 * ch, 4 * n, z, ldz);
-    if (p.peephole)
-      cell_tile<T, true>(p, z, ldz, m, n, ch, pixel, s, h_tile, out_tile);
-    else
-      cell_tile<T, false>(p, z, ldz, m, n, ch, pixel, s, h_tile, out_tile);
+    cell_tile(p, CellTile<T>{1, m, n, ch, pixel, s, z, ldz, 0, h_tile, out_tile});
   }
 }
 

@@ -251,62 +251,20 @@ static INLINE void winograd_output(const T* products, long plane, long columns, 
   }
 }
 
-// Fewer channels than a block: gate by gate the pixels of a row lie side by side, so that vectors are full.
-template <class T, int kM>
-static INLINE void narrow_cells(long rows, long m, long n, const T* z, long ldz, const T* c_prev, T* c, T* h, T* h_frame, long width,
-                                long h_frame_next) {
-  typedef Simd<T> S;
-  typedef typename S::V V;
-  typedef VectorMath<T> M;
-  const Peephole<V> none = {};
-  T gates[4][kM * kBlock + S::W];
-  for (long y = 0; y < rows; ++y, z += kM * ldz, c_prev += width * n, c += width * n, h += width * n, h_frame += h_frame_next) {
-    for (int g = 0; g < 4; ++g)
-      for (long i = 0; i < m; ++i)  // vectors run over the end, the next pixel is written after
-        for (long j = 0; j < n; j += S::W) S::store(gates[g] + i * n + j, S::load(z + i * ldz + g * n + j));
-    for (long i = 0; i < m * n; i += S::W) {
-      const long lanes = m * n - i < S::W ? m * n - i : (long)S::W;
-      const CellForward<V> r = lstm_cell_forward<M, false>(S::load(gates[0] + i), S::load(gates[1] + i), S::load(gates[2] + i),
-                                                           S::load(gates[3] + i), S::loadn(c_prev + i, lanes), none);
-      S::storen(c + i, r.c, lanes);
-      S::storen(h_frame + i, r.h, lanes);
-      S::storen(h + i, r.h, lanes);
-    }
-  }
-}
-
 template <class T, int kM, int kR>
 static void winograd_step(const ConvLSTMStep<T>& p, const Winograd<T>& w, const WinogradRange& range, T* scratch) {
   enum { W = Simd<T>::W };
   alignas(64) T z[kM * kM * kSlab + 2 * W];
   for (long i = 0; i < (long)(sizeof(z) / sizeof(T)); ++i) z[i] = 0;
   const long height = p.rows.height, width = p.rows.width;
-  const bool plain = !p.peephole && !p.gates_x && !p.blocked_gates && p.c_prev && p.c && p.h_frames && p.out;
   winograd_convolution<T, kM, kR>(w, 4 * p.channels, range, scratch, [&](long i, long column, long n, long ld, const T* products, long plane) {
     winograd_output<T, kM, kR>(products, plane, n, p.bias + column, z, ld);
     const TilePlace at(w, i, kM);
     const long ch = column / 4, rows = height - at.y < kM ? height - at.y : (long)kM, m = width - at.x < kM ? width - at.x : (long)kM;
-    if (plain && (n == kSlab || (p.channels < kBlock && !p.gates))) {
-      const long pixel = at.y * width + at.x, cell = pixel * p.channels + ch;
-      T* h_frame = p.h_frames + at.sample * p.h_frame + at.y * p.h_map.height + at.x * p.channels + ch;
-      const T* c_prev = p.c_prev + at.sample * p.c_prev_frame + cell;
-      T *c = p.c + at.sample * p.c_frame + cell, *h = p.out + p.out_sample[at.index] + cell;
-      T* gates = p.gates + at.sample * p.gates_frame + 4 * pixel * p.channels + ch;
-      const long next = kM * ld;
-      if (n < kSlab) return narrow_cells<T, kM>(rows, m, p.channels, z, ld, c_prev, c, h, h_frame, width, p.h_map.height);
-      if (!p.gates) plain_cells<T, 0>(rows, m, z, ld, next, c_prev, c, h, h_frame, gates, p.channels, width, p.h_map.height, p.stream_out);
-      else if (!p.stream_gates) plain_cells<T, 1>(rows, m, z, ld, next, c_prev, c, h, h_frame, gates, p.channels, width, p.h_map.height, p.stream_out);
-      else plain_cells<T, 2>(rows, m, z, ld, next, c_prev, c, h, h_frame, gates, p.channels, width, p.h_map.height, p.stream_out);
-      return;
-    }
-    for (long y = 0; y < rows; ++y) {
-      const long pixel = (at.y + y) * width + at.x;
-      T* h_tile = p.h_frames ? p.h_frames + at.sample * p.h_frame + (at.y + y) * p.h_map.height + at.x * p.channels + ch : 0;
-      T* out = p.out ? p.out + p.out_sample[at.index] + pixel * p.channels + ch : 0;
-      const T* row = z + y * kM * ld;
-      if (p.peephole) cell_tile<T, true>(p, row, ld, m, n / 4, ch, pixel, at.sample, h_tile, out);
-      else cell_tile<T, false>(p, row, ld, m, n / 4, ch, pixel, at.sample, h_tile, out);
-    }
+    const long pixel = at.y * width + at.x;
+    T* h_frame = p.h_frames ? p.h_frames + at.sample * p.h_frame + at.y * p.h_map.height + at.x * p.channels + ch : 0;
+    T* h = p.out ? p.out + p.out_sample[at.index] + pixel * p.channels + ch : 0;
+    cell_tile(p, CellTile<T>{rows, m, n / 4, ch, pixel, at.sample, z, ld, kM * ld, h_frame, h});
   });
   if (p.stream_gates || p.stream_out) Simd<T>::fence();
 }
