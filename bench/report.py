@@ -133,7 +133,7 @@ class Report:
                 lines.append(
                     [row["case"], name, f"{peak:.1f}", f"{peak / eager:.2f}", f"{figures['saved_tensors']:.2f}"]
                 )
-        return _table(["case", "contestant", "peak MB", "of eager", "saved tensors per step"], lines)
+        return markdown_table(["case", "contestant", "peak MB", "of eager", "saved tensors per step"], lines)
 
     def details(self) -> str:
         lines = []
@@ -149,7 +149,7 @@ class Report:
                 lines.append([*start, name, *figures, f"{f['frames_per_s']:.0f}", f"{f['error_of_bound']:.2f}"])
             lines += [[*start, name, reason, *[""] * 5] for name, reason in row.get("absent", {}).items()]
         head = ["case", "mode", "contestant", "ms", "best/this", "rate", "of peak", "frames/s", "error/bound"]
-        return _table(head, lines)
+        return markdown_table(head, lines)
 
     def picture(self, path: Path) -> None:
         """Bars of time (log) per case, inference and training; the ratio to the best opponent beside ours."""
@@ -220,10 +220,10 @@ def _summary_table(races: list[Row]) -> str:
             figures = row["contestants"][direct]
             line += [f"{figures['ms']:.3f}", f"{figures['ratio']:.2f}×"]
         lines.append([*line, f"{ours['rate']:.1f}", f"{ours['of_peak']:.0%}", f"{ours['frames_per_s']:.0f}"])
-    return _table([*columns, races[0]["unit"], "of peak", "frames/s"], lines)
+    return markdown_table([*columns, races[0]["unit"], "of peak", "frames/s"], lines)
 
 
-def _table(head: Sequence[str], lines: Any) -> str:
+def markdown_table(head: Sequence[str], lines: Any) -> str:
     """Markdown, padded so that it reads on a terminal too."""
     lines = [list(head), *lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

@@ -178,3 +178,38 @@ def test_gemm_over_frames(
     # A sum of k products, in any order: at most k roundings of the sum of their magnitudes.
     size = np.einsum("syxcij,ijcn->syxn", np.abs(patches), np.abs(weight.astype(np.float64)))
     assert np.all(np.abs(found - exact) <= np.prod(kernel) * channels * np.finfo(dtype).eps * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 5), (4, 4), (16, 33), (37, 18)])
+def test_transpose(kernels: ModuleType, isa: str, dtype: type, rows: int, columns: int) -> None:
+    src = np.random.default_rng(0).normal(size=(rows, columns)).astype(dtype)
+    np.testing.assert_array_equal(kernels.transpose(isa, src), src.T)
+
+
+@pytest.mark.parametrize("r", [3, 5])
+@pytest.mark.parametrize(
+    "samples, height, width, channels, columns",
+    [(1, 1, 1, 1, 4), (2, 5, 7, 3, 20), (1, 8, 12, 16, 64), (3, 6, 33, 5, 132), (1, 9, 10, 300, 36)],
+)
+def test_winograd(
+    kernels: ModuleType, isa: str, r: int, samples: int, height: int, width: int, channels: int, columns: int
+) -> None:
+    random = np.random.default_rng(0)
+    frames = random.normal(size=(samples, height + r - 1, width + r - 1, channels)).astype(np.float32)
+    weight = random.normal(size=(r, r, channels, columns)).astype(np.float32)
+    patches = np.lib.stride_tricks.sliding_window_view(frames.astype(np.float64), (r, r), axis=(1, 2))
+
+    def within(found: np.ndarray, exact: np.ndarray, terms: int) -> None:
+        # A product of two transformed numbers, all rounded, and their sum, by the amplification of the transforms
+        # (5.0 and 5.5, tests/test_winograd.py). A sum of n terms one by one errs by 0.28 sqrt(n) eps. The gradient's
+        # transforms are the forward's, turned round.
+        assert found.shape == exact.shape
+        rms = np.sqrt(np.mean(np.square(found - exact))) / np.sqrt(np.mean(np.square(exact)))
+        assert rms <= 5.5 * (1 + 0.28 * np.sqrt(terms)) * np.finfo(np.float32).eps
+
+    exact = np.einsum("syxcij,ijcn->syxn", patches, weight.astype(np.float64))
+    within(kernels.winograd_convolve(isa, frames, weight), exact, channels)
+    grad = random.normal(size=(samples, height, width, min(columns, 64))).astype(np.float32)
+    exact = np.einsum("syxcij,syxn->ijcn", patches, grad.astype(np.float64))
+    within(kernels.winograd_weight_gradient(isa, frames, grad, r), exact, samples * height * width)

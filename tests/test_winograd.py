@@ -348,6 +348,7 @@ def test_explain_names_engine_and_reason() -> None:
     assert "backend reference" in convfast.explain(convfast.ConvLSTM(16, 64, 3, backend="reference"), x)
     assert "direct: too few channels" in convfast.explain(convfast.ConvLSTM(16, 1, 3), x)
     assert "direct: frames of 5x5 make too few" in convfast.explain(convfast.ConvLSTM(16, 64, 3), x[..., :5, :5])
+    assert "direct: many channels" in convfast.explain(convfast.ConvLSTM(512, 512, 3), torch.empty(1, 1, 512, 8, 8))
     assert "winograd" in convfast.explain(convfast.ConvLSTMCell(16, 64, 3), x[:, 0])
     with pytest.raises(RuntimeError, match="algorithm"):
         convfast.explain(convfast.ConvLSTM(16, 64, 1, algorithm="winograd"), x)

@@ -52,12 +52,12 @@ struct Problem {
   // Samples are taken together only as far as threads need work between two barriers; scratch is a group's.
   long group_size() const {
     const double direct = 8. * channels * pixels() * (h_conv.taps() * channels + (convolved ? 0 : x_conv.taps() * x_channels));
-    const double flops = winograd ? direct * winograd_planes() / (h_conv.taps() * winograd * winograd) : direct;
+    const double flops = winograd ? direct * winograd_planes(winograd) / (h_conv.taps() * winograd * winograd) : direct;
     const long threads = torch::stable::get_num_threads();
     const long by_work = long(2.5e7 * threads / std::max(1., flops)) + 1, by_rows = (4 * threads + out.rows() - 1) / std::max<long>(1, out.rows());
     return std::min(batch, std::max(by_work, by_rows));
   }
-  long winograd_planes() const { return (winograd + h_conv.kernel.h - 1) * (winograd + h_conv.kernel.w - 1); }
+  long winograd_planes(long m) const { return (m + h_conv.kernel.h - 1) * (m + h_conv.kernel.w - 1); }
   bool convolves_x() const { return has_x && !convolved; }
   long blocks() const { return (channels + kBlock - 1) / kBlock; }
   // Row of the weights whose gates lie in a column: columns are [block][gate][channel], rows [gate][channel].
@@ -234,8 +234,10 @@ inline std::string winograd_loss(const Problem& p) {
   const double saved = double(r * r * p.out.pixels()) / ((m + r - 1) * (m + r - 1) * tiles);
   if (tiles < 4 || saved < 1.6) return "frames of " + std::to_string(p.out.h) + "x" + std::to_string(p.out.w) + " make too few whole tiles";
   const long products = ((p.convolves_x() ? p.x_channels : 0) + p.channels) * 4 * p.channels;
-  const long least = r == 5 ? 320 : tiles < 16 ? 512 : 128;
-  return products < least ? "too few channels for frames of this size" : "";
+  if (products < (r == 5 ? 1024 : 512)) return "too few channels";
+  // Weights that no cache holds want more than a few tiles each time they are read.
+  const bool large = products * p.winograd_planes(m) * long(sizeof(float)) > 8 << 20;
+  return large && tiles < 16 ? "many channels on too few tiles" : "";
 }
 
 // Sets the engine; the answer names it, and for direct the reason.

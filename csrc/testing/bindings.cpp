@@ -170,6 +170,112 @@ static Array<T> convolve(const std::string& isa, const Array<T>& frames, const A
   return result;
 }
 
+// Frames [S, H, W, C] cut into tiles of m x m outputs, with room for whole ones.
+struct Tiles {
+  const WinogradKernels<float>& kernels;
+  long samples, height, width, channels, down, across;
+  std::vector<float> frames, scratch;
+  std::vector<long> sample;
+  Winograd<float> w = {};
+
+  Tiles(const Kernels<float>& table, const Array<float>& x, long r)
+      : kernels(*table.winograd[r == 3 ? 0 : 1]),
+        samples(x.shape(0)),
+        height(x.shape(1) - r + 1),
+        width(x.shape(2) - r + 1),
+        channels(x.shape(3)),
+        down((height + kernels.m - 1) / kernels.m),
+        across((width + kernels.m - 1) / kernels.m),
+        sample(samples) {
+    const long h = down * kernels.m + r - 1, line = (across * kernels.m + r - 1) * channels;
+    frames.assign(samples * h * line + 64, 0.f);
+    for (long s = 0; s < samples; ++s) {
+      sample[s] = s;
+      for (long y = 0; y < x.shape(1); ++y)
+        std::memcpy(&frames[(s * h + y) * line], x.data() + (s * x.shape(1) + y) * x.shape(2) * channels, x.shape(2) * channels * sizeof(float));
+    }
+    w.rows = {sample.data(), samples, height, height, width};
+    w.down = down;
+    w.across = across;
+    w.block = 5;
+    w.a[0] = {frames.data(), h * line, line, channels, 1, 0, channels};
+    w.k = channels;
+    scratch.resize(winograd_scratch(kernels.planes, channels, w.block));
+  }
+  long tiles() const { return samples * down * across; }
+};
+
+static long winograd_side(const Array<float>& weight) {
+  const long r = weight.shape(0);
+  if ((r != 3 && r != 5) || weight.shape(1) != r) throw std::invalid_argument("weight is neither 3x3 nor 5x5");
+  return r;
+}
+
+// convolve() by Winograd.
+static Array<float> winograd_convolve(const std::string& isa, const Array<float>& frames, const Array<float>& weight) {
+  const Kernels<float>& table = kernels<float>(isa);
+  const long r = winograd_side(weight), columns = weight.shape(3), lanes = table.lanes;
+  Tiles t(table, frames, r);
+  check<float>(weight, "weight", {r, r, t.channels, columns});
+  std::vector<float> packed(t.kernels.planes * t.channels * (columns + lanes)), g(25 * kSlab);
+  for (long n0 = 0; n0 < columns; n0 += kSlab) {
+    const long n = std::min<long>(kSlab, columns - n0), ld = (n + lanes - 1) / lanes * lanes;
+    for (long c = 0; c < t.channels; ++c) {
+      std::fill(g.begin(), g.end(), 0.f);
+      for (long tap = 0; tap < r * r; ++tap) std::memcpy(&g[tap * kSlab], weight.data() + (tap * t.channels + c) * columns + n0, n * sizeof(float));
+      for (long p = 0; p < ld; p += table.panel) {
+        const long across = std::min(table.panel, ld - p);
+        t.kernels.filter(&g[p], across, &packed[(n0 * t.kernels.planes + p) * t.channels + c * across], t.channels * ld);
+      }
+    }
+  }
+  RowsGemm<float> p = {};
+  p.rows = t.w.rows;
+  p.columns = columns;
+  p.ldo = (columns + lanes - 1) / lanes * lanes;
+  std::vector<float> out(t.samples * t.height * t.width * p.ldo);
+  p.out = out.data();
+  t.w.weights = packed.data();
+  const long slabs = (columns + kSlab - 1) / kSlab, half = t.tiles() / 2;
+  t.kernels.rows_gemm(p, t.w, {0, half, 0, slabs}, t.scratch.data());  // in two calls, as two threads would
+  t.kernels.rows_gemm(p, t.w, {half, t.tiles(), 0, slabs}, t.scratch.data());
+  Array<float> result({t.samples, t.height, t.width, columns});
+  for (long pixel = 0; pixel < t.samples * t.height * t.width; ++pixel)
+    std::memcpy(result.mutable_data() + pixel * columns, &out[pixel * p.ldo], columns * sizeof(float));
+  return result;
+}
+
+// Its weight's gradient for that of its output, [S, H - r + 1, W - r + 1, 4 n] of up to kBlock channels n: [r, r, C, 4 n].
+static Array<float> winograd_weight_gradient(const std::string& isa, const Array<float>& frames, const Array<float>& grad, long r) {
+  const Kernels<float>& table = kernels<float>(isa);
+  const long columns = grad.shape(3), lanes = table.lanes, ld = (columns + lanes - 1) / lanes * lanes;
+  Tiles t(table, frames, r);
+  check<float>(grad, "grad", {t.samples, t.height, t.width, columns});
+  const long width = t.across * t.kernels.m, pixels = t.down * t.kernels.m * width;
+  std::vector<float> bordered(t.samples * pixels * columns + 64, 0.f), sums(t.kernels.planes * t.channels * ld, 0.f), u(64 * kSlab), g(25 * kSlab);
+  for (long s = 0; s < t.samples; ++s)
+    for (long y = 0; y < t.height; ++y)
+      std::memcpy(&bordered[(s * pixels + y * width) * columns], grad.data() + (s * t.height + y) * t.width * columns, t.width * columns * sizeof(float));
+  const GateFrames<float> gates = {bordered.data(), pixels * columns, pixels, 0, width, columns / 4};
+  t.kernels.weight_grad(t.w, gates, {0, t.tiles() / 2, 0, 1}, t.scratch.data(), sums.data());
+  t.kernels.weight_grad(t.w, gates, {t.tiles() / 2, t.tiles(), 0, 1}, t.scratch.data(), sums.data());
+  Array<float> result({r, r, t.channels, columns});
+  for (long c = 0; c < t.channels; ++c) {
+    for (long p = 0; p < t.kernels.planes; ++p) std::memcpy(&u[p * kSlab], &sums[(p * t.channels + c) * ld], ld * sizeof(float));
+    t.kernels.filter_gradient(u.data(), ld, g.data());
+    for (long tap = 0; tap < r * r; ++tap) std::memcpy(result.mutable_data() + (tap * t.channels + c) * columns, &g[tap * kSlab], columns * sizeof(float));
+  }
+  return result;
+}
+
+// src [rows, columns] -> [columns, rows]
+template <class T>
+static Array<T> transpose(const std::string& isa, const Array<T>& src) {
+  Array<T> dst({src.shape(1), src.shape(0)});
+  kernels<T>(isa).transpose(src.shape(0), src.shape(1), src.data(), src.shape(1), dst.mutable_data(), src.shape(0));
+  return dst;
+}
+
 template <class T>
 static void bind(py::module_& m) {
   const py::arg isa("isa");
@@ -180,6 +286,7 @@ static void bind(py::module_& m) {
   m.def("cell_backward", cell_backward<T>, isa, py::arg("activated").noconvert(), py::arg("c").noconvert(),
         py::arg("c_prev") = py::none(), py::arg("dh") = py::none(), py::arg("dc") = py::none(),
         py::arg("peephole") = py::none());
+  m.def("transpose", transpose<T>, isa, py::arg("src").noconvert());
   m.def("convolve", convolve<T>, isa, py::arg("frames").noconvert(), py::arg("weight").noconvert(), py::arg("split"));
 }
 
@@ -187,4 +294,7 @@ PYBIND11_MODULE(convfast_kernels, m) {
   m.def("instruction_sets", instruction_sets, "Those that this machine can run.");
   bind<float>(m);
   bind<double>(m);
+  const py::arg isa("isa");
+  m.def("winograd_convolve", winograd_convolve, isa, py::arg("frames").noconvert(), py::arg("weight").noconvert());
+  m.def("winograd_weight_gradient", winograd_weight_gradient, isa, py::arg("frames").noconvert(), py::arg("grad").noconvert(), py::arg("r"));
 }
