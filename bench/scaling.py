@@ -1,4 +1,4 @@
-"""How time grows with T, B, C and H×W: `python -m bench.scaling [FOLDER]` writes scaling.json, scaling.md and scaling.png.
+"""How time grows with T, B, C and H×W: `python -m bench.scaling [FOLDER]` writes scaling.json, .md and .png.
 
 Each axis is walked alone from one base case. Beside the measured slope (log-log, least squares) stands the one that
 the operations have; beside each time the floor, which is the multiplications of the engine that `convfast.explain`
