@@ -172,12 +172,7 @@ class Report:
 
 
 def _bars(axis: plt.Axes, mode: str, rows: list[Row]) -> None:
-    kinds = {
-        "eager": ("best eager", "#b8bcc4"),
-        "compile": ("best torch.compile", "#7d8594"),
-        "ours": ("convfast", "#d1495b"),
-    }
-    height = 0.8 / len(kinds)
+    height = 0.8 / len(BARS)
     shown: list[float] = []
     for y, row in enumerate(rows):
         times = {kind: min(f["ms"] for f in row["contestants"].values() if f["kind"] == kind) for kind in TORCH_KINDS}

@@ -3,18 +3,18 @@
 from torch import Tensor
 
 from . import backends
-from .nn import ConvLSTM, ConvLSTM1d, ConvLSTM3d, ConvLSTMCell
+from .nn import ConvLSTM, ConvLSTMCell
 from .ops.conv_lstm import algorithm_of
 
 _OP = "conv_lstm"
 
 
-def explain(module: ConvLSTM | ConvLSTM1d | ConvLSTM3d | ConvLSTMCell, input: Tensor) -> str:
+def explain(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> str:
     """What a call of `module` on `input` runs, one line a layer and direction. Nothing is computed.
 
     Args:
-        module: a ConvLSTM or a ConvLSTMCell.
-        input: as for its call; only shape and device are looked at, so it may be on the meta device.
+        module: a ConvLSTM (of 1 to 3 dims) or a ConvLSTMCell.
+        input: as for its call; only its shape is looked at, so it may be on the meta device.
 
     Raises:
         TypeError: `module` or `input` is of another type.

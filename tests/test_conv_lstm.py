@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.backends.common import aot_autograd
 
 import convfast
@@ -629,11 +629,11 @@ def test_native_ops_and_their_fakes_agree(
         options.get("padding_mode", "zeros"), options.get("reverse", False), "auto",
     )  # fmt: skip
     operands = tuple(a[n] for n in (*TENSORS, "lengths"))
-    torch.library.opcheck(native_ops.conv_lstm_forward.default, (*operands, *settings, save), test_utils=checks)
+    library.opcheck(native_ops.conv_lstm_forward.default, (*operands, *settings, save), test_utils=checks)
     if save == "none":
         return
     h, h_n, c_n, c, gates = native_ops.conv_lstm_forward(*operands, *settings, save)
     for wanted in ([a[n] is not None for n in TENSORS], [False] * 7):
         grads = (torch.randn_like(h), torch.randn_like(h_n), torch.randn_like(c_n))
         arguments = (*grads, *operands, h, c, gates, *settings, [int(w) for w in wanted])
-        torch.library.opcheck(native_ops.conv_lstm_backward.default, arguments, test_utils=checks)
+        library.opcheck(native_ops.conv_lstm_backward.default, arguments, test_utils=checks)

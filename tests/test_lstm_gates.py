@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from convfast import lstm_gates
@@ -309,12 +309,12 @@ def test_native_ops_and_their_fakes_agree(size: str, layout: str, dtype: torch.d
         checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
     for given in ((c, peephole), (None, None)):
         for save in (True, False):
-            torch.library.opcheck(native_ops.lstm_gates_forward.default, (gates, *given, save), test_utils=checks)
+            library.opcheck(native_ops.lstm_gates_forward.default, (gates, *given, save), test_utils=checks)
         h, c_out, activated = native_ops.lstm_gates_forward(gates, *given, True)
         grads = (torch.randn_like(h), torch.randn_like(c_out))
         needs = [1, int(given[0] is not None), int(given[1] is not None)]
         operands = (activated, given[0], c_out, given[1], *grads, needs)
-        torch.library.opcheck(native_ops.lstm_gates_backward.default, operands, test_utils=checks)
+        library.opcheck(native_ops.lstm_gates_backward.default, operands, test_utils=checks)
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["gates", "c", "peephole"])
@@ -322,5 +322,5 @@ def test_native_backward_leaves_out_what_is_not_needed(needs: tuple[int, ...], n
     gates, c, peephole = (t.detach() for t in arguments("frame_2d", ("c", "peephole"), torch.float32).values())
     h, c_out, activated = native_ops.lstm_gates_forward(gates, c, peephole, True)
     operands = (activated, c, c_out, peephole, torch.randn_like(h), torch.randn_like(c_out), list(needs))
-    torch.library.opcheck(native_ops.lstm_gates_backward.default, operands)
+    library.opcheck(native_ops.lstm_gates_backward.default, operands)
     assert [g.numel() > 0 for g in native_ops.lstm_gates_backward(*operands)] == [bool(n) for n in needs]

@@ -211,6 +211,23 @@ def test_same_bits_again_and_in_any_batch(kernel: int) -> None:
         assert torch.equal(alone[1], dx[item : item + 1])
 
 
+@pytest.mark.parametrize("hidden", [5, 16, 24, 48])
+@pytest.mark.parametrize("algorithm", ["direct", "winograd"])
+@each_kernel
+def test_chunked_equals_whole_bit_for_bit(kernel: int, algorithm: str, hidden: int) -> None:
+    # The first and the last step of a call have no c before or no h after them, and other loops over cells.
+    module = layer(3, hidden, kernel, algorithm=algorithm, backend="cpu")
+    x = torch.randn(2, 5, 3, 18, 23)
+    for train in (False, True):
+        with torch.set_grad_enabled(train):
+            output, (h, c) = module(x)
+            first, state = module(x[:, :2])
+            second, (h_n, c_n) = module(x[:, 2:], state)
+        assert torch.equal(torch.cat([first, second], 1), output)
+        assert torch.equal(h_n, h)
+        assert torch.equal(c_n, c)
+
+
 @each_kernel
 def test_same_bits_from_several_python_threads(kernel: int) -> None:
     module = layer(3, 16, kernel, algorithm="winograd", backend="cpu")

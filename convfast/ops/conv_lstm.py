@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .. import backends, reference
 from ..reference.conv_lstm import channels_last
@@ -359,7 +359,7 @@ def algorithm_of(
 def register_fakes() -> None:
     """Shapes and strides of the native ops; csrc/ops.h has the contract."""
 
-    @torch.library.register_fake("convfast::conv_lstm_forward")
+    @library.register_fake("convfast::conv_lstm_forward")
     def _(
         x: Tensor | None,
         w_ih: Tensor | None,
@@ -397,7 +397,7 @@ def register_fakes() -> None:
             empty_channels_last(w_hh, gates, 2, dtype) if save == "fast" else w_hh.new_empty(0, dtype=dtype),
         )
 
-    @torch.library.register_fake("convfast::conv_lstm_backward")
+    @library.register_fake("convfast::conv_lstm_backward")
     def _(
         dh: Tensor | None,
         dh_n: Tensor | None,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .. import backends, reference
 from ..reference.lstm_gates import state_dtype
@@ -116,14 +116,14 @@ def _fake_like(layout: Tensor, shape: list[Any], dtype: torch.dtype) -> Tensor:
 def register_fakes() -> None:
     """Shapes and strides of the native ops; csrc/ops.h has the contract."""
 
-    @torch.library.register_fake("convfast::lstm_gates_forward")
+    @library.register_fake("convfast::lstm_gates_forward")
     def _(gates: Tensor, c: Tensor | None, peephole: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         shape = [gates.shape[0], gates.shape[1] // 4, *gates.shape[2:]]
         dtype = state_dtype(gates.dtype)
         activated = _fake_like(gates, list(gates.shape), dtype) if save else gates.new_empty(0, dtype=dtype)
         return _fake_like(gates, shape, gates.dtype), _fake_like(gates, shape, dtype), activated
 
-    @torch.library.register_fake("convfast::lstm_gates_backward")
+    @library.register_fake("convfast::lstm_gates_backward")
     def _(
         activated: Tensor,
         c: Tensor | None,

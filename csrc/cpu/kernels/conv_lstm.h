@@ -129,7 +129,7 @@ struct CellTile {
   T *h_frame, *h;        // null = not wanted
 };
 
-// What most cells are: a whole block, no peepholes, nothing to add. One loop without a branch.
+// What most cells are: a whole block, no peepholes, nothing to add. One loop that asks for nothing else.
 template <class T, int kGates>
 static INLINE void plain_cells(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
   typedef Simd<T> S;

@@ -144,6 +144,13 @@ struct PlainStore {
   INLINE void operator()(T* p, int, int, typename Simd<T>::V v) const { Simd<T>::store(p, v); }
 };
 
+// The same for n columns (whole vectors) of [kIn * kIn][ld_from] to [kOut * kOut][ld_to].
+template <class T, int kIn, int kOut, void (*F)(const typename Simd<T>::V*, typename Simd<T>::V*)>
+static INLINE void transform_columns(long n, const T* from, long ld_from, T* to, long ld_to) {
+  for (long j = 0; j < n; j += Simd<T>::W)
+    transform<T, kIn, kOut, F>(from + j, kIn * ld_from, ld_from, to + j, kOut * ld_to, ld_to, PlainStore<T>());
+}
+
 #define CONVFAST_LAMBDA __attribute__((always_inline))
 
 // Where tile i of a step lies.
@@ -221,29 +228,38 @@ static void winograd_products(const Winograd<T>& w, long planes, long tiles, con
   }
 }
 
-// All slabs of a range for all its tiles, block by block; finish(first tile, tile, slab, products) takes each tile's result.
+// Slab s of `all` columns: its n columns, ld of them with those that fill the last vector.
+template <class T>
+struct Slab {
+  long first, n, ld;
+  INLINE Slab(long s, long all) : first(s * kSlab), n(all - first < kSlab ? all - first : (long)kSlab) {
+    ld = (n + Simd<T>::W - 1) / Simd<T>::W * Simd<T>::W;
+  }
+};
+
+// All slabs of a range for all its tiles, block by block. finish(tile, slab, products, plane) takes each result: [plane][slab.ld].
 template <class T, int kM, int kR, class Finish>
 static INLINE void winograd_convolution(const Winograd<T>& w, long columns, const WinogradRange& range, T* scratch, const Finish& finish) {
-  enum { W = Simd<T>::W, kPlanes = (kM + kR - 1) * (kM + kR - 1) };
+  enum { kPlanes = (kM + kR - 1) * (kM + kR - 1) };
   T* products = scratch + winograd_plane(w.block, winograd_ld(w.k)) * kPlanes;
   for (long begin = range.tile; begin < range.tile_end; begin += w.block) {
     const long end = begin + w.block < range.tile_end ? begin + w.block : range.tile_end;
     winograd_input<T, kM, kR>(w, begin, end, scratch);
     for (long s = range.slab; s < range.slab_end; ++s) {
-      const long left = columns - s * kSlab, n = left < kSlab ? left : (long)kSlab, ld = (n + W - 1) / W * W;
-      winograd_products(w, kPlanes, end - begin, scratch, w.weights + s * kSlab * kPlanes * w.k, n, ld, products);
-      for (long i = begin; i < end; ++i) finish(i, s * kSlab, n, ld, products + (i - begin) * ld, winograd_plane(w.block, ld));
+      const Slab<T> slab(s, columns);
+      winograd_products(w, kPlanes, end - begin, scratch, w.weights + slab.first * kPlanes * w.k, slab.n, slab.ld, products);
+      for (long i = begin; i < end; ++i) finish(i, slab, products + (i - begin) * slab.ld, winograd_plane(w.block, slab.ld));
     }
   }
 }
 
-// Aᵀ t A of one tile and slab into z [m * m][ldz], plus `bias` where there is one.
+// Aᵀ t A of one tile and slab into z [m * m][ldz], plus `bias`.
 template <class T, int kM, int kR>
 static INLINE void winograd_output(const T* products, long plane, long columns, const T* bias, T* z, long ldz) {
   typedef Simd<T> S;
   enum { kA = kM + kR - 1 };
   for (long j = 0; j < columns; j += S::W) {
-    const typename S::V b = bias ? S::load(bias + j) : typename S::V{};
+    const typename S::V b = S::load(bias + j);
     const T* from = products + j;
     T* out = z + j;
     transform<T, kA, kM, Points<T, kM, kR>::output>(from, kA * plane, plane, out, kM * ldz, ldz,
@@ -257,14 +273,14 @@ static void winograd_step(const ConvLSTMStep<T>& p, const Winograd<T>& w, const 
   alignas(64) T z[kM * kM * kSlab + 2 * W];
   for (long i = 0; i < (long)(sizeof(z) / sizeof(T)); ++i) z[i] = 0;
   const long height = p.rows.height, width = p.rows.width;
-  winograd_convolution<T, kM, kR>(w, 4 * p.channels, range, scratch, [&](long i, long column, long n, long ld, const T* products, long plane) {
-    winograd_output<T, kM, kR>(products, plane, n, p.bias + column, z, ld);
+  winograd_convolution<T, kM, kR>(w, 4 * p.channels, range, scratch, [&](long i, const Slab<T>& slab, const T* products, long plane) {
+    winograd_output<T, kM, kR>(products, plane, slab.n, p.bias + slab.first, z, slab.ld);
     const TilePlace at(w, i, kM);
-    const long ch = column / 4, rows = height - at.y < kM ? height - at.y : (long)kM, m = width - at.x < kM ? width - at.x : (long)kM;
+    const long ch = slab.first / 4, rows = height - at.y < kM ? height - at.y : (long)kM, m = width - at.x < kM ? width - at.x : (long)kM;
     const long pixel = at.y * width + at.x;
     T* h_frame = p.h_frames ? p.h_frames + at.sample * p.h_frame + at.y * p.h_map.height + at.x * p.channels + ch : 0;
     T* h = p.out ? p.out + p.out_sample[at.index] + pixel * p.channels + ch : 0;
-    cell_tile(p, CellTile<T>{rows, m, n / 4, ch, pixel, at.sample, z, ld, kM * ld, h_frame, h});
+    cell_tile(p, CellTile<T>{rows, m, slab.n / 4, ch, pixel, at.sample, z, slab.ld, kM * slab.ld, h_frame, h});
   });
   if (p.stream_gates || p.stream_out) Simd<T>::fence();
 }
@@ -275,11 +291,11 @@ static void winograd_rows(const RowsGemm<T>& p, const Winograd<T>& w, const Wino
   typedef Simd<T> S;
   enum { kA = kM + kR - 1 };
   const long height = p.rows.height, width = p.rows.width;
-  winograd_convolution<T, kM, kR>(w, p.columns, range, scratch, [&](long i, long column, long n, long, const T* products, long plane) {
+  winograd_convolution<T, kM, kR>(w, p.columns, range, scratch, [&](long i, const Slab<T>& slab, const T* products, long plane) {
     const TilePlace at(w, i, kM);
-    T* tile = p.out + ((at.sample * height + at.y) * width + at.x) * p.ldo + column;
+    T* tile = p.out + ((at.sample * height + at.y) * width + at.x) * p.ldo + slab.first;
     const bool whole = at.y + kM <= height && at.x + kM <= width;
-    for (long j = 0; j < n; j += S::W) {
+    for (long j = 0; j < slab.n; j += S::W) {
       const T* from = products + j;
       T* out = tile + j;
       if (whole)
@@ -306,11 +322,11 @@ static void winograd_weight_grad(const Winograd<T>& w, const GateFrames<T>& dgat
     const long end = begin + w.block < range.tile_end ? begin + w.block : range.tile_end, tiles = end - begin;
     winograd_input<T, kM, kR>(w, begin, end, scratch);
     for (long s = range.slab; s < range.slab_end; ++s) {
-      const long left = 4 * dgates.channels - s * kSlab, n = left < kSlab ? left : (long)kSlab, ld = (n + W - 1) / W * W;
-      const long plane = winograd_plane(w.block, ld);
+      const Slab<T> slab(s, 4 * dgates.channels);
+      const long n = slab.n, ld = slab.ld, plane = winograd_plane(w.block, ld);
       for (long i = begin; i < end; ++i) {
         const TilePlace at(w, i, kM);
-        const T* tile = dgates.frames + at.sample * dgates.frame + s * kSlab * dgates.pixels + (dgates.origin + at.y * dgates.width + at.x) * n;
+        const T* tile = dgates.frames + at.sample * dgates.frame + slab.first * dgates.pixels + (dgates.origin + at.y * dgates.width + at.x) * n;
         const long row = dgates.width * n;
         for (long j = 0; j < n; j += W) {
           const T* from = tile + j;
@@ -318,7 +334,7 @@ static void winograd_weight_grad(const Winograd<T>& w, const GateFrames<T>& dgat
           transform<T, kM, kA, Points<T, kM, kR>::output_gradient>(from, row, n, out, kA * plane, plane, PlainStore<T>());
         }
       }
-      T* sum = sums + s * kSlab * kPlanes * w.k;
+      T* sum = sums + slab.first * kPlanes * w.k;
       for (long p = 0; p < kPlanes; ++p, sum += w.k * ld)
         for (long c = 0; c < n; c += kPanel) {
           const T* g = gradients + p * plane + c;
@@ -337,25 +353,13 @@ static void winograd_weight_grad(const Winograd<T>& w, const GateFrames<T>& dgat
 // u[plane * stride + column] = G g Gᵀ for n columns (whole vectors) of g [tap][kSlab].
 template <class T, int kM, int kR>
 static void winograd_filter(const T* g, long n, T* u, long stride) {
-  typedef Simd<T> S;
-  enum { kA = kM + kR - 1 };
-  for (long j = 0; j < n; j += S::W) {
-    const T* from = g + j;
-    T* out = u + j;
-    transform<T, kR, kA, Points<T, kM, kR>::filter>(from, kR * kSlab, kSlab, out, kA * stride, stride, PlainStore<T>());
-  }
+  transform_columns<T, kR, kM + kR - 1, Points<T, kM, kR>::filter>(n, g, kSlab, u, stride);
 }
 
 // g [tap][kSlab] = Gᵀ u G for n columns (whole vectors) of u [plane][kSlab].
 template <class T, int kM, int kR>
 static void winograd_filter_gradient(const T* u, long n, T* g) {
-  typedef Simd<T> S;
-  enum { kA = kM + kR - 1 };
-  for (long j = 0; j < n; j += S::W) {
-    const T* from = u + j;
-    T* out = g + j;
-    transform<T, kA, kR, Points<T, kM, kR>::filter_gradient>(from, kA * kSlab, kSlab, out, kR * kSlab, kSlab, PlainStore<T>());
-  }
+  transform_columns<T, kM + kR - 1, kR, Points<T, kM, kR>::filter_gradient>(n, u, kSlab, g, kSlab);
 }
 
 template <class T, int kM, int kR>
