@@ -89,7 +89,12 @@ CONV_LSTM = [
         (1, 10, 128, 128, 48),
         (1, 10, 3, 8, 32),
     ]
-] + [ConvLSTMCase(1, 5, 512, (128, 64, 64, 32, 32), 64, 32, 3, same_frame=True)]
+] + [
+    # No multiple of a tile, beside the even shape nearest to it.
+    ConvLSTMCase(3, 10, 24, (24,), 52, 40, 3),
+    ConvLSTMCase(3, 10, 24, (24,), 50, 37, 3),
+    ConvLSTMCase(1, 5, 512, (128, 64, 64, 32, 32), 64, 32, 3, same_frame=True),
+]
 
 LSTM_GATES = [
     GatesCase(batch, channels, size, size, channels_last)

@@ -84,9 +84,12 @@ struct Engine {
             padding_map(size.w, conv.before.w, conv.behind.w + rest(size.w), mode)};
   }
 
-  void take_x() {
-    if (p.convolves_x()) x_frames = workspace.take<T>(p.batch * x_layout.frame);
-    if (p.convolved) gates_x = workspace.take<T>(p.batch * 4 * state);
+  long x_size() const { return p.batch * (p.convolved ? 4 * state : x_layout.frame); }
+
+  // Room for x of one step, or two.
+  void take_x(long steps = 1) {
+    if (p.convolves_x()) x_frames = workspace.take<T>(steps * x_size());
+    if (p.convolved) gates_x = workspace.take<T>(steps * x_size());
   }
 
   const T* pack_peephole() {
@@ -115,11 +118,11 @@ struct Engine {
 
   // Packs frame(sample) of t, whose channel axis is `axis`, for every active sample.
   template <class B, class Frame>
-  void pack(const std::vector<long>& active, const Tensor& t, long axis, const PaddingMaps& maps, T* dst, const Frame& frame, long ld = 0) {
+  void pack(Region& region, const std::vector<long>& active, const Tensor& t, long axis, const PaddingMaps& maps, T* dst, const Frame& frame, long ld = 0) {
     const FrameStrides strides = frame_strides(t, axis);
     const long channels = t.size(axis), n = maps.extent().rows(), width = ld ? ld : channels, row_size = maps.w.size() * width;
     const B* base = static_cast<const B*>(t.const_data_ptr());
-    parallel(active.size() * n, [&](long begin, long end) {
+    region.add(active.size() * n, [=, &active](long begin, long end, long) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n], row = r % n;
         pack_row(k, base + frame(s), strides, maps, row, channels, width, dst + (s * n + row) * row_size);
@@ -130,9 +133,11 @@ struct Engine {
   // State tensors [B, C, *S'] in activations or in the wide type.
   void pack_state(const Tensor& t, const PaddingMaps& maps, T* dst, long ld = 0) {
     const std::vector<long> all = everyone();
-    const auto frame = [&](long s) { return s * t.stride(0); };
-    if (t.scalar_type() == scalar_type<A>()) pack<A>(all, t, 1, maps, dst, frame, ld);
-    else pack<T>(all, t, 1, maps, dst, frame, ld);
+    const auto frame = [stride = t.stride(0)](long s) { return s * stride; };
+    Region region;
+    if (t.scalar_type() == scalar_type<A>()) pack<A>(region, all, t, 1, maps, dst, frame, ld);
+    else pack<T>(region, all, t, 1, maps, dst, frame, ld);
+    region.run();
   }
 
   std::vector<long> everyone() const {
@@ -144,10 +149,10 @@ struct Engine {
   // An expanded x shows the same frame at every step: it is packed once, for whoever takes part in step 0.
   bool same_x() const { return p.has_x && in.x->stride(1) == 0; }
 
-  void pack_x(const std::vector<long>& active, long step) {
-    const auto frame = [&](long s) { return s * in.x->stride(0) + p.frame_of(s, step) * in.x->stride(1); };
-    if (p.convolved) pack<A>(active, *in.x, 2, plain_maps(), gates_x, frame);
-    else pack<A>(active, *in.x, 2, x_maps, x_frames, frame);
+  void pack_x(Region& region, const std::vector<long>& active, long step, long slot = 0) {
+    const auto frame = [this, step](long s) { return s * in.x->stride(0) + p.frame_of(s, step) * in.x->stride(1); };
+    if (p.convolved) pack<A>(region, active, *in.x, 2, plain_maps(), gates_x + slot * x_size(), frame);
+    else pack<A>(region, active, *in.x, 2, x_maps, x_frames + slot * x_size(), frame);
   }
 
   long input_channels() const { return (p.convolves_x() ? p.x_channels : 0) + c1; }
@@ -224,14 +229,16 @@ struct Engine {
     return {frames, layout.frame, layout.padded.w * layout.pixel, layout.pixel, 1, 0, layout.pixel};
   }
 
-  void run_step(const ConvLSTMStep<T>& s) {
+  void add_step(Region& region, const ConvLSTMStep<T>& s) {
     if (tiling) {
       const Winograd<T> w = tiling.problem(s.rows, winograd_input(x_layout, s.x.frames), winograd_input(h_layout, s.h.frames),
                                            input_channels(), s.weights);
-      tiling.run(w, 4 * c1, [&](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) { tiling.kernels->step(s, w, range, scratch); });
+      tiling.add(region, w, 4 * c1, [s, step = tiling.kernels->step](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) {
+        step(s, w, range, scratch);
+      });
       return;
     }
-    parallel(s.rows.samples * s.rows.rows, [&](long begin, long end) { k.conv_lstm_step(s, begin, end); });
+    region.add(s.rows.samples * s.rows.rows, [this, s](long begin, long end, long) { k.conv_lstm_step(s, begin, end); });
   }
 
   // Interior rows of a bordered frame, rounded to A in place and copied out.
@@ -298,7 +305,9 @@ struct Engine {
     T* gates_all = keep_gates ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
     A* h_all = out_data(h);
 
-    take_x();
+    // x of the next step is packed beside this one where that is little: it saves waiting for each other.
+    const bool ahead = p.has_x && !same_x() && x_size() * long(sizeof(T)) <= 1 << 20;
+    take_x(ahead ? 2 : 1);
     tiling.take_scratch(workspace, {input_channels()});
     T* h_frames[2] = {workspace.take<T>(p.batch * h_layout.frame), workspace.take<T>(p.batch * h_layout.frame)};
     if (defined(in.h0)) pack_state(*in.h0, h_maps, h_frames[0]);
@@ -307,11 +316,18 @@ struct Engine {
     else clear(c_last, p.batch * state);
 
     ConvLSTMStep<T> s = step_arguments(packed);
-    std::vector<long> out_sample;
-    for (long step = 0; step < p.time; ++step) {
-      const std::vector<long> active = p.active(step);
-      if (active.empty()) break;
-      if (p.has_x && (step == 0 || !same_x())) pack_x(active, step);
+    Region region;
+    std::vector<long> out_sample, active = p.active(0), next;
+    for (long step = 0; !active.empty(); ++step, active = next) {
+      next = step + 1 < p.time ? p.active(step + 1) : std::vector<long>();
+      if (p.has_x && (step == 0 || !(same_x() || ahead))) {
+        pack_x(region, active, step);
+        region.run();
+      }
+      const long slot = ahead ? step % 2 : 0;
+      s.x.frames = x_frames ? x_frames + slot * x_size() : nullptr;
+      s.gates_x = gates_x ? gates_x + slot * x_size() : nullptr;
+      if (ahead && !next.empty()) pack_x(region, next, step + 1, 1 - slot);
       out_sample.clear();
       for (long b : active) out_sample.push_back((b * p.time + p.frame_of(b, step)) * state);
       s.rows = rows(active);
@@ -329,7 +345,8 @@ struct Engine {
       s.h_map = h_layout.map;
       if constexpr (!kNarrow) s.out = h_all;
       s.out_sample = out_sample.data();
-      run_step(s);
+      add_step(region, s);
+      region.run();
       if constexpr (kNarrow) round_rows(active, h_frames[(step + 1) % 2], h_all, out_sample);
     }
 
@@ -615,16 +632,19 @@ struct Backward : Engine<A> {
       again.gates_map = pixel_map;
     }
 
-    if (reads_x && Base::same_x()) Base::pack_x(p.active(0), 0);
+    // Two regions a step: what its gates need, with the end of the step before; then what they are for.
+    Region region;
+    const std::vector<long> all = p.active(0);
+    if (reads_x && Base::same_x()) Base::pack_x(region, all, 0);
     for (long step = p.time; step-- > 0;) {
       const std::vector<long> active = p.active(step);
       if (active.empty()) continue;
       const Rows r = Base::rows(active);
       const bool first = step == 0, has_h = !first || defined(in.h0);
-      if (reads_x && !Base::same_x()) Base::pack_x(active, step);
+      if (reads_x && !Base::same_x()) Base::pack_x(region, active, step);
       if (h_frames && has_h) {
         if (first) Base::pack_state(*in.h0, Base::h_maps, h_frames);
-        else Base::template pack<A>(active, h, 2, Base::h_maps, h_frames, [&](long s) { return (s * p.time + p.frame_of(s, step - 1)) * state; });
+        else Base::template pack<A>(region, active, h, 2, Base::h_maps, h_frames, [this, step](long s) { return (s * p.time + p.frame_of(s, step - 1)) * state; });
       }
       const T* c_prev = first ? c0 : c_all + (step - 1) * state;
       const long c_prev_frame = first ? state : p.time * state;
@@ -633,11 +653,13 @@ struct Backward : Engine<A> {
         again.h = has_h ? operand[1] : Operand<T>{};
         again.c_prev = c_prev;
         again.c_prev_frame = c_prev_frame;
-        Base::run_step(again);
+        region.run();
+        Base::add_step(region, again);
       }
       if (dh_packed)
-        Base::template pack<A>(active, *dh, 2, Base::plain_maps(), dh_packed,
+        Base::template pack<A>(region, active, *dh, 2, Base::plain_maps(), dh_packed,
                                [&](long s) { return s * dh->stride(0) + p.frame_of(s, step) * dh->stride(1); });
+      if (plan.lean || dh_packed) region.run();
 
       GatesBackward<T> g{};
       g.rows = r;
@@ -663,7 +685,8 @@ struct Backward : Engine<A> {
       g.dgates_pixels = padded_pixels;
       g.origin = origin;
       g.map = pixel_map;
-      parallel(plan.dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end) { k.gates_backward(g, begin, end); });
+      region.add(plan.dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end, long) { k.gates_backward(g, begin, end); });
+      region.run();
 
       if (!first || plan.h0 || plan.dx_like_dh) {
         // Nobody wants dh before the first step; its columns can be left out where they are whole panels.
@@ -672,31 +695,35 @@ struct Backward : Engine<A> {
         if (tiling) {
           const RowsGemm<T> gemm{r, {}, nullptr, columns, 0, dh_rec + from, dh_ld};
           const Winograd<T> w = dgates_tiles(r, dgates, plan.w_back + tiling.kernels->planes * 4 * c1 * from);
-          tiling.run(w, columns, [&](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) { tiling.kernels->rows_gemm(gemm, w, range, scratch); });
+          tiling.add(region, w, columns, [gemm, rows_gemm = tiling.kernels->rows_gemm](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) {
+            rows_gemm(gemm, w, range, scratch);
+          });
         } else {
           const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, plan.w_back + depth * from, columns, depth, dh_rec + from, dh_ld};
-          parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
+          region.add(r.samples * n_rows, [this, gemm](long begin, long end, long) { k.rows_gemm(gemm, begin, end); });
         }
-        if (plan.dx_like_dh) unpack_dx(active, step, dh_rec + c1_padded(), dh_ld, dx);
       }
       if (dx_rows) {
         const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, plan.w_dx, kx(), long(here.column.size()), dx_rows, dx_padded};
-        parallel(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
-        gather_dx(active, step, dx_rows, dx_padded, plan.gather, dx);
+        region.add(r.samples * n_rows, [this, gemm](long begin, long end, long) { k.rows_gemm(gemm, begin, end); });
       } else if (p.convolved && plan.dx) {
-        unpack_dgates(active, step, dgates, dx);
+        unpack_dgates(region, active, step, dgates, dx);
       }
-      run_weight_grads(wgrads, r, has_h, plan.w_hh ? h_frames : nullptr);
-      if (plan.sums) run_winograd_sums(plan, r, dgates, has_h ? h_frames : nullptr);
+      add_weight_grads(region, wgrads, r, has_h, plan.w_hh ? h_frames : nullptr);
+      if (plan.sums) add_winograd_sums(region, plan, r, dgates, has_h ? h_frames : nullptr);
+      region.run();
+      if (plan.dx_like_dh) unpack_dx(region, active, step, dh_rec + c1_padded(), dh_ld, dx);
+      if (dx_rows) gather_dx(region, active, step, dx_rows, dx_padded, plan.gather, dx);
     }
+    region.run();
 
     if (plan.h0) unpack_row(k, dh_rec, dh_ld, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
     if (plan.c0 && dc0.scalar_type() == scalar_type<A>()) unpack_row(k, dc, c1, p.batch * pixels, c1, Base::out_data(dc0), c1, 1);
     else if (plan.c0) unpack_row(k, dc, c1, p.batch * pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()), c1, 1);
   }
 
-  // One parallel region for all operands and blocks: their tasks end to end.
-  void run_weight_grads(std::vector<WeightGrad<T>>& wgrads, const Rows& rows, bool has_h, const T* h_frames) {
+  // All operands and blocks: their tasks end to end.
+  void add_weight_grads(Region& region, std::vector<WeightGrad<T>>& wgrads, const Rows& rows, bool has_h, const T* h_frames) {
     std::vector<long> end_of;
     long total = 0;
     for (auto& g : wgrads) {
@@ -704,7 +731,7 @@ struct Backward : Engine<A> {
       const bool skipped = !has_h && g.a.frames == h_frames;
       end_of.push_back(total += skipped ? 0 : k.weight_grad_tasks(g.a.runs));
     }
-    parallel(total, [&](long begin, long end) {
+    region.add(total, [=, &wgrads](long begin, long end, long) {
       long start = 0;
       for (size_t i = 0; i < wgrads.size(); start = end_of[i++]) {
         const long b = std::max(begin, start) - start, e = std::min(end, end_of[i]) - start;
@@ -730,14 +757,14 @@ struct Backward : Engine<A> {
     });
   }
 
-  void run_winograd_sums(const Plan& plan, const Rows& rows, const T* dgates, const T* h_frames) {
+  void add_winograd_sums(Region& region, const Plan& plan, const Rows& rows, const T* dgates, const T* h_frames) {
     const long channels = sum_channels(plan, p), size = tiling.weights_size(channels, round_up(4 * c1, k.lanes));
     const Winograd<T> w = tiling.problem(rows, Base::winograd_input(x_layout, plan.w_ih ? Base::x_frames : nullptr),
                                          Base::winograd_input(h_layout, plan.w_hh ? h_frames : nullptr), channels, nullptr);
     if (!w.a[0].frames && !w.a[1].frames) return;
     const GateFrames<T> g{dgates, 4 * padded_pixels * c1, padded_pixels, origin, padded.w, c1};
-    tiling.run(w, 4 * c1, [&](const Winograd<T>& w, const WinogradRange& range, T* scratch, long part) {
-      tiling.kernels->weight_grad(w, g, range, scratch, plan.sums + part * size);
+    tiling.add(region, w, 4 * c1, [=, sums = plan.sums, weight_grad = tiling.kernels->weight_grad](const Winograd<T>& w, const WinogradRange& range, T* scratch, long part) {
+      weight_grad(w, g, range, scratch, sums + part * size);
     });
   }
 
@@ -775,10 +802,10 @@ struct Backward : Engine<A> {
     return packed;
   }
 
-  void unpack_dx(const std::vector<long>& active, long step, const T* rows, long ld, const Tensor& dx) {
+  void unpack_dx(Region& region, const std::vector<long>& active, long step, const T* rows, long ld, const Tensor& dx) {
     const long n = p.in.rows();
     const FrameStrides strides = frame_strides(dx, 2);
-    parallel(active.size() * n, [&](long begin, long end) {
+    region.add(active.size() * n, [=](long begin, long end, long) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n], d = (r % n) / p.in.h, y = (r % n) % p.in.h;
         A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + d * strides.d + y * strides.h;
@@ -788,11 +815,11 @@ struct Backward : Engine<A> {
   }
 
   // dx[q] = sum over the (tap, output) pairs that read q of dcol[output, tap].
-  void gather_dx(const std::vector<long>& active, long step, const T* dcol, long ld, const Gather (&along)[3], const Tensor& dx) {
-    const auto& [gd, gh, gw] = along;
+  void gather_dx(Region& region, const std::vector<long>& active, long step, const T* dcol, long ld, const Gather (&along)[3], const Tensor& dx) {
     const long n = p.in.rows(), ci = p.x_channels;
     const FrameStrides strides = frame_strides(dx, 2);
-    parallel(active.size() * n, [&](long begin, long end) {
+    region.add(active.size() * n, [=, &along](long begin, long end, long) {
+      const auto& [gd, gh, gw] = along;
       std::vector<T> sum(p.in.w * ci);
       std::vector<const T*> rows, terms;  // terms may repeat a tap where padding shows a pixel more than once
       for (long r = begin; r < end; ++r) {
@@ -817,10 +844,10 @@ struct Backward : Engine<A> {
   }
 
   // x was the input convolution's result: its gradient is dgates, in plain gate order.
-  void unpack_dgates(const std::vector<long>& active, long step, const T* dgates, const Tensor& dx) {
+  void unpack_dgates(Region& region, const std::vector<long>& active, long step, const T* dgates, const Tensor& dx) {
     const long n_rows = p.out.rows();
     const FrameStrides strides = frame_strides(dx, 2);
-    parallel(active.size() * n_rows, [&](long begin, long end) {
+    region.add(active.size() * n_rows, [=](long begin, long end, long) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n_rows], row = r % n_rows;
         const long at = origin + row / p.out.h * pixel_map.depth + row % p.out.h * pixel_map.height;

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <optional>
 #include <type_traits>
 
@@ -138,6 +139,29 @@ template <class F>
 void parallel(long n, const F& f) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { f(long(begin), long(end)); });
 }
+
+// Pieces of work that do not wait for each other, in one parallel region: every thread takes its share of each, in order.
+class Region {
+ public:
+  // f(begin, end, thread) over [0, n).
+  template <class F>
+  void add(long n, F f) {
+    if (n > 0) pieces_.emplace_back(n, std::move(f));
+  }
+
+  void run() {
+    const long threads = pieces_.empty() ? 0 : torch::stable::get_num_threads();
+    parallel(threads, [&](long first, long last) {
+      for (long i = first; i < last; ++i)
+        for (const auto& [n, f] : pieces_)
+          if (const long begin = n * i / threads, end = n * (i + 1) / threads; begin < end) f(begin, end, i);
+    });
+    pieces_.clear();
+  }
+
+ private:
+  std::vector<std::pair<long, std::function<void(long, long, long)>>> pieces_;
+};
 
 }  // namespace cpu
 }  // namespace convfast

@@ -61,18 +61,18 @@ struct Tiling {
 
   // call(problem, range, scratch, part of the tiles), once a thread.
   template <class F>
-  void run(const Winograd<T>& problem, long columns, const F& call) const {
+  void add(Region& region, const Winograd<T>& problem, long columns, const F& call) const {
     const long tiles = problem.rows.samples * down * across, slabs = (columns + kSlab - 1) / kSlab;
     Parts n = parts(tiles, problem.k, columns, !problem.weights);
     n.tiles = std::min(n.tiles, tiles);
     const long share = (tiles + n.tiles - 1) / n.tiles, most = most_tiles(problem.k, !problem.weights), blocks = (share + most - 1) / most;
     Winograd<T> w = problem;
     w.block = (share + blocks - 1) / blocks;
-    parallel(n.tiles * n.slabs, [&](long begin, long end) {
+    region.add(n.tiles * n.slabs, [=, *this](long begin, long end, long thread) {
       for (long i = begin; i < end; ++i) {
         const long t = i / n.slabs, s = i % n.slabs;
         call(w, WinogradRange{tiles * t / n.tiles, tiles * (t + 1) / n.tiles, slabs * s / n.slabs, slabs * (s + 1) / n.slabs},
-             scratch + i * scratch_size, t);
+             scratch + thread * scratch_size, t);
       }
     });
   }

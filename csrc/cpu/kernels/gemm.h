@@ -13,8 +13,9 @@ static INLINE const T* row_start(const Operand<T>& o, long sample, long d, long 
   return o.frames + sample * o.frame + d * o.map.depth + y * o.map.height;
 }
 
-// out[m, :] = init + sum over both operands' runs of a[m, k] b[k, :]
-template <class T, int M, int NV>
+// out[m, :] = init + sum over both operands' runs of a[m, k] b[k, :]. kNext: a holds the next tile right behind this one, in lines
+// that are not in L1 yet.
+template <class T, int M, int NV, bool kNext>
 static void tile_gemm(const T* const* a, const Runs* const* runs, const T* b, const T* init, T* out, long ldo) {
   typedef Simd<T> S;
   typedef typename S::V V;
@@ -31,10 +32,13 @@ static void tile_gemm(const T* const* a, const Runs* const* runs, const T* b, co
       // One pointer for three pixels: base, base + stride, base + 2 stride are all addressing modes.
       const T* p[(M + 2) / 3];
       for (int j = 0; j < (M + 2) / 3; ++j) p[j] = a[o] + run.offset[i] + 3 * j * stride;
+      const T* next = a[o] + run.offset[i] + M * stride;
       for (const T* end = b + run.length * NV * S::W; b != end; b += NV * S::W) {
         V bv[NV];
         for (int n = 0; n < NV; ++n) bv[n] = S::load(b + n * S::W);
         for (int n = 0; n < NV; ++n) __builtin_prefetch(b + (12 * NV + n) * S::W);  // L2 does not keep up by itself
+        if (kNext) __builtin_prefetch(next);
+        next += 64 / sizeof(T);
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
           const V av = S::set1(p[m / 3][(m % 3) * stride]);
@@ -57,7 +61,10 @@ static void tile_weight_grad(long segments, const T* const* a, long a_stride, co
   enum { kAhead = 8 };  // every pixel of a is on other cache lines
   V acc[M][NV];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < NV; ++n) acc[m][n] = V{};
+    for (int n = 0; n < NV; ++n) {
+      acc[m][n] = V{};
+      __builtin_prefetch(dw + m * ldw + n * S::W, 1);  // read at the end
+    }
   for (long s = 0; s < segments; ++s) {
     const T* p = a[s];
     const T* q = g[s];
@@ -85,13 +92,13 @@ struct TileTable {
   typedef void (*Gemm)(const T* const*, const Runs* const*, const T*, const T*, T*, long);
   typedef void (*WeightGradTile)(long, const T* const*, long, const T* const*, long, const long*, T*, long);
 
-  template <int NV>
+  template <int NV, bool kNext>
   static INLINE void gemm(long m, const T* const* a, const Runs* const* runs, const T* b, const T* init, T* out, long ldo) {
     static const Gemm table[] = {
-        tile_gemm<T, 1, NV>, tile_gemm<T, 2, NV>, tile_gemm<T, 3, NV>, tile_gemm<T, 4, NV>, tile_gemm<T, 5, NV>, tile_gemm<T, 6, NV>,
+        tile_gemm<T, 1, NV, kNext>, tile_gemm<T, 2, NV, kNext>, tile_gemm<T, 3, NV, kNext>, tile_gemm<T, 4, NV, kNext>, tile_gemm<T, 5, NV, kNext>, tile_gemm<T, 6, NV, kNext>,
 #if CONVFAST_BYTES == 64
-        tile_gemm<T, 7, NV>, tile_gemm<T, 8, NV>, tile_gemm<T, 9, NV>, tile_gemm<T, 10, NV>, tile_gemm<T, 11, NV>,
-        tile_gemm<T, 12, NV>, tile_gemm<T, 13, NV>, tile_gemm<T, 14, NV>,
+        tile_gemm<T, 7, NV, kNext>, tile_gemm<T, 8, NV, kNext>, tile_gemm<T, 9, NV, kNext>, tile_gemm<T, 10, NV, kNext>, tile_gemm<T, 11, NV, kNext>,
+        tile_gemm<T, 12, NV, kNext>, tile_gemm<T, 13, NV, kNext>, tile_gemm<T, 14, NV, kNext>,
 #endif
     };
     table[m - 1](a, runs, b, init, out, ldo);
@@ -113,11 +120,11 @@ struct TileTable {
 };
 
 // Pixels [x, x + m) of one row by all columns: panel after panel, the last one a single vector wide where that is enough.
-template <class T>
+template <class T, bool kNext = false>
 static INLINE void tile_all_columns(long m, const T* const* a, const Runs* const* runs, const T* b, long b_rows, const T* init,
                                     long columns, T* out, long ldo) {
   enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel };
   long n = 0;
-  for (; columns - n > W; n += kPanel) TileTable<T>::template gemm<2>(m, a, runs, b + b_rows * n, init ? init + n : 0, out + n, ldo);
-  if (n < columns) TileTable<T>::template gemm<1>(m, a, runs, b + b_rows * n, init ? init + n : 0, out + n, ldo);
+  for (; columns - n > W; n += kPanel) TileTable<T>::template gemm<2, kNext>(m, a, runs, b + b_rows * n, init ? init + n : 0, out + n, ldo);
+  if (n < columns) TileTable<T>::template gemm<1, kNext>(m, a, runs, b + b_rows * n, init ? init + n : 0, out + n, ldo);
 }

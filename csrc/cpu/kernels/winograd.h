@@ -219,7 +219,7 @@ static void winograd_products(const Winograd<T>& w, long planes, long tiles, con
           const long x = cut.at(i), m = cut.at(i + 1) - x;
           const T* a[2] = {v + p * plane_v + x * ldv + first, 0};
           T* out = products + p * plane + x * ld + n;
-          tile_all_columns<T>(m, a, runs, b, w.k, 0, width, first ? part : out, first ? width : ld);
+          tile_all_columns<T, true>(m, a, runs, b, w.k, 0, width, first ? part : out, first ? width : ld);
           if (!first) continue;
           for (long row = 0; row < m; ++row)
             for (long c = 0; c < width; c += W) Simd<T>::store(out + row * ld + c, Simd<T>::load(out + row * ld + c) + Simd<T>::load(part + row * width + c));
