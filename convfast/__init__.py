@@ -2,19 +2,26 @@
 
 from .backends import available, release_workspace
 from .explain import explain
-from .nn import ConvLSTM, ConvLSTM1d, ConvLSTM3d, ConvLSTMCell
-from .ops import conv_lstm, lstm_gates
+from .nn import CNN_LSTM, LSTM, Conv1d, Conv1dLSTM, ConvLSTM, ConvLSTM1d, ConvLSTM3d, ConvLSTMCell, RegLSTM
+from .ops import conv1d, conv_lstm, lstm, lstm_gates
 
 __version__ = "0.1.0"
 __all__ = [
+    "CNN_LSTM",
+    "LSTM",
+    "Conv1d",
+    "Conv1dLSTM",
     "ConvLSTM",
     "ConvLSTM1d",
     "ConvLSTM3d",
     "ConvLSTMCell",
+    "RegLSTM",
     "__version__",
     "available",
+    "conv1d",
     "conv_lstm",
     "explain",
+    "lstm",
     "lstm_gates",
     "release_workspace",
 ]

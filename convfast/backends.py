@@ -13,7 +13,7 @@ import torch
 
 from . import native, reference
 
-OPS = ("lstm_gates", "conv_lstm")
+OPS = ("lstm_gates", "conv_lstm", "conv1d", "lstm")
 
 
 @dataclass(frozen=True)

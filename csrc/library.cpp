@@ -21,6 +21,23 @@ STABLE_TORCH_LIBRARY(convfast, m) {
   m.def(
       "conv_lstm_algorithm(Tensor? x, Tensor? w_ih, Tensor w_hh, Tensor? h0, Tensor? c0, SymInt time, int[] stride,"
       " int[] padding, int[] dilation, str padding_mode, str algorithm) -> str");
+  m.def(
+      "conv1d_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? lengths, int stride, int[] padding, int dilation,"
+      " int groups, str padding_mode, str activation, bool time_major, bool save) -> (Tensor y, Tensor pre)");
+  m.def(
+      "conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? lengths, Tensor y, Tensor pre, int stride,"
+      " int[] padding, int dilation, int groups, str padding_mode, str activation, int[] needs)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "lstm_forward(Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias, Tensor? peephole, Tensor? w_hr, Tensor? w_ih_r,"
+      " Tensor? w_hh_r, Tensor? bias_r, Tensor? peephole_r, Tensor? w_hr_r, Tensor? h0, Tensor? c0, Tensor? lengths,"
+      " bool time_major, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c, Tensor gates)");
+  m.def(
+      "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias,"
+      " Tensor? peephole, Tensor? w_hr, Tensor? w_ih_r, Tensor? w_hh_r, Tensor? bias_r, Tensor? peephole_r,"
+      " Tensor? w_hr_r, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor y, Tensor c, Tensor gates, int[] needs)"
+      " -> (Tensor dx, Tensor dw_ih, Tensor dw_hh, Tensor dbias, Tensor dpeephole, Tensor dw_hr, Tensor dw_ih_r,"
+      " Tensor dw_hh_r, Tensor dbias_r, Tensor dpeephole_r, Tensor dw_hr_r, Tensor dh0, Tensor dc0)");
   m.def("release_workspace() -> ()");
   m.def("cpu_capability() -> str");
 }

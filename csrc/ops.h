@@ -58,4 +58,44 @@
 //
 // conv_lstm_algorithm(x, w_ih, w_hh, h0, c0, time, stride, padding, dilation, padding_mode, algorithm) -> str
 //   what the two ops above take for these shapes: "winograd F(m x m, r x r)", or "direct: " and the reason
+//
+// conv1d_forward(x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation, time_major, save)
+//     -> (y, pre)
+//   x         [B, T, F]      A, any strides
+//   weight    [C, F/groups, k] A; bias [C] A, undefined = zero
+//   lengths   [B]            int64, 0..T; undefined = T. Sample b is x[b, :lengths[b]]: padding starts at its own end, and y is
+//                            zero past its own output length
+//   stride, dilation, groups int; padding int[2] (before, behind)
+//   padding_mode  as above
+//   activation "none" | "relu" | "tanh" | "sigmoid" | "gelu" | "silu" | "leaky_relu"   (gelu by erf, leaky_relu with slope 0.01)
+//   time_major bool          memory of y: [T', B, C], else [B, T', C]
+//   save      bool           keep what the backward needs beside y
+//   -> y      [B, T', C]     A; T' = (T + padding - dilation (k-1) - 1) / stride + 1
+//      pre    [B, T', C]     A', memory like y: pre-activations, where save and the gradient needs them (gelu, silu); else empty
+//
+// conv1d_backward(dy, x, weight, bias, lengths, y, pre, stride, padding, dilation, groups, padding_mode, activation, needs)
+//     -> (dx, dweight, dbias)
+//   y         read for relu, tanh, sigmoid and leaky_relu only; else of the right shape and no more
+//   needs     int[3]         as above. dx in x's own layout where x is dense, as empty_like(x)
+//
+// lstm_forward(x, w_ih, w_hh, bias, peephole, w_hr, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r, h0, c0, lengths, time_major,
+//              save) -> (y, h_n, c_n, c, gates)
+//   H hidden size, I input size, P size of h: that of the projection, else H; D directions: 2 where w_hh_r is defined
+//   x         [B, T, I]      A, any strides
+//   w_ih      [4H, I], w_hh [4H, P], bias [4H], peephole [3, H], w_hr [P, H]   A; all but w_ih and w_hh may be undefined.
+//                            h = w_hr (o tanh(c')) where w_hr is defined. ..._r of the reverse direction
+//   h0, c0    [D, B, P], [D, B, H]   A; c0 also A'; undefined = zero
+//   lengths   [B]            int64, 0..T; undefined = T. As in conv_lstm; y is zero past a length
+//   time_major bool          memory of y: [T, B, D P], else [B, T, D P]
+//   save      bool
+//   -> y      [B, T, D P]    A; direction d in columns d P ...
+//      h_n    [D, B, P]      A; c_n [D, B, H] A'
+//      c      [D, B, T, H]   A', gates [D, B, T, 4H] A': what the same backend's backward reads, in an order of its own;
+//                            empty unless save. Bytes per step: 5 B H sizeof(A') + y
+//
+// lstm_backward(dy, dh_n, dc_n, x, w_ih, w_hh, bias, peephole, w_hr, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r, h0, c0,
+//               lengths, y, c, gates, needs)
+//     -> (dx, dw_ih, dw_hh, dbias, dpeephole, dw_hr, dw_ih_r, dw_hh_r, dbias_r, dpeephole_r, dw_hr_r, dh0, dc0)
+//   dy, dh_n, dc_n   any strides; undefined = zero
+//   needs     int[13]        as above
 #pragma once

@@ -1,4 +1,4 @@
-"""The calls of `convfast.conv_lstm` that every test of it runs on: one line an option, tensors made on demand."""
+"""The calls of `conv_lstm`, `conv1d` and `lstm` that their tests run on: one line an option, tensors made on demand."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,8 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "time_first", "sliced", "expanded")
+SEQUENCE_LAYOUTS = ("contiguous", "features_first", "time_first", "sliced", "expanded")
 TENSORS = ("input", "weight_ih", "weight_hh", "bias", "peephole", "h0", "c0")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ def arrange(x: Tensor, layout: str, name: str = "input") -> Tensor:
         return x.contiguous()
     if layout == "channels_last":
         return x.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
+    if layout == "features_first":
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "time_first":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "sliced":
@@ -143,3 +151,175 @@ CASES = [
 ]
 EMPTY_BATCH = Case("batch_0", batch=0, given=EVERYTHING, lengths=())
 BY_ID = {case.id: case for case in [*CASES, EMPTY_BATCH]}
+
+
+@dataclass(frozen=True)
+class Conv1dCase:
+    """Sizes and options of one call of `conv1d`."""
+
+    id: str
+    batch: int = 3
+    time: int = 9
+    features: int = 4
+    channels: int = 6
+    kernel: int = 3
+    bias: bool = True
+    lengths: tuple[int, ...] | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def arguments(self, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> dict[str, Tensor | None]:
+        """Leaf tensors by name (input, weight, bias and lengths), None where the case has none."""
+        shapes = {
+            "input": (self.batch, self.time, self.features),
+            "weight": (self.channels, self.features // self.options.get("groups", 1), self.kernel),
+            "bias": (self.channels,) if self.bias else None,
+        }
+        made = random_leaves(shapes, dtype, layout, seed)
+        if self.options.get("channels_first"):
+            made["input"] = made["input"].detach().transpose(1, 2).requires_grad_()
+        return made | {"lengths": None if self.lengths is None else torch.tensor(self.lengths, dtype=torch.int64)}
+
+    def call(self, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> Tensor:
+        return function(**arguments, **self.options, **more)
+
+
+LSTM_WEIGHTS = ("weight_ih", "weight_hh", "bias", "peephole", "weight_hr")
+
+
+@dataclass(frozen=True)
+class LSTMCase:
+    """Sizes of one call of `lstm`; `given` names the optional tensors that it has."""
+
+    id: str
+    batch: int = 3
+    time: int = 5
+    features: int = 4
+    hidden: int = 6
+    projected: int | None = None
+    directions: int = 1
+    given: tuple[str, ...] = ("bias",)
+    lengths: tuple[int, ...] | None = None
+
+    def arguments(self, dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> dict[str, Tensor | None]:
+        """Leaf tensors by name (those of the reverse direction end in _r), None where the case has none."""
+        gates, size = 4 * self.hidden, self.projected or self.hidden
+        states = {"h0": (self.directions, self.batch, size), "c0": (self.directions, self.batch, self.hidden)}
+        weights = {
+            "weight_ih": (gates, self.features),
+            "weight_hh": (gates, size),
+            "bias": (gates,) if "bias" in self.given else None,
+            "peephole": (3, self.hidden) if "peephole" in self.given else None,
+            "weight_hr": None if self.projected is None else (size, self.hidden),
+        }
+        shapes = {"input": (self.batch, self.time, self.features)} | weights
+        if self.directions == 2:
+            shapes |= {f"{name}_r": shape for name, shape in weights.items()}
+        shapes |= {name: shape if name in self.given else None for name, shape in states.items()}
+        made = random_leaves(shapes, dtype, layout, seed)
+        if made["c0"] is not None and dtype in (torch.bfloat16, torch.float16):
+            made["c0"] = arrange(made["c0"].detach().float(), layout, "c0").requires_grad_()
+        return made | {"lengths": None if self.lengths is None else torch.tensor(self.lengths, dtype=torch.int64)}
+
+    def call(self, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """→ (output, h_n, c_n)."""
+        a = arguments
+        state = None if a["h0"] is None and a["c0"] is None else (a["h0"], a["c0"])
+        reverse = None if self.directions == 1 else tuple(a[f"{name}_r"] for name in LSTM_WEIGHTS)
+        weights = (a[name] for name in LSTM_WEIGHTS)
+        output, (h_n, c_n) = function(a["input"], *weights, reverse, state, a["lengths"], **more)
+        return output, h_n, c_n
+
+
+def random_leaves(
+    shapes: dict[str, tuple[int, ...] | None], dtype: torch.dtype, layout: str, seed: int
+) -> dict[str, Tensor | None]:
+    """Normal numbers, those of weights smaller the more of them are summed up."""
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor | None] = {}
+    for name, shape in shapes.items():
+        if shape is None:
+            made[name] = None
+            continue
+        scale = torch.Size(shape[1:]).numel() ** -0.5 if name.startswith("weight") else 1.0
+        value = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        made[name] = arrange(value.to(dtype), layout, name).requires_grad_()
+    return made
+
+
+CONV1D_CASES = [
+    Conv1dCase("plain"),
+    Conv1dCase("no_bias", bias=False),
+    Conv1dCase("kernel_1", kernel=1),
+    Conv1dCase("kernel_as_long_as_input", kernel=9),
+    Conv1dCase("features_1_channels_1", features=1, channels=1),
+    Conv1dCase("features_33_channels_70", features=33, channels=70),
+    Conv1dCase("time_1", time=1, kernel=1),
+    Conv1dCase("batch_1", batch=1),
+    Conv1dCase("stride_2", options={"stride": 2}),
+    Conv1dCase("stride_above_kernel", kernel=2, options={"stride": 3}),
+    Conv1dCase("dilation_3", options={"dilation": 3}),
+    Conv1dCase("padding_1", options={"padding": 1}),
+    Conv1dCase("padding_above_kernel", options={"padding": 5}),
+    Conv1dCase("same_even_kernel", kernel=4, options={"padding": "same"}),
+    Conv1dCase("full", options={"padding": "full", "dilation": 2}),
+    Conv1dCase("full_short", time=1, options={"padding": "full"}),
+    Conv1dCase("reflect", kernel=4, options={"padding": "same", "padding_mode": "reflect"}),
+    Conv1dCase("reflect_farthest", time=4, options={"padding": 3, "padding_mode": "reflect"}),
+    Conv1dCase("replicate", kernel=4, options={"padding": "full", "padding_mode": "replicate"}),
+    Conv1dCase("circular", kernel=4, options={"padding": "same", "padding_mode": "circular"}),
+    Conv1dCase("circular_farthest", time=3, options={"padding": 3, "padding_mode": "circular", "stride": 2}),
+    Conv1dCase("groups_2", options={"groups": 2, "padding": "same", "padding_mode": "reflect"}),
+    Conv1dCase("depthwise", channels=4, options={"groups": 4}),
+    *(Conv1dCase(name, options={"activation": name, "padding": 1}) for name in ("relu", "tanh", "sigmoid")),
+    *(Conv1dCase(name, options={"activation": name, "padding": 1}) for name in ("gelu", "silu", "leaky_relu")),
+    Conv1dCase("channels_first", options={"channels_first": True, "padding": "same"}),
+    Conv1dCase("lengths", batch=5, lengths=(9, 0, 4, 2, 1), options={"padding": 1, "activation": "sigmoid"}),
+    Conv1dCase("lengths_too_short", batch=4, lengths=(2, 9, 1, 3), options={"activation": "gelu"}),
+    Conv1dCase("lengths_stride", batch=4, lengths=(9, 0, 6, 5), options={"stride": 2, "padding": "full"}),
+    Conv1dCase("lengths_reflect", batch=3, lengths=(0, 3, 7), options={"padding": 2, "padding_mode": "reflect"}),
+    Conv1dCase("lengths_replicate", batch=3, lengths=(1, 0, 7), options={"padding": 4, "padding_mode": "replicate"}),
+    Conv1dCase("lengths_circular", batch=3, lengths=(2, 9, 0), options={"padding": 2, "padding_mode": "circular"}),
+    Conv1dCase("lengths_none_long", lengths=(0, 0, 0), options={"padding": 1}),
+    Conv1dCase(
+        "everything",
+        features=6,
+        kernel=4,
+        lengths=(8, 3, 9),
+        options={
+            "stride": 2,
+            "padding": 3,
+            "dilation": 2,
+            "groups": 3,
+            "padding_mode": "circular",
+            "activation": "silu",
+        },
+    ),
+]
+EMPTY_CONV1D = Conv1dCase("batch_0", batch=0, lengths=(), options={"padding": 1, "activation": "gelu"})
+CONV1D = {case.id: case for case in [*CONV1D_CASES, EMPTY_CONV1D]}
+
+LSTM_STATE = ("bias", "h0", "c0")
+LSTM_EVERYTHING = (*LSTM_STATE, "peephole")
+LSTM_CASES = [
+    LSTMCase("plain"),
+    LSTMCase("no_bias", given=()),
+    LSTMCase("peephole", given=("bias", "peephole")),
+    LSTMCase("state", given=LSTM_STATE),
+    LSTMCase("state_h_only", given=("bias", "h0")),
+    LSTMCase("state_c_only", given=("c0", "peephole")),
+    LSTMCase("projection", projected=3, given=LSTM_STATE),
+    LSTMCase("both_directions", directions=2),
+    LSTMCase("both_directions_state", directions=2, projected=2, given=LSTM_EVERYTHING),
+    LSTMCase("features_1_hidden_1", features=1, hidden=1),
+    LSTMCase("features_5_hidden_17", features=5, hidden=17),
+    LSTMCase("hidden_70", features=33, hidden=70, given=LSTM_STATE),
+    LSTMCase("time_1", time=1, given=LSTM_EVERYTHING),
+    LSTMCase("batch_1", batch=1, directions=2, given=LSTM_EVERYTHING),
+    LSTMCase("time_40_batch_9", batch=9, time=40),
+    LSTMCase("lengths", batch=4, given=LSTM_EVERYTHING, lengths=(2, 0, 5, 1)),
+    LSTMCase("lengths_without_state", batch=4, directions=2, lengths=(3, 5, 0, 1)),
+    LSTMCase("lengths_none_long", given=LSTM_STATE, lengths=(0, 0, 0)),
+    LSTMCase("everything", batch=4, projected=3, directions=2, given=LSTM_EVERYTHING, lengths=(4, 1, 0, 5)),
+]
+EMPTY_LSTM = LSTMCase("batch_0", batch=0, projected=3, directions=2, given=LSTM_EVERYTHING, lengths=())
+LSTM = {case.id: case for case in [*LSTM_CASES, EMPTY_LSTM]}

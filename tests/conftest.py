@@ -8,13 +8,19 @@ os.environ.setdefault("CONVFAST_POISON", "1")
 import pytest
 import torch
 
-from convfast import backends, native
+from convfast import backends
+
+
+def require(request: pytest.FixtureRequest, backend: str) -> None:
+    """Skip where the backend cannot run the ops that the test's file names in OPS (else conv_lstm)."""
+    for op in getattr(request.module, "OPS", ("conv_lstm",)):
+        if (reason := backends.available(op)[backend]) is not True:
+            pytest.skip(f"{op} on {backend}: {reason}")
 
 
 @pytest.fixture(params=list(reversed(backends.BACKENDS)))
 def backend(request: pytest.FixtureRequest) -> str:
-    if request.param == "cpu" and (reason := native.reason()) is not None:
-        pytest.skip(f"native library: {reason}")
+    require(request, request.param)
     return request.param
 
 
@@ -33,9 +39,7 @@ def poisoned_memory():
 
 
 @pytest.fixture
-def native_ops():
+def native_ops(request: pytest.FixtureRequest):
     """`torch.ops.convfast` with its fakes."""
-    reason = backends.available("conv_lstm")["cpu"]
-    if reason is not True:
-        pytest.skip(f"native library: {reason}")
+    require(request, "cpu")
     return torch.ops.convfast

@@ -7,6 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -19,6 +20,11 @@ def lstm_gates(gates, c=None, peephole=None):
     w = i.new_zeros(3, *i.shape[1:]) if peephole is None else peephole
     c_next = torch.sigmoid(f + w[1] * c) * c + torch.sigmoid(i + w[0] * c) * torch.tanh(g)
     return torch.sigmoid(o + w[2] * c_next) * torch.tanh(c_next), c_next
+
+
+def pad(x, before, behind, mode):
+    flat = [n for pair in zip(reversed(before), reversed(behind)) for n in pair]
+    return F.pad(x, flat, mode="constant" if mode == "zeros" else mode)
 
 
 def conv_lstm(
@@ -43,10 +49,6 @@ def conv_lstm(
 
     def each(value):
         return (value,) * dims if isinstance(value, int) else tuple(value)
-
-    def pad(x, before, behind, mode):
-        flat = [n for pair in zip(reversed(before), reversed(behind)) for n in pair]
-        return F.pad(x, flat, mode="constant" if mode == "zeros" else mode)
 
     def halves(totals):
         return [n // 2 for n in totals], [n - n // 2 for n in totals]
@@ -89,6 +91,102 @@ def conv_lstm(
         h_last.append(h)
         c_last.append(c)
     return torch.cat(outputs), (torch.cat(h_last), torch.cat(c_last))
+
+
+def with_all(result, *tensors):
+    """The result; where nothing of a tensor went into it, the gradient of that tensor is zero instead of missing."""
+    return result + 0 * sum(t.sum() for t in tensors if t is not None)
+
+
+ACTIVATIONS = {
+    "none": nn.Identity(),
+    "relu": nn.ReLU(),
+    "tanh": nn.Tanh(),
+    "sigmoid": nn.Sigmoid(),
+    "gelu": nn.GELU(),
+    "silu": nn.SiLU(),
+    "leaky_relu": nn.LeakyReLU(),
+}
+
+
+def conv1d(
+    input,
+    weight,
+    bias=None,
+    lengths=None,
+    *,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
+    padding_mode="zeros",
+    activation="none",
+    channels_first=False,
+):
+    """The arguments of `convfast.conv1d`: `nn.Conv1d` on each sample alone; output in the dtype of the weight."""
+    channels, features, kernel = weight.shape
+    span = dilation * (kernel - 1)
+    layer = nn.Conv1d(
+        features * groups, channels, kernel, stride, span if padding == "full" else padding, dilation, groups,
+        bias is not None, padding_mode, device="meta",
+    )  # fmt: skip
+    parameters = {"weight": weight} | ({} if bias is None else {"bias": bias})
+    x = input if channels_first else input.transpose(1, 2)
+    padded = {"valid": 0, "same": span, "full": 2 * span}.get(padding) if isinstance(padding, str) else 2 * padding
+    time = (x.shape[2] + padded - span - 1) // stride + 1
+    outputs = [x.new_zeros(0, channels, time)]
+    for b in range(x.shape[0]):
+        length = x.shape[2] if lengths is None else int(lengths[b])
+        y = x.new_zeros(1, channels, 0)
+        if length > 0 and length + padded > span:
+            y = ACTIVATIONS[activation](torch.func.functional_call(layer, parameters, x[b : b + 1, :, :length]))
+        outputs.append(F.pad(y, (0, time - y.shape[2])))
+    return with_all(torch.cat(outputs).transpose(1, 2), input, weight, bias)
+
+
+def lstm(
+    input,
+    weight_ih,
+    weight_hh,
+    bias=None,
+    peephole=None,
+    weight_hr=None,
+    reverse=None,
+    state=None,
+    lengths=None,
+):
+    """The arguments of `convfast.lstm`; output, (h_n, c_n) in the dtype of the weights."""
+    batch, time = input.shape[:2]
+    h0, c0 = (None, None) if state is None else state
+    directions = [(weight_ih, weight_hh, bias, peephole, weight_hr)] + ([] if reverse is None else [reverse])
+    outputs, h_last, c_last = [], [], []
+    for d, (w_ih, w_hh, b_h, p, w_hr) in enumerate(directions):
+        for b in range(batch):
+            length = time if lengths is None else int(lengths[b])
+            h = input.new_zeros(1, w_hh.shape[1]) if h0 is None else h0[d, b : b + 1]
+            c = input.new_zeros(1, w_hh.shape[0] // 4) if c0 is None else c0[d, b : b + 1]
+            frames = [torch.zeros_like(h) for _ in range(time)]
+            for t in range(length) if d == 0 else reversed(range(length)):
+                h, c = lstm_gates(F.linear(input[b : b + 1, t], w_ih, b_h) + F.linear(h, w_hh), c, p)
+                h = frames[t] = h if w_hr is None else F.linear(h, w_hr)
+            outputs.append(torch.stack(frames, 1))
+            h_last.append(h)
+            c_last.append(c)
+
+    def joined(parts):
+        return torch.cat(parts).unflatten(0, (len(directions), batch))
+
+    weights = [t for direction in directions for t in direction]
+    output = with_all(joined(outputs).movedim(0, 2).flatten(2), input, *weights, h0, c0)
+    return output, (joined(h_last), with_all(joined(c_last), input, *weights))
+
+
+def with_gradients(values, leaves):
+    """`values`, and the gradient of every leaf for the same random gradients of the values."""
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for v in values.values()]
+    found = torch.autograd.grad(list(values.values()), list(leaves.values()), grads)
+    return values | {f"gradient of {name}": g for name, g in zip(leaves, found)}
 
 
 # Eager is one draw of rounding errors, another order of the same sums another: four times its error is room for the

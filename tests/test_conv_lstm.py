@@ -11,33 +11,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, library
-from torch._dynamo.backends.common import aot_autograd
 
 import convfast
 from convfast import conv_lstm
-from tests.cases import BY_ID, CASES, EMPTY_BATCH, EVERYTHING, LAYOUTS, TENSORS, Case, arrange
-from tests.oracle import assert_close_to_oracle
+from tests.cases import BY_ID, CASES, DTYPES, EMPTY_BATCH, EVERYTHING, LAYOUTS, TENSORS, Case, arrange, name_of
+from tests.graphs import Graphs
+from tests.oracle import assert_close_to_oracle, with_gradients
 from tests.oracle import conv_lstm as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ("output", "h_n", "c_n")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def results(case: Case, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> dict[str, Tensor]:
     """Outputs, and the gradient of every tensor for the same random gradients of the outputs."""
     values = dict(zip(OUTPUTS, case.call(function, arguments, **more)))
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for v in values.values()]
-    leaves = {name: arguments[name] for name in TENSORS if arguments[name] is not None}
-    found = torch.autograd.grad(list(values.values()), list(leaves.values()), grads)
-    return values | {f"gradient of {name}": g for name, g in zip(leaves, found)}
+    return with_gradients(values, {name: arguments[name] for name in TENSORS if arguments[name] is not None})
 
 
 @functools.cache
@@ -346,24 +337,6 @@ def test_no_input_needs_state_and_steps(backend: str) -> None:
         conv_lstm(None, None, weight, state=(h, None), backend=backend)
     with pytest.raises(ValueError, match=re.escape("state h has shape [2, 4, 6], expected [B, C, *S']")):
         conv_lstm(None, None, weight, state=(h[..., 0], None), steps=2, backend=backend)
-
-
-class Graphs:
-    """A torch.compile backend that keeps the names of the ops in each graph, forward and backward apart."""
-
-    def __init__(self) -> None:
-        self.forward: list[list[str]] = []
-        self.backward: list[list[str]] = []
-
-    def __call__(self, module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        def into(graphs: list[list[str]]) -> Any:
-            def keep(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
-                graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
-                return graph
-
-            return keep
-
-        return aot_autograd(fw_compiler=into(self.forward), bw_compiler=into(self.backward))(module, inputs)
 
 
 def loss(case: Case, backend: str, *tensors: Tensor, lengths: Tensor | None = None) -> Tensor:

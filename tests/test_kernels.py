@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shlex
 import shutil
@@ -178,6 +179,82 @@ def test_gemm_over_frames(
     # A sum of k products, in any order: at most k roundings of the sum of their magnitudes.
     size = np.einsum("syxcij,ijcn->syxn", np.abs(patches), np.abs(weight.astype(np.float64)))
     assert np.all(np.abs(found - exact) <= np.prod(kernel) * channels * np.finfo(dtype).eps * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k, columns", [(1, 1), (5, 16), (33, 33), (64, 132), (7, 272)])
+def test_gemm_over_rows(kernels: ModuleType, isa: str, dtype: type, k: int, columns: int) -> None:
+    random = np.random.default_rng(0)
+    a, b, init = (random.normal(size=size).astype(dtype) for size in ((40, k), (k, columns), (40, columns)))
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    for start in (None, init):
+        wide_start = 0 if start is None else start.astype(np.float64)
+        whole = kernels.gemm(isa, a, b, start)
+        size = np.abs(wide_a) @ np.abs(wide_b) + np.abs(wide_start)
+        assert np.all(np.abs(whole - wide_a @ wide_b - wide_start) <= (k + 1) * np.finfo(dtype).eps * size)
+        # A row's bits do not depend on the rows it is computed with.
+        for rows in range(1, 16):
+            part = kernels.gemm(isa, a[:rows], b, None if start is None else start[:rows])
+            np.testing.assert_array_equal(part, whole[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, k, columns", [(1, 1, 1), (3, 14, 16), (130, 15, 33), (300, 33, 64)])
+def test_outer_sum(kernels: ModuleType, isa: str, dtype: type, rows: int, k: int, columns: int) -> None:
+    random = np.random.default_rng(0)
+    a, g = (random.normal(size=size).astype(dtype) for size in ((rows, k), (rows, columns)))
+    wide_a, wide_g = a.astype(np.float64), g.astype(np.float64)
+    size = np.abs(wide_a).T @ np.abs(wide_g)
+    assert np.all(np.abs(kernels.outer_sum(isa, a, g) - wide_a.T @ wide_g) <= (rows + 1) * np.finfo(dtype).eps * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 16, 37])
+@pytest.mark.parametrize("taps, stride, dilation", [(1, 1, 1), (3, 1, 1), (5, 2, 3)])
+def test_depthwise(
+    kernels: ModuleType, isa: str, dtype: type, channels: int, taps: int, stride: int, dilation: int
+) -> None:
+    random = np.random.default_rng(0)
+    time = 29
+    x, w, bias = (random.normal(size=size).astype(dtype) for size in ((time, channels), (taps, channels), channels))
+    starts = [j * dilation for j in range(taps)]
+    windows = np.stack([x[start : time - starts[-1] + start : stride] for start in starts]).astype(np.float64)
+    close(kernels.depthwise(isa, x, w, bias, stride, dilation), np.einsum("jrc,jc->rc", windows, w) + bias)
+    g = random.normal(size=windows.shape[1:]).astype(dtype)
+    found = kernels.depthwise_weight_grad(isa, x, g, taps, stride, dilation)
+    close(found, np.einsum("jrc,rc->jc", windows, g.astype(np.float64)), 32)
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x * np.sqrt(0.5)))
+
+
+ACTIVATIONS = {
+    # The function and its derivative.
+    "relu": (lambda x: np.maximum(x, 0), lambda x: (x > 0).astype(float)),
+    "leaky_relu": (lambda x: np.where(x > 0, x, 0.01 * x), lambda x: np.where(x > 0, 1, 0.01)),
+    "sigmoid": (sigmoid, lambda x: sigmoid(x) * (1 - sigmoid(x))),
+    "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
+    "silu": (lambda x: x * sigmoid(x), lambda x: sigmoid(x) * (1 + x * (1 - sigmoid(x)))),
+    "gelu": (gelu, lambda x: (gelu(x) / x) + x * np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(kernels: ModuleType, isa: str, dtype: type, name: str) -> None:
+    function, derivative = ACTIVATIONS[name]
+    x = np.concatenate([np.linspace(-15, 15, 20_002), [1e-20, -1e-20]]).astype(dtype)
+    wide = x.astype(np.float64)
+    y = getattr(kernels, name)(isa, x)
+    # Roundings relative to the argument where the function grows with it, else to 1.
+    room = 8 * np.finfo(dtype).eps * np.maximum(1, np.abs(wide))
+    assert np.all(np.abs(y - function(wide)) <= room)
+    dy = np.random.default_rng(0).normal(size=x.size).astype(dtype)
+    from_pre = name in ("silu", "gelu")
+    found = getattr(kernels, f"{name}_backward")(isa, dy, x if from_pre else y)
+    assert np.all(np.abs(found - dy * derivative(wide)) <= 2 * np.abs(dy) * room)
+    assert np.isnan(getattr(kernels, name)(isa, np.array([np.nan], dtype))).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,12 +8,11 @@ from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from convfast import lstm_gates
-from tests.cases import arrange
-from tests.oracle import assert_close_to_oracle
+from tests.cases import DTYPES, arrange, name_of
+from tests.oracle import assert_close_to_oracle, with_gradients
 from tests.oracle import lstm_gates as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SIZES = {
     "frame_2d": (2, 5, (6, 7)),
     "channels_17": (3, 17, (4, 3)),
@@ -26,10 +25,6 @@ SIZES = {
 }
 GIVEN = {"gates": (), "c": ("c",), "peephole": ("peephole",), "c_peephole": ("c", "peephole")}
 LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -57,11 +52,7 @@ def arguments(size: str, given: tuple[str, ...], dtype: torch.dtype, layout: str
 
 def results(function: Any, tensors: dict[str, Any], **more: Any) -> dict[str, Tensor]:
     h, c = function(**tensors, **more)
-    generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for v in (h, c)]
-    leaves = {name: t for name, t in tensors.items() if t is not None}
-    found = torch.autograd.grad([h, c], list(leaves.values()), grads)
-    return {"h": h, "c": c} | {f"gradient of {name}": g for name, g in zip(leaves, found)}
+    return with_gradients({"h": h, "c": c}, {name: t for name, t in tensors.items() if t is not None})
 
 
 def check(size: str, given: tuple[str, ...], dtype: torch.dtype, backend: str, layout: str = "contiguous") -> None:

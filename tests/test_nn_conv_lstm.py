@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from modules import assert_same, flat, scripted
 from oracle import assert_close_to_oracle
 from oracle import conv_lstm as oracle_layer
 from torch import Tensor, nn
@@ -32,18 +33,6 @@ def build(kind=ConvLSTM, *, dtype=torch.float32, input_channels=CHANNELS, **opti
 
 def frames(batch=BATCH, time=TIME, channels=CHANNELS, space=SPACE, dtype=torch.float32) -> Tensor:
     return torch.randn(batch, time, channels, *space, dtype=dtype)
-
-
-def flat(value) -> list[Tensor]:
-    """All tensors of a nested result."""
-    return [value] if isinstance(value, Tensor) else [tensor for part in value for tensor in flat(part)]
-
-
-def assert_same(actual, expected) -> None:
-    pairs = list(zip(flat(actual), flat(expected), strict=True))
-    assert pairs
-    for a, b in pairs:
-        assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def each_layer(value, index):
@@ -783,14 +772,6 @@ SCRIPTED = {
     "last_step": {"effective_step": [-1]},
     "some_steps": {"effective_step": [2, -1, 2]},
 }
-
-
-def scripted(module: nn.Module) -> torch.jit.ScriptModule:
-    """Through a file, as a C++ program gets it."""
-    stored = io.BytesIO()
-    torch.jit.save(torch.jit.script(module.eval()), stored)
-    stored.seek(0)
-    return torch.jit.load(stored)
 
 
 @pytest.mark.parametrize("name", SCRIPTED)

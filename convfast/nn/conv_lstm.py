@@ -1,6 +1,5 @@
 """ConvLSTM modules: stacks of layers over sequences of frames of one to three dims, and the single cell."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import ConvLSTMLayers
-from .options import Numbers, make_layers, numbers
+from .options import Numbers, kind, make_layers, numbers, shown
 from .scripted import ScriptedConvLSTM, ScriptedConvLSTMAllLayers, pick_steps
 from .state import ConvLSTMState, Pair
 
@@ -226,7 +225,7 @@ class ConvLSTM(ConvLSTMLayers):
         for index, pair in enumerate(state):
             ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
             if pair is not None and not ok:
-                raise TypeError(f"{owner}: state of layer {index} is {_kind(pair)}, expected two tensors (h, c)")
+                raise TypeError(f"{owner}: state of layer {index} is {kind(pair)}, expected two tensors (h, c)")
         return state
 
     def _layer(
@@ -265,7 +264,7 @@ class ConvLSTM(ConvLSTMLayers):
         return (ScriptedConvLSTMAllLayers if self.return_all_layers else ScriptedConvLSTM)(self)
 
     def extra_repr(self) -> str:
-        return _shown(self, ConvLSTM.__init__)
+        return shown(self, ConvLSTM.__init__)
 
 
 class ConvLSTM1d(ConvLSTM):
@@ -386,22 +385,4 @@ class ConvLSTMCell(ConvLSTMLayers):
         return ""
 
     def extra_repr(self) -> str:
-        return _shown(self, ConvLSTMCell.__init__)
-
-
-def _kind(value: Any) -> str:
-    return f"{len(value)} items" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
-
-
-def _shown(module: ConvLSTMLayers, constructor: Any) -> str:
-    """The constructor's arguments, without those that have their default."""
-    shown = []
-    for name, parameter in inspect.signature(constructor).parameters.items():
-        if name in ("self", "device", "dtype"):
-            continue
-        value = getattr(module, name)
-        if name in ("bias", "peephole"):  # the cell's parameters bear these names
-            value = value if isinstance(value, bool) else value is not None
-        if parameter.default is inspect.Parameter.empty or value != parameter.default:
-            shown.append(f"{name}={value!r}")
-    return ", ".join(shown)
+        return shown(self, ConvLSTMCell.__init__)

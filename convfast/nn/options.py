@@ -1,8 +1,11 @@
-"""Constructor arguments, checked and spread over layers and spatial dims."""
+"""Constructor arguments: checked, spread over layers and spatial dims, and shown."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from ..ops.conv_lstm import PADDING_MODES
 from ..reference.padded_conv import same_padding
@@ -42,6 +45,39 @@ def numbers(owner: str, name: str, value: Any, dims: int, least: int) -> tuple[i
     return found
 
 
+def check_count(owner: str, name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{owner}: {name} is {value!r}, expected an int >= {least}")
+
+
+def per_layer(owner: str, name: str, value: Any, layers: int, hint: str = "") -> list[Any]:
+    """A list has one entry per layer, anything else holds for every layer."""
+    if not isinstance(value, list):
+        return [value] * layers
+    if len(value) != layers:
+        raise ValueError(f"{owner}: {name} is {value}, expected {layers} entries, one per layer{hint}")
+    return value
+
+
+def kind(value: Any) -> str:
+    """What a value of the wrong type is, for messages."""
+    return f"{len(value)} items" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+
+
+def shown(module: nn.Module, constructor: Callable[..., None]) -> str:
+    """The constructor's arguments, without those that have their default."""
+    listed = []
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        if name in ("self", "device", "dtype"):
+            continue
+        value = getattr(module, name)
+        if name in ("bias", "peephole"):  # parameters may bear these names
+            value = value if isinstance(value, bool) else value is not None
+        if parameter.default is inspect.Parameter.empty or value != parameter.default:
+            listed.append(f"{name}={value!r}")
+    return ", ".join(listed)
+
+
 def _padding(owner: str, value: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
     dims = len(kernel)
     if value == "same":
@@ -57,20 +93,13 @@ def _padding(owner: str, value: Any, kernel: tuple[int, ...], dilation: tuple[in
 def make_layers(
     owner: str, dims: int, input_channels: int, hidden: Sequence[int], directions: int, **options: Any
 ) -> list[Layer]:
-    """An option that is a list has one entry per layer, any other holds for every layer."""
+    """One `Layer` for each of `hidden`; see `per_layer` for the options."""
     if not isinstance(input_channels, int) or input_channels < 0:
         raise ValueError(f"{owner}: input_channels is {input_channels!r}, expected an int >= 0 (0: no input)")
     if not hidden or not all(isinstance(c, int) and c > 0 for c in hidden):
         raise ValueError(f"{owner}: hidden_channels is {list(hidden)}, expected positive ints, one per layer")
-    for name, value in options.items():
-        if not isinstance(value, list):
-            options[name] = [value] * len(hidden)
-        elif len(value) != len(hidden):
-            raise ValueError(
-                f"{owner}: {name} is {value}, expected {len(hidden)} entries, one per layer "
-                "(a tuple has one number per spatial dim)"
-            )
-
+    hint = " (a tuple has one number per spatial dim)"
+    options = {name: per_layer(owner, name, value, len(hidden), hint) for name, value in options.items()}
     layers = []
     inputs = [input_channels, *(c * directions for c in hidden[:-1])]
     for index, (cin, channels) in enumerate(zip(inputs, hidden)):

@@ -1,6 +1,7 @@
 """What a stack of layers returns as its state."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree
@@ -29,3 +30,17 @@ _pytree.register_pytree_node(
     lambda children, _: ConvLSTMState(children[0]),
     serialized_type_name="convfast.nn.ConvLSTMState",
 )
+
+
+class ConvTail(NamedTuple):
+    """What a convolution over a sequence that comes in chunks still needs."""
+
+    frames: Tensor  # [B, n, F], the last inputs, from the first one that the next output reads
+    skip: int  # how many inputs to come are read by no output
+
+
+class Conv1dLSTMState(NamedTuple):
+    """Where `Conv1dLSTM.step` is in its sequence."""
+
+    conv: list[ConvTail]
+    lstm: Pair | None

@@ -1,6 +1,8 @@
 """What the ops share: argument checks (a message names op, argument, expected, got), autocast, transforms, layouts."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ from torch.autograd import forward_ad
 from ..reference.lstm_gates import state_dtype
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def check_tensors(op: str, tensors: Mapping[str, Tensor | None], state: str | None = None) -> None:
@@ -32,9 +36,85 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor | None], state: str | No
             )
 
 
+def check_given(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    for name, t in tensors.items():
+        if t is None:
+            raise TypeError(f"{op}: {name} is None, expected a Tensor")
+
+
 def check_shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], legend: str) -> None:
     if tensor is not None and tuple(tensor.shape) != expected:
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {list(expected)} ({legend})")
+
+
+def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def values_at_hand(lengths: Tensor) -> bool:
+    """Whether to look at values costs no synchronization and they are there: not while tracing or in vmap."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(lengths) is Tensor
+        and not torch._C._functorch.is_batchedtensor(lengths)
+        and lengths.device.type == "cpu"
+        and lengths.numel() > 0
+    )
+
+
+def check_integers(op: str, lengths: Any) -> None:
+    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
+        got = f"dtype {lengths.dtype}" if isinstance(lengths, Tensor) else f"type {type(lengths).__name__}"
+        raise TypeError(f"{op}: lengths has {got}, expected a Tensor of integers")
+
+
+def check_lengths(op: str, lengths: Tensor | None, batch: int, time: int, device: torch.device) -> Tensor | None:
+    """→ lengths as int64 on `device`."""
+    if lengths is None:
+        return None
+    check_integers(op, lengths)
+    check_shape(op, "lengths", lengths, (batch,), "[B]")
+    if values_at_hand(lengths):
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > time:
+            wrong = least if least < 0 else most
+            raise ValueError(f"{op}: lengths has {wrong}, expected 0 to {time} (the number of time steps)")
+    return lengths.to(device=device, dtype=torch.int64)
+
+
+def most_padding(size: int, mode: str) -> int | None:
+    """How much padding on one side of `size` elements the mode allows, None for any."""
+    return {"reflect": size - 1, "circular": size}.get(mode)
+
+
+def output_size(
+    op: str, where: str, size: int, kernel: int, stride: int, pads: list[int], dilation: int, mode: str
+) -> int:
+    """Positions of a kernel along one axis, called `where` in messages; `pads` are before and behind."""
+    before, behind = pads
+    most = most_padding(size, mode)
+    if most is not None and max(before, behind) > most:
+        raise ValueError(
+            f"{op}: padding is {max(before, behind)} in {where}, expected at most {most} "
+            f"with padding_mode={mode!r} and size {size}"
+        )
+    extent = dilation * (kernel - 1) + 1
+    if size + before + behind < extent:
+        raise ValueError(
+            f"{op}: input has size {size} in {where}, expected at least {extent - before - behind} "
+            f"for a kernel that spans {extent} with padding {before}+{behind}"
+        )
+    return (size + before + behind - extent) // stride + 1
+
+
+def unpack_state(op: str, state: tuple[Tensor | None, Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
+    if state is None:
+        return None, None
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        got = f"{len(state)} items" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
+        raise TypeError(f"{op}: state has {got}, expected a pair (h, c)")
+    return state[0], state[1]
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -49,6 +129,21 @@ def autocast_to(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | No
     """Cast what autocast casts: floating types but float64."""
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     return [t.to(dtype) if isinstance(t, Tensor) and t.dtype in narrow else t for t in tensors]
+
+
+def autocast_state(
+    dtype: torch.dtype, weight: Tensor, h: Tensor | None, c: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Cast h, and c unless it has the wide type of the state, for a weight that is already cast."""
+    (h,) = autocast_to(dtype, h)
+    if isinstance(c, Tensor) and c.dtype != state_dtype(weight.dtype):
+        (c,) = autocast_to(dtype, c)
+    return h, c
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """For a backward in plain torch, which keeps the dtypes of its forward wherever it is called."""
+    return nullcontext() if autocast_dtype(like) is None else torch.autocast(like.device.type, enabled=False)
 
 
 def forward_mode() -> bool:
@@ -71,3 +166,11 @@ def empty_channels_last(like: Tensor, shape: list[int], channel_dim: int, dtype:
     """For fakes: fresh memory with the channels innermost."""
     shape = shape[:channel_dim] + shape[channel_dim + 1 :] + [shape[channel_dim]]
     return like.new_empty(shape, dtype=dtype).movedim(-1, channel_dim)
+
+
+def empty_sequence(like: Tensor, shape: tuple[int, int, int], time_major: bool, dtype: torch.dtype) -> Tensor:
+    """For fakes: fresh memory of `[B, T, C]`, or of `[T, B, C]` if `time_major`."""
+    batch, time, channels = shape
+    if time_major:
+        return like.new_empty((time, batch, channels), dtype=dtype).transpose(0, 1)
+    return like.new_empty(shape, dtype=dtype)

@@ -10,18 +10,23 @@ from ..reference.conv_lstm import channels_last
 from ..reference.lstm_gates import state_dtype
 from ..reference.padded_conv import conv, same_padding
 from .checks import (
+    PADDING_MODES,
     autocast_dtype,
+    autocast_state,
     autocast_to,
+    check_choice,
+    check_lengths,
     check_shape,
     check_tensors,
     empty_channels_last,
     forward_mode,
     needs_function,
+    output_size,
+    unpack_state,
+    without_autocast,
 )
 
 _OP = "conv_lstm"
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 ALGORITHMS = ("auto", "direct", "winograd")
 WITH_WINOGRAD = ("cpu",)
 
@@ -84,10 +89,7 @@ def conv_lstm(
     """
     if isinstance(weight_hh, Tensor) and (dtype := autocast_dtype(weight_hh)) is not None:
         input, weight_ih, weight_hh, bias, peephole = autocast_to(dtype, input, weight_ih, weight_hh, bias, peephole)
-        h0, c0 = _unpack(state)
-        (h0,) = autocast_to(dtype, h0)
-        if isinstance(c0, Tensor) and c0.dtype != state_dtype(weight_hh.dtype):
-            (c0,) = autocast_to(dtype, c0)
+        h0, c0 = autocast_state(dtype, weight_hh, *unpack_state(_OP, state))
         with torch.autocast(weight_hh.device.type, enabled=False):
             return conv_lstm(
                 input, weight_ih, weight_hh, bias, peephole, (h0, c0), lengths, steps=steps, stride=stride,
@@ -95,7 +97,7 @@ def conv_lstm(
                 memory=memory, algorithm=algorithm, backend=backend,
             )  # fmt: skip
 
-    h0, c0 = _unpack(state)
+    h0, c0 = unpack_state(_OP, state)
     tensors = {"weight_hh": weight_hh, "input": input, "weight_ih": weight_ih, "bias": bias, "peephole": peephole}
     check_tensors(_OP, {**tensors, "state h": h0, "state c": c0}, state="state c")
     _check_options(padding_mode, memory, algorithm)
@@ -105,12 +107,18 @@ def conv_lstm(
     pads = _padding(padding, weight_ih, dilation, dims)
     batch, time, space = _check_input(input, weight_ih, weight_hh, h0, c0, steps, groups)
     if input is not None and weight_ih is not None:
-        space = _output_size(space, weight_ih, stride, pads, dilation, padding_mode)
+        space = [
+            output_size(
+                _OP, f"spatial dim {d}", size, weight_ih.shape[2 + d], stride[d], pads[2 * d : 2 * d + 2], dilation[d],
+                padding_mode,
+            )
+            for d, size in enumerate(space)
+        ]  # fmt: skip
     check_shape(_OP, "bias", bias, (4 * channels,), "[4C]")
     check_shape(_OP, "peephole", peephole, (3, channels, *space), "[3, C, *S']")
     check_shape(_OP, "state h", h0, (batch, channels, *space), "[B, C, *S']")
     check_shape(_OP, "state c", c0, (batch, channels, *space), "[B, C, *S']")
-    lengths = _check_lengths(lengths, batch, time, weight_hh.device)
+    lengths = check_lengths(_OP, lengths, batch, time, weight_hh.device)
     name = backends.select(_OP, backend, weight_hh.device.type)
     _check_algorithm(algorithm, name)
 
@@ -136,22 +144,11 @@ def conv_lstm(
     return outputs[0], (outputs[1], outputs[2])
 
 
-def _unpack(state: tuple[Tensor | None, Tensor | None] | None) -> tuple[Tensor | None, Tensor | None]:
-    if state is None:
-        return None, None
-    if not isinstance(state, (tuple, list)) or len(state) != 2:
-        got = f"{len(state)} items" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
-        raise TypeError(f"{_OP}: state has {got}, expected a pair (h, c)")
-    return state[0], state[1]
-
-
 def _check_options(padding_mode: str, memory: str, algorithm: str) -> None:
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"{_OP}: padding_mode is {padding_mode!r}, expected one of {', '.join(PADDING_MODES)}")
+    check_choice(_OP, "padding_mode", padding_mode, PADDING_MODES)
     if memory not in ("fast", "lean"):
         raise ValueError(f"{_OP}: memory is {memory!r}, expected 'fast' or 'lean'")
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"{_OP}: algorithm is {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
+    check_choice(_OP, "algorithm", algorithm, ALGORITHMS)
 
 
 def _check_algorithm(algorithm: str, backend: str) -> None:
@@ -238,50 +235,6 @@ def _check_input(
     return input.shape[0], input.shape[1] if steps is None else steps, list(input.shape[3:])
 
 
-def _output_size(
-    space: list[int], weight_ih: Tensor, stride: list[int], pads: list[int], dilation: list[int], mode: str
-) -> list[int]:
-    sizes = []
-    for axis, size in enumerate(space):
-        before, behind = pads[2 * axis : 2 * axis + 2]
-        most = {"reflect": size - 1, "circular": size}.get(mode)
-        if most is not None and max(before, behind) > most:
-            raise ValueError(
-                f"{_OP}: padding is {max(before, behind)} in spatial dim {axis}, expected at most {most} "
-                f"with padding_mode={mode!r} and size {size}"
-            )
-        extent = dilation[axis] * (weight_ih.shape[2 + axis] - 1) + 1
-        if size + before + behind < extent:
-            raise ValueError(
-                f"{_OP}: input has size {size} in spatial dim {axis}, expected at least {extent - before - behind} "
-                f"for a kernel that spans {extent} with padding {before}+{behind}"
-            )
-        sizes.append((size + before + behind - extent) // stride[axis] + 1)
-    return sizes
-
-
-def _check_lengths(lengths: Tensor | None, batch: int, time: int, device: torch.device) -> Tensor | None:
-    if lengths is None:
-        return None
-    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
-        got = f"dtype {lengths.dtype}" if isinstance(lengths, Tensor) else f"type {type(lengths).__name__}"
-        raise TypeError(f"{_OP}: lengths has {got}, expected a Tensor of integers")
-    check_shape(_OP, "lengths", lengths, (batch,), "[B]")
-    # Values are looked at only where that costs no synchronization and they are there: not while tracing or in vmap.
-    if (
-        not torch.compiler.is_compiling()
-        and type(lengths) is Tensor
-        and not torch._C._functorch.is_batchedtensor(lengths)
-        and lengths.device.type == "cpu"
-        and batch > 0
-    ):
-        least, most = int(lengths.min()), int(lengths.max())
-        if least < 0 or most > time:
-            wrong = least if least < 0 else most
-            raise ValueError(f"{_OP}: lengths has {wrong}, expected 0 to {time} (the number of time steps)")
-    return lengths.to(device=device, dtype=torch.int64)
-
-
 def _input_convolution(
     input: Tensor,
     weight_ih: Tensor,
@@ -328,11 +281,12 @@ class _ConvLSTM(torch.autograd.Function):
         gates = channels_last(gates, 2) if gates.ndim > 1 else gates
         needs = [int(n) for n in ctx.needs_input_grad[:7]]
         backward = backends.function(ctx.backend, "conv_lstm_backward")
-        if torch.is_grad_enabled():
-            # A second derivative may follow: the reference is differentiable, the kernels are not.
-            h, _, _, c, gates = reference.conv_lstm_forward(*inputs, *ctx.options, "fast")
-            backward = reference.conv_lstm_backward
-        grads = backward(dh, dh_n, dc_n, *inputs, h, c, gates, *ctx.options, needs)
+        with without_autocast(h):
+            if torch.is_grad_enabled():
+                # A second derivative may follow: the reference is differentiable, the kernels are not.
+                h, _, _, c, gates = reference.conv_lstm_forward(*inputs, *ctx.options, "fast")
+                backward = reference.conv_lstm_backward
+            grads = backward(dh, dh_n, dc_n, *inputs, h, c, gates, *ctx.options, needs)
         return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
 
 

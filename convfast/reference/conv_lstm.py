@@ -1,46 +1,19 @@
 """One ConvLSTM layer over a sequence: the input convolution once for all steps, then a loop over time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .lstm_gates import cell_backward, cell_forward, peephole_backward, state_dtype
 from .padded_conv import conv, conv_backward, same_padding
+from .sequence import active_frames, keep, order, previous
 
 
 def channels_last(x: Tensor, channel_dim: int) -> Tensor:
     """A view of x, or a copy, with the channels innermost and nothing between the elements."""
     # Not `if is_contiguous()`: asked in a backward, torch.compile makes every incoming gradient contiguous.
     return x.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
-
-
-def _active(lengths: Tensor | None, time: int, dims: int) -> Tensor | None:
-    """Which frames [B, T, 1, *1] lie within the lengths. Walking all frames in either direction and leaving the state
-    alone outside them is the same as starting each sample at its own end."""
-    if lengths is None:
-        return None
-    mask = torch.arange(time, device=lengths.device) < lengths.unsqueeze(1)
-    return mask[(...,) + (None,) * (dims + 1)]
-
-
-def _keep(x: Tensor, active: Tensor | None) -> Tensor:
-    """x, zero where not active; a product would let NaN through."""
-    return x if active is None else torch.where(active, x, x.new_zeros(()))
-
-
-def _order(time: int, reverse: bool) -> Iterable[int]:
-    return range(time - 1, -1, -1) if reverse else range(time)
-
-
-def _previous(state: Tensor, first: Tensor | None, active: Tensor | None, reverse: bool) -> Tensor:
-    """The state [B, T, C, *S] that each step started from."""
-    first = torch.zeros_like(state[:, :1]) if first is None else first.to(state.dtype).unsqueeze(1)
-    if not reverse:
-        return torch.cat([first, state[:, :-1]], dim=1)
-    if active is not None:
-        state = torch.where(active, state, first)
-    return torch.cat([state[:, 1:], first], dim=1)
 
 
 def _recurrent_options(w_hh: Tensor) -> tuple[list[int], list[int], list[int], str]:
@@ -60,7 +33,7 @@ def _input_gates(
     """The input convolution [B, T, 4C, *S'] of all frames, without bias."""
     if x is None:
         return None
-    x = _keep(x, active)
+    x = keep(x, active)
     if w_ih is None:
         return x
     return conv(x.flatten(0, 1), w_ih, None, stride, padding, dilation, padding_mode).unflatten(0, x.shape[:2])
@@ -87,7 +60,7 @@ def conv_lstm_forward(
     """→ (h, h_n, c_n, c, gates) as csrc/ops.h says. `algorithm` is the library's own affair here."""
     dims = w_hh.ndim - 2
     dtype = state_dtype(w_hh.dtype)
-    active = _active(lengths, time, dims)
+    active = active_frames(lengths, time, dims)
     gates_x = _input_gates(x, w_ih, active, stride, padding, dilation, padding_mode)
     if gates_x is None:
         like = h0 if h0 is not None else c0
@@ -99,7 +72,7 @@ def conv_lstm_forward(
     hs: list[Tensor] = [w_hh] * time
     cs: list[Tensor] = [w_hh] * time
     activations: list[Tensor] = [w_hh] * time
-    for t in _order(time, reverse):
+    for t in order(time, reverse):
         gates = gates_x[:, t].to(dtype) + offset
         if h is not None:
             gates = gates + conv(h, w_hh, None, *_recurrent_options(w_hh)).to(dtype)
@@ -109,7 +82,7 @@ def conv_lstm_forward(
             h, c, hs[t] = h_new, c_new, h_new
         else:
             step = active[:, t]
-            hs[t] = _keep(h_new, step)
+            hs[t] = keep(h_new, step)
             h = torch.where(step, h_new, torch.zeros_like(h_new) if h is None else h)
             c = torch.where(step, c_new, torch.zeros_like(c_new) if c is None else c)
         cs[t] = c
@@ -157,10 +130,10 @@ def conv_lstm_backward(
     dtype = state_dtype(w_hh.dtype)
     batch_time = h.shape[:2]
     recurrent = _recurrent_options(w_hh)
-    active = _active(lengths, time, dims)
-    c = _keep(c, active)
-    h_before = _previous(h, h0, active, reverse)
-    c_before = _previous(c, c0, active, reverse)
+    active = active_frames(lengths, time, dims)
+    c = keep(c, active)
+    h_before = previous(h, h0, active, reverse)
+    c_before = previous(c, c0, active, reverse)
     if gates.numel() == 0:
         gates_x = _input_gates(x, w_ih, active, stride, padding, dilation, padding_mode)
         pre = conv(h_before.flatten(0, 1), w_hh, None, *recurrent).to(dtype)
@@ -173,11 +146,11 @@ def conv_lstm_backward(
     dgates: list[Tensor] = [c] * time
     dh_step = torch.zeros_like(h[:, 0]) if dh_n is None else dh_n
     dc_step = torch.zeros_like(c[:, 0]) if dc_n is None else dc_n.to(dtype)
-    for t in _order(time, not reverse):
+    for t in order(time, not reverse):
         step = None if active is None else active[:, t]
         dh_total = dh_step.to(dtype) if dh is None else dh_step.to(dtype) + dh[:, t].to(dtype)
         dgates_t, dc_before = cell_backward(gates[:, t], c_before[:, t], c[:, t], peephole, dh_total, dc_step)
-        dgates[t] = _keep(dgates_t, step)
+        dgates[t] = keep(dgates_t, step)
         dh_before, _ = conv_backward(dgates[t].to(w_hh.dtype), h[:, t], w_hh, *recurrent, needs=(True, False))
         dh_step = dh_before if step is None else torch.where(step, dh_before, dh_step)
         dc_step = dc_before if step is None else torch.where(step, dc_before, dc_step)
@@ -190,7 +163,7 @@ def conv_lstm_backward(
     elif x is not None:
         dx, dw_ih = conv_backward(
             dpre.flatten(0, 1),
-            _keep(x, active).flatten(0, 1),
+            keep(x, active).flatten(0, 1),
             w_ih,
             stride,
             padding,

@@ -16,14 +16,17 @@ def _split(padding: Sequence[int], mode: str) -> tuple[list[int], bool]:
     return (before if by_conv else [0] * len(before)), not by_conv and any(padding)
 
 
-def _source(size: int, before: int, behind: int, mode: str, device: torch.device) -> Tensor:
-    """The index read by each position of a padded axis."""
-    index = torch.arange(-before, size + behind, device=device)
+def source(index: Tensor, last: int | Tensor, mode: str) -> Tensor:
+    """Where each position of a padded axis reads; `last` is the last index there is, one for all or a tensor."""
     if mode == "circular":
-        return index % size
+        return index % (last + 1)
     if mode == "reflect":
-        return (size - 1) - (size - 1 - index.abs()).abs()
-    return index.clamp(0, size - 1)
+        return last - (last - index.abs()).abs()
+    return index.clamp(min=0).clamp(max=last)
+
+
+def _source(size: int, before: int, behind: int, mode: str, device: torch.device) -> Tensor:
+    return source(torch.arange(-before, size + behind, device=device), size - 1, mode)
 
 
 def _pad(x: Tensor, padding: Sequence[int], mode: str) -> Tensor:
@@ -81,14 +84,15 @@ def conv_backward(
     dilation: Sequence[int],
     mode: str,
     needs: tuple[bool, bool],
+    groups: int = 1,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `conv` (groups 1) with respect to x and weight; None where not needed."""
+    """Gradients of `conv` with respect to x and weight; None where not needed."""
     if not any(needs):
         return None, None
     by_conv, by_pad = _split(padding, mode)
     padded = _pad(x, padding, mode) if by_pad else x
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        grad, padded, weight, None, stride, by_conv, dilation, False, [0] * len(stride), 1, [*needs, False]
+        grad, padded, weight, None, stride, by_conv, dilation, False, [0] * len(stride), groups, [*needs, False]
     )
     if needs[0] and by_pad:
         dx = _pad_backward(dx, x.shape, padding, mode)

@@ -200,16 +200,7 @@ inline Problem make_problem(const char* op, const Inputs& in, int64_t time, cons
     check_shape(op, "peephole", *in.peephole, p.shape({3, p.channels}));
     check_dtype(op, "peephole", *in.peephole, dtype, dtype);
   }
-  p.lengths.assign(p.batch, time);
-  if (defined(in.lengths)) {
-    check_shape(op, "lengths", *in.lengths, {p.batch});
-    CONVFAST_CHECK(in.lengths->scalar_type() == ScalarType::Long, op, "lengths", "int64", torch::headeronly::toString(in.lengths->scalar_type()));
-    const int64_t* n = static_cast<const int64_t*>(in.lengths->const_data_ptr());
-    for (long b = 0; b < p.batch; ++b) {
-      p.lengths[b] = n[b * in.lengths->stride(0)];
-      CONVFAST_CHECK(p.lengths[b] >= 0 && p.lengths[b] <= time, op, "lengths", "between 0 and " + std::to_string(time), p.lengths[b]);
-    }
-  }
+  p.lengths = read_lengths(op, in.lengths, p.batch, time);
   return p;
 }
 

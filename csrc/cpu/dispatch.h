@@ -70,6 +70,20 @@ auto switch_dtype(const char* op, const char* argument, const Tensor& t, const F
 
 inline bool defined(const OptionalTensor& t) { return t.has_value(); }
 
+// Steps of each sample: `lengths` checked, or all of them.
+inline std::vector<long> read_lengths(const char* op, const OptionalTensor& lengths, long batch, long time) {
+  std::vector<long> steps(batch, time);
+  if (!lengths) return steps;
+  check_shape(op, "lengths", *lengths, {batch});
+  CONVFAST_CHECK(lengths->scalar_type() == ScalarType::Long, op, "lengths", "int64", torch::headeronly::toString(lengths->scalar_type()));
+  const int64_t* n = static_cast<const int64_t*>(lengths->const_data_ptr());
+  for (long b = 0; b < batch; ++b) {
+    steps[b] = n[b * lengths->stride(0)];
+    CONVFAST_CHECK(steps[b] >= 0 && steps[b] <= time, op, "lengths", "between 0 and " + std::to_string(time), steps[b]);
+  }
+  return steps;
+}
+
 // torch_from_blob came with torch 2.11, and the library asks for 2.10: looked up, until 2.11 is the least.
 using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t, AtenTensorHandle*,
                                     int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);

@@ -125,6 +125,93 @@ static py::tuple cell_backward(const std::string& isa, Array<T> activated, Array
   return py::make_tuple(dz, dc_prev, dpeephole);
 }
 
+template <class T, void (*Kernels<T>::*F)(long, const T*, const T*, T*)>
+static Array<T> map_backward(const std::string& isa, const Array<T>& dy, const Array<T>& x) {
+  check<T>(dy, "dy", {x.size()});
+  Array<T> dx(x.size());
+  (kernels<T>(isa).*F)(x.size(), dy.data(), x.data(), dx.mutable_data());
+  return dx;
+}
+
+// b [k, columns] as pack_panels leaves it.
+template <class T>
+static std::vector<T> pack(const Kernels<T>& table, const T* b, long k, long columns) {
+  std::vector<T> packed;
+  for (long first = 0; first < columns; first += table.panel) {
+    const long across = columns - first > table.lanes ? table.panel : table.lanes;
+    packed.resize(k * (first + across) + 64, T(0));
+    for (long row = 0; row < k; ++row)
+      for (long n = 0; n < across && first + n < columns; ++n) packed[k * first + row * across + n] = b[row * columns + first + n];
+  }
+  return packed;
+}
+
+static const long kZero = 0;
+
+// a [rows, k] b [k, columns] + init [rows, columns] -> [rows, columns]
+template <class T>
+static Array<T> gemm(const std::string& isa, const Array<T>& a, const Array<T>& b, const OptionalArray<T>& init) {
+  const Kernels<T>& table = kernels<T>(isa);
+  const long rows = a.shape(0), k = a.shape(1), columns = b.shape(1), ld = columns + table.lanes;
+  check<T>(b, "b", {k, columns});
+  check(init, "init", {rows, columns});
+  const std::vector<T> packed = pack(table, b.data(), k, columns);
+  std::vector<T> out(rows * ld);
+  for (long r = 0; init && r < rows; ++r) std::memcpy(&out[r * ld], init->data() + r * columns, columns * sizeof(T));
+  table.gemm({rows, a.data(), {&kZero, 1, k, k}, packed.data(), k, columns, init ? out.data() : nullptr, ld, out.data(), ld});
+  Array<T> result({rows, columns});
+  for (long r = 0; r < rows; ++r) std::memcpy(result.mutable_data() + r * columns, &out[r * ld], columns * sizeof(T));
+  return result;
+}
+
+// aᵀ g of a [rows, k] and g [rows, columns] -> [k, columns]
+template <class T>
+static Array<T> outer_sum(const std::string& isa, const Array<T>& a, const Array<T>& g) {
+  const Kernels<T>& table = kernels<T>(isa);
+  const long rows = a.shape(0), k = a.shape(1), columns = g.shape(1), ld = columns + table.lanes;
+  check<T>(g, "g", {rows, columns});
+  std::vector<T> wide(rows * ld), sum(k * ld, T(0));
+  for (long r = 0; r < rows; ++r) std::memcpy(&wide[r * ld], g.data() + r * columns, columns * sizeof(T));
+  table.outer_sum({rows, a.data(), {&kZero, 1, k, k}, wide.data(), ld, columns, sum.data(), ld});
+  Array<T> result({k, columns});
+  for (long i = 0; i < k; ++i) std::memcpy(result.mutable_data() + i * columns, &sum[i * ld], columns * sizeof(T));
+  return result;
+}
+
+// Taps of a depthwise convolution over x [time, channels].
+template <class T>
+struct Depthwise {
+  std::vector<long> offset;
+  Runs runs;
+  long rows;
+  Depthwise(const Array<T>& x, long taps, long stride, long dilation) : rows((x.shape(0) - dilation * (taps - 1) - 1) / stride + 1) {
+    const long channels = x.shape(1);
+    for (long j = 0; j < taps; ++j) offset.push_back(j * dilation * channels);
+    runs = {offset.data(), taps, channels, stride * channels};
+  }
+};
+
+// x [time, channels], w [taps, channels], bias [channels] -> [rows, channels]
+template <class T>
+static Array<T> depthwise(const std::string& isa, const Array<T>& x, const Array<T>& w, const OptionalArray<T>& bias, long stride, long dilation) {
+  const Depthwise<T> d(x, w.shape(0), stride, dilation);
+  check<T>(w, "w", {w.shape(0), x.shape(1)});
+  check(bias, "bias", {x.shape(1)});
+  Array<T> out({d.rows, long(x.shape(1))});
+  kernels<T>(isa).depthwise(d.rows, x.data(), d.runs, w.data(), data(bias), out.mutable_data(), x.shape(1));
+  return out;
+}
+
+// The gradient of w for that of the result, g [rows, channels] -> [taps, channels]
+template <class T>
+static Array<T> depthwise_weight_grad(const std::string& isa, const Array<T>& x, const Array<T>& g, long taps, long stride, long dilation) {
+  const Depthwise<T> d(x, taps, stride, dilation);
+  check<T>(g, "g", {d.rows, x.shape(1)});
+  Array<T> dw = zeros<T>({taps, x.shape(1)});
+  kernels<T>(isa).depthwise_weight_grad(d.rows, x.data(), d.runs, g.data(), x.shape(1), dw.mutable_data());
+  return dw;
+}
+
 // Convolution, stride 1, no padding: frames [S, H, W, C], weight [kh, kw, C, N] -> [S, H - kh + 1, W - kw + 1, N].
 // The first `split` kernel rows come from the first operand and the rest from the second, as x and h do in a step.
 template <class T>
@@ -133,17 +220,7 @@ static Array<T> convolve(const std::string& isa, const Array<T>& frames, const A
   const long samples = frames.shape(0), height = frames.shape(1), width = frames.shape(2), channels = frames.shape(3);
   const long kh = weight.shape(0), kw = weight.shape(1), columns = weight.shape(3), k = kh * kw * channels;
   check<T>(weight, "weight", {kh, kw, channels, columns});
-  const long lanes = table.lanes, panel = table.panel, padded = (columns + lanes - 1) / lanes * lanes;
-
-  std::vector<T> packed(k * padded, T(0));
-  for (long first = 0; first < columns; first += panel) {
-    const long across = columns - first > lanes ? panel : lanes;
-    packed.resize(std::max<size_t>(packed.size(), k * (first + across)), T(0));
-    for (long row = 0; row < k; ++row)
-      for (long n = 0; n < across && first + n < columns; ++n)
-        packed[k * first + row * across + n] = weight.data()[row * columns + first + n];
-  }
-
+  const std::vector<T> packed = pack(table, weight.data(), k, columns);
   std::vector<long> offset(kh), sample(samples);
   for (long y = 0; y < kh; ++y) offset[y] = y * width * channels;
   for (long s = 0; s < samples; ++s) sample[s] = s;
@@ -157,7 +234,7 @@ static Array<T> convolve(const std::string& isa, const Array<T>& frames, const A
   p.b = packed.data();
   p.columns = columns;
   p.k = k;
-  p.ldo = (columns + panel - 1) / panel * panel;
+  p.ldo = (columns + table.panel - 1) / table.panel * table.panel;
   std::vector<T> out(samples * out_height * out_width * p.ldo);
   p.out = out.data();
   const long rows = samples * out_height, half = rows / 2;
@@ -281,6 +358,22 @@ static void bind(py::module_& m) {
   const py::arg isa("isa");
   m.def("sigmoid", map<T, &Kernels<T>::sigmoid>, isa, py::arg("x").noconvert());
   m.def("tanh", map<T, &Kernels<T>::tanh>, isa, py::arg("x").noconvert());
+  m.def("relu", map<T, &Kernels<T>::relu>, isa, py::arg("x").noconvert());
+  m.def("leaky_relu", map<T, &Kernels<T>::leaky_relu>, isa, py::arg("x").noconvert());
+  m.def("silu", map<T, &Kernels<T>::silu>, isa, py::arg("x").noconvert());
+  m.def("gelu", map<T, &Kernels<T>::gelu>, isa, py::arg("x").noconvert());
+  const auto backward = [&](const char* name, auto f) { m.def(name, f, isa, py::arg("dy").noconvert(), py::arg("x").noconvert()); };
+  backward("sigmoid_backward", map_backward<T, &Kernels<T>::sigmoid_backward>);
+  backward("tanh_backward", map_backward<T, &Kernels<T>::tanh_backward>);
+  backward("relu_backward", map_backward<T, &Kernels<T>::relu_backward>);
+  backward("leaky_relu_backward", map_backward<T, &Kernels<T>::leaky_relu_backward>);
+  backward("silu_backward", map_backward<T, &Kernels<T>::silu_backward>);
+  backward("gelu_backward", map_backward<T, &Kernels<T>::gelu_backward>);
+  m.def("gemm", gemm<T>, isa, py::arg("a").noconvert(), py::arg("b").noconvert(), py::arg("init") = py::none());
+  m.def("outer_sum", outer_sum<T>, isa, py::arg("a").noconvert(), py::arg("g").noconvert());
+  m.def("depthwise", depthwise<T>, isa, py::arg("x").noconvert(), py::arg("w").noconvert(), py::arg("bias"), py::arg("stride"), py::arg("dilation"));
+  m.def("depthwise_weight_grad", depthwise_weight_grad<T>, isa, py::arg("x").noconvert(), py::arg("g").noconvert(), py::arg("taps"), py::arg("stride"),
+        py::arg("dilation"));
   m.def("cell_forward", cell_forward<T>, isa, py::arg("z").noconvert(), py::arg("c_prev") = py::none(),
         py::arg("peephole") = py::none());
   m.def("cell_backward", cell_backward<T>, isa, py::arg("activated").noconvert(), py::arg("c").noconvert(),

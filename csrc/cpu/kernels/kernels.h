@@ -180,6 +180,54 @@ struct WinogradKernels {
   void (*filter_gradient)(const T* u, long n, T* g);          // n columns of u [plane][kSlab] to g [tap][kSlab]
 };
 
+// out[row, n] = init[row, n] + sum over k of window(row)[k] B[k, n]; the window of a row is the runs from a + row * stride.
+template <class T>
+struct Gemm {
+  long rows;
+  const T* a;
+  Runs runs;
+  const T* b;            // packed by pack_panels, k rows, from the first column wanted
+  long k, columns;
+  const T* init;         // null = zero; may be out
+  long ld_init;          // 0: one row for all
+  T* out;                // whole vectors are written
+  long ldo;
+};
+
+// dw[k, n] += sum over rows of window(row)[k] g[row, n], whole vectors of n.
+template <class T>
+struct OuterSum {
+  long rows;
+  const T* a;
+  Runs runs;
+  const T* g;
+  long ldg, columns;
+  T* dw;
+  long ldw;
+};
+
+// Rows of an LSTM layer at one step. Rows of z and gates are [block][i | f | g | o][channels of the block].
+template <class T>
+struct LstmCells {
+  long rows, channels, begin, end;  // blocks [begin, end)
+  T* z;                  // forward: pre-activations; backward: their gradients, written
+  long ldz;
+  T* gates;              // activated; forward: null = not kept
+  long ldg;
+  const T* c_prev;       // null = zero; may be c
+  long ldc_prev;
+  T* c;
+  long ldc;
+  const T* peephole;     // [3][channels] of i f o; null = none
+  T* h;                  // forward
+  const T* dh;           // backward: null = zero; dy[row], null or null rows = zero, is added
+  long ldh;              // of h or dh
+  const T* const* dy;
+  T* dc;                 // gradient of c on entry, of c_prev on exit
+  long ld_dc;
+  T* dpeephole;          // [3][channels], added to; null = not wanted
+};
+
 template <class T>
 struct Kernels {
   const char* name;
@@ -193,10 +241,28 @@ struct Kernels {
   long (*weight_grad_tasks)(const Runs&);
   void (*sum_rows)(long rows, const T* const* row, long n, T* out);   // out[i] = sum over rows of row[i]
   void (*transpose)(long rows, long columns, const T* src, long ld_src, T* dst, long ld_dst);  // dst[column][row] = src[row][column]
+  void (*gemm)(const Gemm<T>&);
+  void (*outer_sum)(const OuterSum<T>&);
+  void (*lstm_step)(const Gemm<T>& recurrent, const LstmCells<T>&);  // recurrent.a null: none
+  void (*lstm_cells_backward)(const LstmCells<T>&);
   void (*cell_forward)(const CellSpan<T>&);
   void (*cell_backward)(const CellSpan<T>&);
   void (*sigmoid)(long n, const T* x, T* y);
   void (*tanh)(long n, const T* x, T* y);
+  void (*relu)(long n, const T* x, T* y);
+  void (*leaky_relu)(long n, const T* x, T* y);
+  void (*silu)(long n, const T* x, T* y);
+  void (*gelu)(long n, const T* x, T* y);
+  // dx from the gradient of the result; x: the result, or for silu and gelu what went in.
+  void (*sigmoid_backward)(long n, const T* dy, const T* x, T* dx);
+  void (*tanh_backward)(long n, const T* dy, const T* x, T* dx);
+  void (*relu_backward)(long n, const T* dy, const T* x, T* dx);
+  void (*leaky_relu_backward)(long n, const T* dy, const T* x, T* dx);
+  void (*silu_backward)(long n, const T* dy, const T* x, T* dx);
+  void (*gelu_backward)(long n, const T* dy, const T* x, T* dx);
+  // runs: one a tap, `length` channels long; w [tap][channel]; bias null = zero.
+  void (*depthwise)(long rows, const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo);
+  void (*depthwise_weight_grad)(long rows, const T* x, const Runs& runs, const T* g, long ldg, T* dw);
   const WinogradKernels<T>* winograd[2];  // F(4×4, 3×3), F(2×2, 5×5); null for double
 };
 

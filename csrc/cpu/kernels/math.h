@@ -48,6 +48,26 @@ struct VectorMath<float> {
     const Number r = x * S::divide(p, q);  // the quotient is positive: the sign of a zero comes through
     return S::max(S::set1(-1.f), S::min(S::set1(1.f), r));
   }
+
+  // x P(x^2) / Q(x^2) on [-4, 4], past which erf rounds to 1; the coefficients are Eigen's (generic_erf).
+  static INLINE Number erf(Number x) {
+    x = S::max(S::set1(-4.f), S::min(S::set1(4.f), x));
+    const Number u = x * x;
+    Number p = S::set1(-2.72614225801306e-10f);
+    p = p * u + S::set1(2.77068142495902e-08f);
+    p = p * u + S::set1(-2.10102402082508e-06f);
+    p = p * u + S::set1(-5.69250639462346e-05f);
+    p = p * u + S::set1(-7.34990630326855e-04f);
+    p = p * u + S::set1(-2.95459980854025e-03f);
+    p = p * u + S::set1(-1.60960333262415e-02f);
+    Number q = S::set1(-1.45660718464996e-05f);
+    q = q * u + S::set1(-2.13374055278905e-04f);
+    q = q * u + S::set1(-1.68282697438203e-03f);
+    q = q * u + S::set1(-7.37332916720468e-03f);
+    q = q * u + S::set1(-1.42647390514189e-02f);
+    const Number r = x * S::divide(p, q);
+    return S::max(S::set1(-1.f), S::min(S::set1(1.f), r));
+  }
 };
 
 template <>
@@ -64,6 +84,16 @@ struct VectorMath<double> {
   static INLINE Number tanh(Number x) {
     Number r;
     for (int i = 0; i < S::W; ++i) r[i] = ScalarMath<double>::tanh(x[i]);
+    return r;
+  }
+  static INLINE Number exp(Number x) {
+    Number r;
+    for (int i = 0; i < S::W; ++i) r[i] = ::exp(x[i]);
+    return r;
+  }
+  static INLINE Number erf(Number x) {
+    Number r;
+    for (int i = 0; i < S::W; ++i) r[i] = ::erf(x[i]);
     return r;
   }
 };

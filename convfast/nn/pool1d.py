@@ -1,0 +1,47 @@
+"""Pooling over time."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .options import check_count
+
+Pool = tuple[str, int] | tuple[str, int, int] | None
+
+
+class Pool1d(nn.Module):
+    """`torch.nn.MaxPool1d` or `torch.nn.AvgPool1d` over `[B, T, C]`, without a copy.
+
+    Args:
+        spec: `("max", kernel)`, `("avg", kernel)`, or with a stride other than the kernel `("max", kernel, stride)`;
+            None passes the input on.
+    """
+
+    def __init__(self, spec: Pool) -> None:
+        super().__init__()
+        spec = ("none", 1) if spec is None else spec
+        if not isinstance(spec, tuple) or len(spec) not in (2, 3) or spec[0] not in ("none", "max", "avg"):
+            raise ValueError(f"pool: spec is {spec!r}, expected None or a tuple ('max' or 'avg', kernel[, stride])")
+        for name, number in zip(("kernel", "stride"), spec[1:]):
+            check_count("pool", name, number, 1)
+        self.kind, self.kernel, self.stride = spec[0], spec[1], spec[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[B, T, C]` → `[B, T', C]`, T' = (T - kernel) / stride + 1."""
+        if self.kind == "none":
+            return x
+        if x.size(1) < self.kernel:
+            raise ValueError(f"pool: input has {x.size(1)} time steps, expected at least the kernel {self.kernel}")
+        # A frame of T rows and one column in channels_last memory.
+        frames = x.unsqueeze(2).permute(0, 3, 1, 2)
+        if self.kind == "max":
+            frames = F.max_pool2d(frames, (self.kernel, 1), (self.stride, 1))
+        else:
+            frames = F.avg_pool2d(frames, (self.kernel, 1), (self.stride, 1))
+        return frames.permute(0, 2, 3, 1).squeeze(2)
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Steps of the output for each number of steps of the input; no window reaches past it."""
+        return ((lengths - self.kernel) // self.stride + 1).clamp(min=0)
+
+    def extra_repr(self) -> str:
+        return "none" if self.kind == "none" else f"{self.kind!r}, kernel={self.kernel}, stride={self.stride}"

@@ -1,0 +1,180 @@
+"""What `torch.jit.script` makes of the LSTM and Conv1d modules: the native op per layer, for inference.
+
+Calls and results are those of the modules, without PackedSequence and `step`. Weights are shared with the module that
+was scripted, as buffers; there are no gradients and no dropout.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import native
+
+if TYPE_CHECKING:
+    from .conv1d import Conv1d
+    from .conv1d_lstm import CNN_LSTM, Conv1dLSTM
+    from .lstm import LSTM, RegLSTM
+
+
+class ScriptedConv1d(nn.Module):
+    bias: Tensor | None
+
+    def __init__(self, module: "Conv1d") -> None:
+        super().__init__()
+        native.load()
+        self.register_buffer("weight", module.weight.detach())
+        self.register_buffer("bias", None if module.bias is None else module.bias.detach())
+        self.kernel_size, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
+        self.groups, self.padding_mode, self.activation = module.groups, module.padding_mode, module.activation
+        self.channels_first = module.channels_first
+        self.pads = list(module.pads())
+
+    def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
+        if input.dim() != 3:
+            raise ValueError(f"Conv1d: input has {input.dim()} dims, expected 3")
+        x = input.transpose(1, 2) if self.channels_first else input
+        if lengths is not None:
+            lengths = lengths.to(torch.int64)
+        y, _ = torch.ops.convfast.conv1d_forward(
+            x, self.weight, self.bias, lengths, self.stride, self.pads, self.dilation, self.groups, self.padding_mode,
+            self.activation, False, False,
+        )  # fmt: skip
+        return y
+
+    @torch.jit.export
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        lengths = lengths.to(torch.int64)
+        extent = self.dilation * (self.kernel_size - 1) + 1
+        found = ((lengths + (self.pads[0] + self.pads[1] - extent)) // self.stride + 1).clamp(min=0)
+        return torch.where(lengths > 0, found, torch.zeros_like(found))
+
+
+class _LSTMLayer(nn.Module):
+    """One layer in all its directions."""
+
+    bias: Tensor | None
+    peephole: Tensor | None
+    weight_hr: Tensor | None
+    weight_ih_reverse: Tensor | None
+    weight_hh_reverse: Tensor | None
+    bias_reverse: Tensor | None
+    peephole_reverse: Tensor | None
+    weight_hr_reverse: Tensor | None
+
+    def __init__(self, module: "LSTM", layer: int) -> None:
+        super().__init__()
+        names = ("weight_ih", "weight_hh", "bias", "peephole", "weight_hr")
+        none = (None,) * len(names)
+        for direction in ("", "_reverse"):
+            weights = none if direction and not module.bidirectional else module.weights(layer, direction)
+            for name, value in zip(names, weights):
+                self.register_buffer(f"{name}{direction}", None if value is None else value.detach())
+
+    def forward(
+        self, x: Tensor, h: Tensor | None, c: Tensor | None, lengths: Tensor | None, time_major: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        output, h_n, c_n, _, _ = torch.ops.convfast.lstm_forward(
+            x, self.weight_ih, self.weight_hh, self.bias, self.peephole, self.weight_hr, self.weight_ih_reverse,
+            self.weight_hh_reverse, self.bias_reverse, self.peephole_reverse, self.weight_hr_reverse, h, c, lengths,
+            time_major, False,
+        )  # fmt: skip
+        return output, h_n, c_n
+
+
+class ScriptedLSTM(nn.Module):
+    def __init__(self, module: "LSTM") -> None:
+        super().__init__()
+        native.load()
+        self.input_size = module.input_size
+        self.batch_first = module.batch_first
+        self.directions = 2 if module.bidirectional else 1
+        self.layers = nn.ModuleList(_LSTMLayer(module, k) for k in range(module.num_layers))
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        single = input.dim() == 2
+        if input.dim() != 3 and not single:
+            raise ValueError(f"LSTM: input has {input.dim()} dims, expected 3, or 2 for a single sequence")
+        if input.size(-1) != self.input_size:
+            raise ValueError(f"LSTM: input has {input.size(-1)} features, expected input_size={self.input_size}")
+        if hx is not None and hx[0].size(0) != self.directions * len(self.layers):
+            raise ValueError(f"LSTM: hx has {hx[0].size(0)} rows, expected {self.directions * len(self.layers)}")
+        time_first = not self.batch_first and not single
+        x = input.unsqueeze(0) if single else input.transpose(0, 1) if time_first else input
+        if lengths is not None:
+            lengths = lengths.to(torch.int64)
+        hs: list[Tensor] = []
+        cs: list[Tensor] = []
+        for k, layer in enumerate(self.layers):
+            h: Tensor | None = None
+            c: Tensor | None = None
+            if hx is not None:
+                h, c = hx[0], hx[1]
+                if single:
+                    h, c = h.unsqueeze(1), c.unsqueeze(1)
+                h = h.narrow(0, k * self.directions, self.directions)
+                c = c.narrow(0, k * self.directions, self.directions)
+            x, h_n, c_n = layer(x, h, c, lengths, not self.batch_first)
+            hs.append(h_n)
+            cs.append(c_n)
+        h_n = torch.cat(hs) if len(hs) > 1 else hs[0]
+        c_n = torch.cat(cs) if len(cs) > 1 else cs[0]
+        if single:
+            return x.squeeze(0), (h_n.squeeze(1), c_n.squeeze(1))
+        return x.transpose(0, 1) if time_first else x, (h_n, c_n)
+
+
+class ScriptedConv1dLSTM(nn.Module):
+    def __init__(self, module: "Conv1dLSTM") -> None:
+        super().__init__()
+        # Fresh lists: torch.jit.script replaces what it prepares in the list that it finds it in.
+        self.conv = nn.ModuleList(module.conv)
+        self.pools = nn.ModuleList(module.pools)
+        self.lstm = module.lstm
+        self.channels_first, self.batch_first = module.channels_first, module.batch_first
+
+    def forward(
+        self, input: Tensor, state: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x = input
+        if self.channels_first:
+            x = x.transpose(1, 2)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        for conv, pool in zip(self.conv, self.pools):
+            x = pool(conv(x, lengths))
+            if lengths is not None:
+                lengths = pool.output_lengths(conv.output_lengths(lengths))
+        return self.lstm(x if self.batch_first else x.transpose(0, 1), state, lengths)
+
+    @torch.jit.export
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        for conv, pool in zip(self.conv, self.pools):
+            lengths = pool.output_lengths(conv.output_lengths(lengths))
+        return lengths
+
+
+class ScriptedCNNLSTM(nn.Module):
+    def __init__(self, module: "CNN_LSTM") -> None:
+        super().__init__()
+        self.cnn = nn.ModuleDict(module.cnn)
+        self.lstm, self.fc = module.lstm, module.fc
+
+    def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x = input
+        for conv in self.cnn.values():
+            x = conv(x, lengths)
+            if lengths is not None:
+                lengths = conv.output_lengths(lengths)
+        return self.fc(self.lstm(x, None, lengths)[0])
+
+
+class ScriptedRegLSTM(nn.Module):
+    def __init__(self, module: "RegLSTM") -> None:
+        super().__init__()
+        self.rnn, self.reg = module.rnn, module.reg
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.reg(self.rnn(input)[0])

@@ -1,0 +1,264 @@
+"""One LSTM layer over a whole sequence, in one or both directions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, library
+
+from .. import backends, reference
+from ..reference.lstm_gates import state_dtype
+from ..reference.sequence import ordered
+from .checks import (
+    autocast_dtype,
+    autocast_state,
+    autocast_to,
+    check_given,
+    check_lengths,
+    check_shape,
+    check_tensors,
+    empty_sequence,
+    forward_mode,
+    needs_function,
+    unpack_state,
+    without_autocast,
+)
+
+_OP = "lstm"
+_WEIGHTS = ("weight_ih", "weight_hh", "bias", "peephole", "weight_hr")
+
+
+def lstm(
+    input: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    peephole: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    reverse: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None] | None = None,
+    state: tuple[Tensor | None, Tensor | None] | None = None,
+    lengths: Tensor | None = None,
+    *,
+    time_major: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run one LSTM layer over a sequence, as `torch.nn.LSTM` does.
+
+    With gates (i, f, g, o) = W_ih x_t + W_hh h_{t-1} + b: i = σ(i + p_i∘c), f = σ(f + p_f∘c), c' = f∘c + i∘tanh(g),
+    o = σ(o + p_o∘c'), h = o∘tanh(c') (Gers et al. 2002), or h = W_hr (o∘tanh(c')) with a projection (Sak et al. 2014).
+
+    H is the hidden size, P the size of h: that of the projection, else H; D directions: 2 with `reverse`, else 1.
+
+    Args:
+        input: `[B, T, I]`, any memory layout (one with time first passes its transposed view).
+        weight_ih: `[4H, I]`, gates in the order i f g o.
+        weight_hh: `[4H, P]`.
+        bias: `[4H]`: the sum of the two of `torch.nn.LSTM`.
+        peephole: `[3, H]` for i, f and o.
+        weight_hr: `[P, H]`, the projection of h.
+        reverse: (weight_ih, weight_hh, bias, peephole, weight_hr) of the direction that reads each sample from its last
+            frame to its first, None in the places where the first direction has None; its outputs stay with their
+            frames.
+        state: `(h, c)`, `[D, B, P]` and `[D, B, H]`, either may be None for zero; c may be float32 where the rest is
+            narrower.
+        lengths: `[B]` integers in 0..T; the state stops at each sample's length and outputs past it are zero.
+        time_major: the output's memory is `[T, B, D P]` instead of `[B, T, D P]`.
+        backend: a name from `convfast.available("lstm")`; None takes the best.
+
+    Returns:
+        output `[B, T, D P]` in the dtype of `weight_hh`, the directions side by side, and `(h_n, c_n)`, `[D, B, P]` and
+        `[D, B, H]`, each sample's state after its last step; c_n float32 for bfloat16 and float16.
+
+    Raises:
+        ValueError: a shape or a device is wrong.
+        TypeError: dtypes are mixed (outside autocast), not floating, or `lengths` is not of an integer type.
+        RuntimeError: the backend asked for cannot be had.
+    """
+    if isinstance(weight_hh, Tensor) and (dtype := autocast_dtype(weight_hh)) is not None:
+        input, weight_ih, weight_hh, bias, peephole, weight_hr = autocast_to(
+            dtype, input, weight_ih, weight_hh, bias, peephole, weight_hr
+        )
+        if isinstance(reverse, (tuple, list)):
+            reverse = tuple(autocast_to(dtype, *reverse))
+        state = autocast_state(dtype, weight_hh, *unpack_state(_OP, state))
+        with torch.autocast(weight_hh.device.type, enabled=False):
+            return lstm(
+                input, weight_ih, weight_hh, bias, peephole, weight_hr, reverse, state, lengths,
+                time_major=time_major, backend=backend,
+            )  # fmt: skip
+
+    h0, c0 = unpack_state(_OP, state)
+    weights = (weight_ih, weight_hh, bias, peephole, weight_hr)
+    weights_r = _unpack_reverse(reverse, weights)
+    check_given(_OP, {"input": input, "weight_ih": weight_ih, "weight_hh": weight_hh})
+    tensors = {"weight_hh": weight_hh, "input": input} | dict(zip(_WEIGHTS, weights))
+    tensors |= {f"reverse {name}": t for name, t in zip(_WEIGHTS, weights_r)}
+    check_tensors(_OP, tensors | {"state h": h0, "state c": c0}, state="state c")
+    hidden, size = _check_weights(weight_ih, weight_hh, weight_hr)
+    _check_input(input, weight_ih)
+    for prefix, some in (("", weights), ("reverse ", weights_r)):
+        legends = (hidden * 4, input.shape[2]), (hidden * 4, size), (hidden * 4,), (3, hidden), (size, hidden)
+        for name, t, shape, legend in zip(_WEIGHTS, some, legends, ("[4H, I]", "[4H, P]", "[4H]", "[3, H]", "[P, H]")):
+            check_shape(_OP, prefix + name, t, shape, legend)
+    (batch, time), directions = input.shape[:2], 1 if reverse is None else 2
+    check_shape(_OP, "state h", h0, (directions, batch, size), "[D, B, P]")
+    check_shape(_OP, "state c", c0, (directions, batch, hidden), "[D, B, H]")
+    lengths = check_lengths(_OP, lengths, batch, time, weight_hh.device)
+    name = backends.select(_OP, backend, weight_hh.device.type)
+
+    operands = (input, *weights, *weights_r, h0, c0)
+    if forward_mode():
+        outputs = reference.lstm_forward(*operands, lengths, time_major, False)
+    elif needs_function(*operands):
+        outputs = _LSTM.apply(*operands, lengths, time_major, name)
+    else:
+        outputs = backends.function(name, "lstm_forward")(*operands, lengths, time_major, False)
+    return outputs[0], (outputs[1], outputs[2])
+
+
+def _unpack_reverse(
+    reverse: tuple[Tensor | None, ...] | None, weights: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    if reverse is None:
+        return (None,) * len(_WEIGHTS)
+    if not isinstance(reverse, (tuple, list)) or len(reverse) != len(_WEIGHTS):
+        got = f"{len(reverse)} items" if isinstance(reverse, (tuple, list)) else f"a {type(reverse).__name__}"
+        raise TypeError(f"{_OP}: reverse has {got}, expected ({', '.join(_WEIGHTS)})")
+    for name, t, other in zip(_WEIGHTS, reverse, weights):
+        if (t is None) != (other is None):
+            wanted = "None" if other is None else "a Tensor"
+            raise ValueError(
+                f"{_OP}: reverse {name} is {'None' if t is None else 'given'}, expected {wanted} like {name}"
+            )
+    return tuple(reverse)
+
+
+def _check_weights(weight_ih: Tensor, weight_hh: Tensor, weight_hr: Tensor | None) -> tuple[int, int]:
+    """→ (H, P)."""
+    shape = list(weight_hh.shape)
+    if weight_hh.ndim != 2 or shape[0] % 4 or 0 in shape:
+        raise ValueError(f"{_OP}: weight_hh has shape {shape}, expected [4H, P] with H > 0")
+    hidden, size = shape[0] // 4, shape[1]
+    if weight_hr is None and size != hidden:
+        raise ValueError(f"{_OP}: weight_hh has shape {shape}, expected [4H, H] where weight_hr is None")
+    if weight_ih.ndim != 2 or weight_ih.shape[0] != shape[0] or 0 in weight_ih.shape:
+        raise ValueError(
+            f"{_OP}: weight_ih has shape {list(weight_ih.shape)}, expected [4H, I] with 4H={shape[0]} like weight_hh "
+            f"{shape}"
+        )
+    return hidden, size
+
+
+def _check_input(input: Tensor, weight_ih: Tensor) -> None:
+    legend = f"input shape {list(input.shape)}, layout [B, T, I]"
+    if input.ndim != 3:
+        raise ValueError(f"{_OP}: input has {input.ndim} dims, expected 3 ({legend})")
+    if input.shape[2] != weight_ih.shape[1]:
+        source = f"weight_ih {list(weight_ih.shape)}"
+        raise ValueError(
+            f"{_OP}: input has {input.shape[2]} features, expected {weight_ih.shape[1]} from {source} ({legend})"
+        )
+    if input.shape[1] == 0:
+        raise ValueError(f"{_OP}: input has 0 time steps, expected at least 1 ({legend})")
+
+
+class _LSTM(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        *arguments, backend = inputs
+        return backends.function(backend, "lstm_forward")(*arguments, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *operands, ctx.time_major, ctx.backend = inputs
+        y, _, _, c, gates = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(c, gates)
+        ctx.save_for_backward(*operands, y, c, gates)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 3
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * 13 + nothing
+        *inputs, y, c, gates = ctx.saved_tensors
+        needs = [int(n) for n in ctx.needs_input_grad[:13]]
+        backward = backends.function(ctx.backend, "lstm_backward")
+        with without_autocast(y):
+            if torch.is_grad_enabled():
+                # A second derivative may follow: the reference is differentiable, the kernels are not.
+                y, _, _, c, gates = reference.lstm_forward(*inputs, ctx.time_major, True)
+                backward = reference.lstm_backward
+            # Copies only under vmap, which stacks what it saves in an order of its own.
+            y, c, gates = ordered(y, ctx.time_major), c.contiguous(), gates.contiguous()
+            grads = backward(dy, dh_n, dc_n, *inputs, y, c, gates, needs)
+        return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
+
+
+def register_fakes() -> None:
+    """Shapes and strides of the native ops; csrc/ops.h has the contract."""
+
+    @library.register_fake("convfast::lstm_forward")
+    def _(
+        x: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        bias: Tensor | None,
+        peephole: Tensor | None,
+        w_hr: Tensor | None,
+        w_ih_r: Tensor | None,
+        w_hh_r: Tensor | None,
+        bias_r: Tensor | None,
+        peephole_r: Tensor | None,
+        w_hr_r: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        time_major: bool,
+        save: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        batch, time = x.shape[:2]
+        hidden, size, directions = w_hh.shape[0] // 4, w_hh.shape[1], 1 if w_hh_r is None else 2
+        dtype = state_dtype(w_hh.dtype)
+        sequence = (directions, batch, time)
+        return (
+            empty_sequence(w_hh, (batch, time, directions * size), time_major, w_hh.dtype),
+            w_hh.new_empty((directions, batch, size)),
+            w_hh.new_empty((directions, batch, hidden), dtype=dtype),
+            w_hh.new_empty((*sequence, hidden) if save else 0, dtype=dtype),
+            w_hh.new_empty((*sequence, 4 * hidden) if save else 0, dtype=dtype),
+        )
+
+    @library.register_fake("convfast::lstm_backward")
+    def _(
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        x: Tensor,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        bias: Tensor | None,
+        peephole: Tensor | None,
+        w_hr: Tensor | None,
+        w_ih_r: Tensor | None,
+        w_hh_r: Tensor | None,
+        bias_r: Tensor | None,
+        peephole_r: Tensor | None,
+        w_hr_r: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        y: Tensor,
+        c: Tensor,
+        gates: Tensor,
+        needs: list[int],
+    ) -> tuple[Tensor, ...]:
+        weights = (w_ih, w_hh, bias, peephole, w_hr, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r)
+        return (
+            torch.empty_like(x) if needs[0] else w_hh.new_empty(0),
+            *(t.new_empty(t.shape) if need else w_hh.new_empty(0) for t, need in zip((*weights, h0), needs[1:12])),
+            c0.new_empty(c0.shape) if needs[12] else w_hh.new_empty(0, dtype=c.dtype),
+        )

@@ -1,0 +1,479 @@
+// Convolution along time on the CPU: glue between tensors and the kernels. The contract is in ops.h.
+//
+// A chunk of output rows of one sample is one GEMM: its padded input rows are packed [row][F], so that the window of a row is one
+// stretch of k F numbers (k stretches with dilation or groups), and the activation follows while the rows are in cache. dx is the same
+// GEMM over the gradients of the rows that read a row: with stride s the rows of each phase modulo s share their taps. Depthwise
+// convolutions run channel by channel in vectors.
+// Floor: 2 k F/groups C operations per output row at the FMA peak, three times that for training.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "frames.h"
+
+namespace convfast {
+namespace cpu {
+namespace {
+
+constexpr const char* kForward = "conv1d_forward";
+constexpr const char* kBackward = "conv1d_backward";
+constexpr long kZero = 0, kRows = 64;  // rows of a chunk
+
+struct Problem {
+  long batch = 0, time = 0, features = 0, channels = 0, taps = 0, stride = 1, dilation = 1, before = 0, behind = 0, groups = 1, out_time = 0;
+  std::string padding_mode, activation;
+  std::vector<long> lengths, out_lengths;
+
+  long reach() const { return dilation * (taps - 1); }
+  long out_length(long length) const {
+    const long span = length + before + behind - reach() - 1;
+    return length == 0 || span < 0 ? 0 : span / stride + 1;
+  }
+  long group_features() const { return features / groups; }
+  long group_channels() const { return channels / groups; }
+  bool depthwise() const { return groups == features && groups > 1; }
+  // The row of x that row `padded` of a padded sample shows, -1 for zero.
+  long source(long padded, long length) const {
+    const long i = padded - before;
+    if (i >= 0 && i < length) return i;
+    if (padding_mode == "zeros" || length == 0) return -1;
+    if (padding_mode == "reflect") return i < 0 ? -i : 2 * (length - 1) - i;
+    if (padding_mode == "replicate") return i < 0 ? 0 : length - 1;
+    return (i % length + length) % length;
+  }
+};
+
+Problem make_problem(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& lengths, int64_t stride,
+                     const std::vector<int64_t>& padding, int64_t dilation, int64_t groups, const std::string& padding_mode,
+                     const std::string& activation) {
+  Problem p;
+  CONVFAST_CHECK(x.dim() == 3, op, "x", "[B, T, F]", shape_string(shape_of(x)));
+  CONVFAST_CHECK(weight.dim() == 3 && weight.numel() > 0, op, "weight", "[C, F/groups, k]", shape_string(shape_of(weight)));
+  CONVFAST_CHECK(stride >= 1 && dilation >= 1 && groups >= 1, op, "stride, dilation, groups", "at least 1", std::min({stride, dilation, groups}));
+  CONVFAST_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op, "padding", "two numbers, not negative", shape_string(padding));
+  p.batch = x.size(0);
+  p.time = x.size(1);
+  p.features = x.size(2);
+  p.channels = weight.size(0);
+  p.taps = weight.size(2);
+  p.stride = stride;
+  p.dilation = dilation;
+  p.before = padding[0];
+  p.behind = padding[1];
+  p.groups = groups;
+  p.padding_mode = padding_mode;
+  p.activation = activation;
+  CONVFAST_CHECK(p.channels % groups == 0 && weight.size(1) * groups == p.features, op, "weight", "[C, F/groups, k]", shape_string(shape_of(weight)));
+  const ScalarType dtype = weight.scalar_type();
+  check_dtype(op, "x", x, dtype, dtype);
+  if (bias) {
+    check_shape(op, "bias", *bias, {p.channels});
+    check_dtype(op, "bias", *bias, dtype, dtype);
+  }
+  CONVFAST_CHECK(padding_mode == "zeros" || padding_mode == "reflect" || padding_mode == "replicate" || padding_mode == "circular", op,
+                 "padding_mode", "zeros, reflect, replicate or circular", padding_mode);
+  p.lengths = read_lengths(op, lengths, p.batch, p.time);
+  const long most = std::max(p.before, p.behind);
+  for (long b = 0; b < std::max<long>(1, p.batch); ++b) {
+    const long length = p.batch ? p.lengths[b] : p.time, limit = padding_mode == "reflect" ? length - 1 : padding_mode == "circular" ? length : most;
+    CONVFAST_CHECK(most <= limit || (lengths && length == 0), op, lengths ? "lengths" : "x", "longer than its padding", length);
+  }
+  p.out_time = p.out_length(p.time);
+  CONVFAST_CHECK(p.out_time > 0, op, "x", "at least as long as the kernel", shape_string(shape_of(x)));
+  for (long n : p.lengths) p.out_lengths.push_back(p.out_length(n));
+  return p;
+}
+
+template <class T>
+struct Activation {
+  void (*forward)(long, const T*, T*) = nullptr;                // null: none
+  void (*backward)(long, const T* dy, const T* x, T*) = nullptr;
+  bool from_pre = false;                                        // x of the backward: pre-activations, else results
+};
+
+template <class T>
+Activation<T> activation(const char* op, const std::string& name) {
+  const Kernels<T>& k = kernels<T>();
+  if (name == "none") return {};
+  if (name == "relu") return {k.relu, k.relu_backward};
+  if (name == "leaky_relu") return {k.leaky_relu, k.leaky_relu_backward};
+  if (name == "tanh") return {k.tanh, k.tanh_backward};
+  if (name == "sigmoid") return {k.sigmoid, k.sigmoid_backward};
+  if (name == "silu") return {k.silu, k.silu_backward, true};
+  CONVFAST_CHECK(name == "gelu", op, "activation", "none, relu, tanh, sigmoid, gelu, silu or leaky_relu", name);
+  return {k.gelu, k.gelu_backward, true};
+}
+
+// The engine for activations A, arithmetic T.
+template <class A>
+struct Engine {
+  using T = Wide<A>;
+  static constexpr bool kNarrow = !std::is_same_v<A, T>;
+
+  const Problem p;
+  const Tensor x, weight;
+  const OptionalTensor bias;
+  const Kernels<T>& k = kernels<T>();
+  const Activation<T> act;
+  Workspace workspace;
+  // Packed input rows have a feature for each channel of a depthwise convolution, else x's own.
+  const long width, ldc;
+  std::vector<long> tap_offsets;
+
+  Engine(const char* op, const Problem& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
+      : p(p), x(x), weight(weight), bias(bias), act(activation<T>(op, p.activation)), width(p.depthwise() ? p.channels : p.features), ldc(round_up(p.channels, 16) + 16) {
+    for (long j = 0; j < p.taps; ++j) tap_offsets.push_back(j * p.dilation * width);
+  }
+
+  static const A* data(const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); }
+  static A* out_data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
+
+  // The window of an output row in packed input rows.
+  Runs window() const {
+    if (p.groups == 1 && p.dilation == 1) return {&kZero, 1, p.taps * width, p.stride * width};
+    return {tap_offsets.data(), p.taps, p.depthwise() ? width : p.group_features(), p.stride * width};
+  }
+
+  long packed_rows(long rows) const { return (rows - 1) * p.stride + p.reach() + 1; }
+
+  // Rows [begin, begin + rows) of the padded sample, [row][width].
+  void pack_input(long sample, long begin, long rows, T* to) const {
+    const long sb = x.stride(0), st = x.stride(1), sf = x.stride(2), length = p.lengths[sample], each = width / p.features;
+    const A* from = data(x) + sample * sb;
+    const long inside = std::clamp(p.before - begin, 0l, rows), inside_end = std::clamp(p.before + length - begin, inside, rows);
+    if (each > 1 || sf != 1 || kNarrow || st != p.features) {
+      // Feature by feature where time lies innermost.
+      const long features = st == 1 ? 1 : p.features;
+      for (long f0 = 0; f0 < p.features; f0 += features)
+        for (long r = inside; r < inside_end; ++r) {
+          const A* q = from + (begin + r - p.before) * st;
+          T* row = to + r * width;
+          for (long f = f0; f < f0 + features; ++f)
+            for (long e = 0; e < each; ++e) row[f * each + e] = static_cast<T>(q[f * sf]);
+        }
+    } else if (inside < inside_end) {
+      std::memcpy(static_cast<void*>(to + inside * width), from + (begin + inside - p.before) * st, (inside_end - inside) * width * sizeof(T));
+    }
+    for (long r = 0; r < rows; r = r + 1 == inside ? inside_end : r + 1) {
+      if (r >= inside && r < inside_end) continue;
+      const long source = p.source(begin + r, length);
+      for (long f = 0; f < width; ++f) to[r * width + f] = source < 0 ? T(0) : static_cast<T>(from[source * st + f / each * sf]);
+    }
+  }
+
+  // Weights as a GEMM operand, [group][tap][feature] by channels; or, depthwise, [tap][channel].
+  const T* pack_weights() {
+    const A* w = data(weight);
+    const long s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2);
+    if (p.depthwise()) {
+      T* packed = workspace.take<T>(p.taps * width);
+      for (long j = 0; j < p.taps; ++j)
+        for (long c = 0; c < width; ++c) packed[j * width + c] = static_cast<T>(w[c * s0 + j * s2]);
+      return packed;
+    }
+    const long rows = p.taps * p.group_features(), columns = p.group_channels(), size = rows * round_up(columns, k.lanes);
+    T* packed = workspace.take<T>(p.groups * size);
+    for (long g = 0; g < p.groups; ++g)
+      pack_panels(k, rows, columns, packed + g * size, [&](long i, long n) {
+        return static_cast<T>(w[(g * columns + n) * s0 + i % p.group_features() * s1 + i / p.group_features() * s2]);
+      });
+    return packed;
+  }
+
+  const T* pack_bias() {
+    if (!bias) return nullptr;
+    T* packed = workspace.take<T>(ldc);
+    for (long c = 0; c < ldc; ++c) packed[c] = c < p.channels ? static_cast<T>(data(*bias)[c * bias->stride(0)]) : T(0);
+    return packed;
+  }
+
+  // Convolution of packed rows: z [rows][ldc].
+  void convolve(long rows, const T* packed, const T* w, const T* b, T* z) const {
+    const Runs runs = window();
+    if (p.depthwise()) return k.depthwise(rows, packed, runs, w, b, z, ldc);
+    const long deep = p.taps * p.group_features(), columns = p.group_channels(), size = deep * round_up(columns, k.lanes);
+    for (long g = 0; g < p.groups; ++g)  // what a group's last vector writes past its end, the next one writes over
+      k.gemm({rows, packed + g * p.group_features(), runs, w + g * size, deep, columns, b ? b + g * columns : nullptr, 0, z + g * columns, ldc});
+  }
+
+  static void read(const A* from, long stride, long n, T* to) {
+    for (long i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+  }
+
+  static void write(const T* from, long n, A* to, long stride = 1) {
+    for (long i = 0; i < n; ++i) to[i * stride] = static_cast<A>(from[i]);
+  }
+
+  // call(sample, first row, rows) over chunks of each sample's `rows_of` rows, the thread's own.
+  template <class F>
+  void add_chunks(Region& region, long rows_each, const F& call) const {
+    const long chunks = (rows_each + kRows - 1) / kRows;
+    region.add(p.batch * chunks, [=](long begin, long end, long thread) {
+      for (long i = begin; i < end; ++i) call(i / chunks, i % chunks * kRows, std::min(kRows, rows_each - i % chunks * kRows), thread);
+    });
+  }
+
+  std::tuple<Tensor, Tensor> forward(bool time_major, bool save) {
+    const std::vector<int64_t> order = time_major ? std::vector<int64_t>{1, 0, 2} : std::vector<int64_t>{0, 1, 2}, shape{p.batch, p.out_time, p.channels};
+    const bool keep = save && act.from_pre;
+    Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<T>()) : empty_cpu({0}, scalar_type<T>());
+    const T *w = pack_weights(), *b = pack_bias();
+    const long threads = torch::stable::get_num_threads(), size = packed_rows(kRows) * width + kRows * ldc + 64;
+    T* scratch = workspace.take<T>(threads * size);
+    Region region;
+    add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
+      A* out = out_data(y) + sample * y.stride(0) + begin * y.stride(1);
+      const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
+      for (long r = valid; r < rows; ++r) std::fill(out + r * y.stride(1), out + r * y.stride(1) + p.channels, static_cast<A>(T(0)));
+      if (!valid) return;
+      T *z = scratch + thread * size, *packed = z + kRows * ldc;
+      pack_input(sample, begin * p.stride, packed_rows(valid), packed);
+      convolve(valid, packed, w, b, z);
+      T* saved = keep ? static_cast<T*>(pre.mutable_data_ptr()) + sample * pre.stride(0) + begin * pre.stride(1) : nullptr;
+      for (long r = 0; r < valid; ++r) {
+        T* row = z + r * ldc;
+        A* to = out + r * y.stride(1);
+        if (saved) std::memcpy(static_cast<void*>(saved + r * pre.stride(1)), row, p.channels * sizeof(T));
+        if constexpr (!kNarrow) {
+          if (act.forward) act.forward(p.channels, row, to);
+          else std::memcpy(static_cast<void*>(to), row, p.channels * sizeof(T));
+        } else {
+          if (act.forward) act.forward(p.channels, row, row);
+          write(row, p.channels, to);
+        }
+      }
+    });
+    region.run();
+    return {y, pre};
+  }
+
+  // Gradients of the pre-activations of rows [begin, begin + rows) of a sample, zero where there is none: [row][ldc].
+  void pre_gradients(const Tensor& dy, const Tensor& y, const Tensor& pre, long sample, long begin, long rows, T* row_buffer, T* to) const {
+    for (long r = 0; r < rows; ++r, to += ldc) {
+      const long t = begin + r;
+      if (t < 0 || t >= p.out_lengths[sample]) {
+        std::fill(to, to + p.channels, T(0));
+        continue;
+      }
+      const A* from = data(dy) + sample * dy.stride(0) + t * dy.stride(1);
+      const T* gradient = to;
+      if constexpr (!kNarrow) {
+        if (dy.stride(2) == 1) gradient = from;
+      }
+      if (gradient == to) read(from, dy.stride(2), p.channels, to);
+      if (!act.backward) {
+        if (gradient != to) std::memcpy(static_cast<void*>(to), gradient, p.channels * sizeof(T));
+        continue;
+      }
+      const T* result = row_buffer;
+      if (act.from_pre) {
+        result = static_cast<const T*>(pre.const_data_ptr()) + sample * pre.stride(0) + t * pre.stride(1);
+      } else if constexpr (kNarrow) {
+        read(data(y) + sample * y.stride(0) + t * y.stride(1), y.stride(2), p.channels, row_buffer);
+      } else {
+        result = data(y) + sample * y.stride(0) + t * y.stride(1);
+      }
+      act.backward(p.channels, gradient, result, to);
+    }
+  }
+
+  // Rows of a padded sample that are equal modulo the stride are read through the same taps: which, and weights for them.
+  struct Phase {
+    std::vector<long> offsets;  // of each tap's gradient row, from that of the phase's first row; in elements of [row][ldc]
+    const T* weights;           // [group] packed [tap][channel] by features; depthwise [tap][channel]; null = no taps
+    long group_size;
+  };
+
+  std::vector<Phase> pack_back() {
+    const A* w = data(weight);
+    const long s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2), cg = p.group_channels(), fg = p.group_features();
+    std::vector<Phase> phases(p.stride);
+    for (long phase = 0; phase < p.stride; ++phase) {
+      Phase& q = phases[phase];
+      std::vector<long> taps;
+      for (long j = p.taps; j-- > 0;)
+        if ((phase - j * p.dilation) % p.stride == 0) {
+          taps.push_back(j);
+          q.offsets.push_back((phase - j * p.dilation) / p.stride * ldc);
+        }
+      const long n = taps.size();
+      if (!n) continue;
+      if (p.depthwise()) {
+        T* packed = workspace.take<T>(n * width);
+        for (long i = 0; i < n; ++i)
+          for (long c = 0; c < width; ++c) packed[i * width + c] = static_cast<T>(w[c * s0 + taps[i] * s2]);
+        q.weights = packed;
+        continue;
+      }
+      q.group_size = n * cg * round_up(fg, k.lanes);
+      T* packed = workspace.take<T>(p.groups * q.group_size);
+      for (long g = 0; g < p.groups; ++g)
+        pack_panels(k, n * cg, fg, packed + g * q.group_size, [&](long i, long f) {
+          return static_cast<T>(w[(g * cg + i % cg) * s0 + f * s1 + taps[i / cg] * s2]);
+        });
+      q.weights = packed;
+    }
+    return phases;
+  }
+
+  // Gradients of rows [begin, begin + rows) of the padded sample, [row][ldw]; g holds those of the output rows from `first` on.
+  void input_gradients(const std::vector<Phase>& phases, long begin, long rows, const T* g, long first, T* to, long ldw) const {
+    for (long phase = 0; phase < p.stride; ++phase) {
+      const long skip = ((phase - begin) % p.stride + p.stride) % p.stride, n = (rows - skip + p.stride - 1) / p.stride;
+      if (skip >= rows) continue;
+      const Phase& q = phases[phase];
+      const T* start = g + ((begin + skip - phase) / p.stride - first) * ldc;
+      T* out = to + skip * ldw;
+      if (!q.weights) {
+        for (long r = 0; r < n; ++r) std::fill(out + r * p.stride * ldw, out + r * p.stride * ldw + width, T(0));
+        continue;
+      }
+      const Runs runs{q.offsets.data(), long(q.offsets.size()), p.depthwise() ? width : p.group_channels(), ldc};
+      if (p.depthwise()) {
+        k.depthwise(n, start, runs, q.weights, nullptr, out, p.stride * ldw);
+        continue;
+      }
+      for (long group = 0; group < p.groups; ++group)
+        k.gemm({n, start + group * p.group_channels(), runs, q.weights + group * q.group_size, runs.count * runs.length, p.group_features(), nullptr, 0,
+                out + group * p.group_features(), p.stride * ldw});
+    }
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& y, const Tensor& pre, const std::vector<int64_t>& needs) {
+    const ScalarType narrow = scalar_type<A>();
+    Tensor dx = needs[0] ? cpu::empty_like(x) : empty_cpu({0}, narrow), dweight = empty_cpu({0}, narrow), dbias = empty_cpu({0}, narrow);
+    const bool need_bias = needs[2] && bias;
+    const long threads = torch::stable::get_num_threads(), cg = p.group_channels(), fg = p.group_features();
+    const long ldg = p.depthwise() ? width : round_up(cg, 16), depth = p.depthwise() ? p.taps : p.groups * p.taps * fg;
+    const Runs runs = window();
+    Region region;
+
+    T* sums = nullptr;
+    const long sums_size = depth * ldg + ldc;
+    if (needs[1] || need_bias) {
+      sums = workspace.take<T>(threads * sums_size);
+      std::fill(sums, sums + threads * sums_size, T(0));
+      const long size = packed_rows(kRows) * width + 64 + kRows * ldc + ldc;
+      T* scratch = workspace.take<T>(threads * size);
+      add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
+        static const T one = 1;
+        const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
+        if (!valid) return;
+        T *g = scratch + thread * size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = sums + thread * sums_size;
+        pre_gradients(dy, y, pre, sample, begin, valid, buffer, g);
+        if (need_bias) k.outer_sum({valid, &one, {&kZero, 1, 1, 0}, g, ldc, p.channels, sum + depth * ldg, ldc});
+        if (!needs[1]) return;
+        pack_input(sample, begin * p.stride, packed_rows(valid), packed);
+        if (p.depthwise()) return k.depthwise_weight_grad(valid, packed, runs, g, ldc, sum);
+        for (long group = 0; group < p.groups; ++group)
+          k.outer_sum({valid, packed + group * fg, runs, g + group * cg, ldc, cg, sum + group * p.taps * fg * ldg, ldg});
+      });
+    }
+
+    std::vector<Phase> phases;
+    if (needs[0]) {
+      phases = pack_back();
+      // Rows of a sample are cut into chunks where each shows itself alone; other paddings show some twice, and are summed.
+      const bool alone = p.padding_mode == "zeros" || !(p.before || p.behind);
+      const long ldw = round_up(width, 16) + 16, reach = p.reach() / p.stride + 2, padded = p.before + p.time + p.behind;
+      const long most = alone ? kRows : padded, size = most * ldw + (most / p.stride + reach + 1) * ldc + ldc + (alone ? 0 : p.time * p.features);
+      T* scratch = workspace.take<T>(threads * size);
+      const auto chunk = [=, &phases](long sample, long begin, long rows, T* sum, T* own) {
+        const long last = (begin + rows - 1) / p.stride, first = begin / p.stride - reach + 1;
+        T *g = own + most * ldw, *buffer = g + (last - first + 1) * ldc;
+        pre_gradients(dy, y, pre, sample, first, last - first + 1, buffer, g);
+        input_gradients(phases, begin, rows, g, first, own, ldw);
+        const long each = width / p.features;
+        for (long r = 0; r < rows; ++r) {
+          T* row = own + r * ldw;
+          for (long f = 0; each > 1 && f < p.features; ++f) {
+            T total = 0;
+            for (long e = 0; e < each; ++e) total += row[f * each + e];
+            row[f] = total;
+          }
+          if (!sum) {
+            write(row, p.features, out_data(dx) + sample * dx.stride(0) + (begin + r - p.before) * dx.stride(1), dx.stride(2));
+            continue;
+          }
+          const long source = p.source(begin + r, p.lengths[sample]);
+          for (long f = 0; source >= 0 && f < p.features; ++f) sum[source * p.features + f] += row[f];
+        }
+      };
+      if (alone) {
+        add_chunks(region, p.time, [=](long sample, long begin, long rows, long thread) {
+          const long valid = std::clamp(p.lengths[sample] - begin, 0l, rows);
+          if (valid) chunk(sample, begin + p.before, valid, nullptr, scratch + thread * size);
+          zero_rows(dx, sample, begin + valid, begin + rows);
+        });
+      } else {
+        region.add(p.batch, [=](long begin, long end, long thread) {
+          for (long sample = begin; sample < end; ++sample) {
+            T *own = scratch + thread * size, *sum = own + size - p.time * p.features;
+            const long length = p.lengths[sample];
+            std::fill(sum, sum + length * p.features, T(0));
+            if (length) chunk(sample, 0, p.before + length + p.behind, sum, own);
+            for (long t = 0; t < length; ++t) write(sum + t * p.features, p.features, out_data(dx) + sample * dx.stride(0) + t * dx.stride(1), dx.stride(2));
+            zero_rows(dx, sample, length, p.time);
+          }
+        });
+      }
+    }
+    region.run();
+
+    if (needs[1]) {
+      dweight = empty_cpu({p.channels, fg, p.taps}, narrow);
+      for (long c = 0; c < p.channels; ++c)
+        for (long f = 0; f < fg; ++f)
+          for (long j = 0; j < p.taps; ++j) {
+            T total = 0;
+            for (long i = 0; i < threads; ++i)
+              total += sums[i * sums_size + (p.depthwise() ? j * width + c : ((c / cg * p.taps + j) * fg + f) * ldg + c % cg)];
+            out_data(dweight)[(c * fg + f) * p.taps + j] = static_cast<A>(total);
+          }
+    }
+    if (need_bias) {
+      dbias = empty_cpu({p.channels}, narrow);
+      for (long c = 0; c < p.channels; ++c) {
+        T total = 0;
+        for (long i = 0; i < threads; ++i) total += sums[i * sums_size + depth * ldg + c];
+        out_data(dbias)[c] = static_cast<A>(total);
+      }
+    }
+    return {dx, dweight, dbias};
+  }
+
+  static void zero_rows(const Tensor& t, long sample, long begin, long end) {
+    for (long r = begin; r < end; ++r)
+      for (long f = 0; f < t.size(2); ++f) out_data(t)[sample * t.stride(0) + r * t.stride(1) + f * t.stride(2)] = static_cast<A>(T(0));
+  }
+};
+
+std::tuple<Tensor, Tensor> conv1d_forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, int64_t stride,
+                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, std::string padding_mode,
+                                          std::string activation, bool time_major, bool save) {
+  const Problem p = make_problem(kForward, x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation);
+  return switch_dtype(kForward, "weight", weight, [&](auto a) { return Engine<decltype(a)>(kForward, p, x, weight, bias).forward(time_major, save); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv1d_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, Tensor y, Tensor pre,
+                                                   int64_t stride, std::vector<int64_t> padding, int64_t dilation, int64_t groups,
+                                                   std::string padding_mode, std::string activation, std::vector<int64_t> needs) {
+  const Problem p = make_problem(kBackward, x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation);
+  CONVFAST_CHECK(needs.size() == 3, kBackward, "needs", "3 flags", needs.size());
+  const ScalarType dtype = weight.scalar_type();
+  check_shape(kBackward, "dy", dy, {p.batch, p.out_time, p.channels});
+  check_dtype(kBackward, "dy", dy, dtype, dtype);
+  check_shape(kBackward, "y", y, {p.batch, p.out_time, p.channels});
+  CONVFAST_CHECK(y.stride(2) == 1 || y.numel() == 0, kBackward, "y", "as the forward returned it", "other strides");
+  if (pre.numel()) check_shape(kBackward, "pre", pre, {p.batch, p.out_time, p.channels});
+  return switch_dtype(kBackward, "weight", weight, [&](auto a) { return Engine<decltype(a)>(kBackward, p, x, weight, bias).backward(dy, y, pre, needs); });
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace convfast
+
+STABLE_TORCH_LIBRARY_IMPL(convfast, CPU, m) {
+  m.impl("conv1d_forward", TORCH_BOX(&convfast::cpu::conv1d_forward));
+  m.impl("conv1d_backward", TORCH_BOX(&convfast::cpu::conv1d_backward));
+}

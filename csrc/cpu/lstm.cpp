@@ -1,0 +1,755 @@
+// LSTM on the CPU: glue between tensors and the kernels. The contract is in ops.h.
+//
+// A thread owns rows (samples) and runs their whole sequence, waiting for nobody; where rows are few, threads share out the hidden
+// units instead and wait for each other once a step (team.h). Steps are taken in chunks: the input part of a chunk's gates is one GEMM
+// over all its rows, and so are dx and the weights' gradients, while the chunk is in L2. Inside a step, GEMM and cell alternate block
+// by block. Samples are ordered by length, so that the rows of a step are the first ones.
+// Floor: 8 H (I + P) operations per row and step at the FMA peak, three times that for training; for few rows, 16 H P bytes of w_hh a
+// step from L2.
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <numeric>
+#include <tuple>
+
+#include "frames.h"
+#include "team.h"
+
+namespace convfast {
+namespace cpu {
+namespace {
+
+constexpr const char* kForward = "lstm_forward";
+constexpr const char* kBackward = "lstm_backward";
+constexpr long kNeeds = 13;
+
+struct Direction {
+  Tensor w_ih, w_hh;
+  OptionalTensor bias, peephole, w_hr;
+};
+
+struct Inputs {
+  Tensor x;
+  std::vector<Direction> directions;
+  OptionalTensor h0, c0, lengths;
+};
+
+struct Problem {
+  long batch = 0, time = 0, inputs = 0, hidden = 0, size = 0;  // size: of h, P
+  long directions = 1;
+  std::vector<long> lengths, order;  // order: samples, the longest first
+
+  long blocks() const { return (hidden + kBlock - 1) / kBlock; }
+  // Row of the weights whose gates lie in a column: columns are [block][gate][channel], rows [gate][channel].
+  long weight_row(long column) const {
+    const long block = column / kSlab, n = std::min<long>(kBlock, hidden - block * kBlock), j = column % kSlab;
+    return j / n * hidden + block * kBlock + j % n;
+  }
+  long frame(long direction, long sample, long step) const { return direction ? lengths[sample] - 1 - step : step; }
+};
+
+Problem make_problem(const char* op, const Inputs& in) {
+  Problem p;
+  const Direction& first = in.directions[0];
+  CONVFAST_CHECK(in.x.dim() == 3, op, "x", "[B, T, I]", shape_string(shape_of(in.x)));
+  CONVFAST_CHECK(first.w_hh.dim() == 2 && first.w_hh.size(0) % 4 == 0 && first.w_hh.numel() > 0, op, "w_hh", "[4H, P]", shape_string(shape_of(first.w_hh)));
+  p.batch = in.x.size(0);
+  p.time = in.x.size(1);
+  p.inputs = in.x.size(2);
+  p.hidden = first.w_hh.size(0) / 4;
+  p.size = first.w_hh.size(1);
+  p.directions = in.directions.size();
+  const ScalarType dtype = first.w_hh.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  CONVFAST_CHECK(p.time >= 1 && p.inputs >= 1, op, "x", "of at least one step and one feature", shape_string(shape_of(in.x)));
+  check_dtype(op, "x", in.x, dtype, dtype);
+  for (const Direction& d : in.directions) {
+    const auto check = [&](const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
+      check_shape(op, name, t, shape);
+      check_dtype(op, name, t, dtype, dtype);
+    };
+    check("w_ih", d.w_ih, {4 * p.hidden, p.inputs});
+    check("w_hh", d.w_hh, {4 * p.hidden, p.size});
+    if (d.bias) check("bias", *d.bias, {4 * p.hidden});
+    if (d.peephole) check("peephole", *d.peephole, {3, p.hidden});
+    if (d.w_hr) check("w_hr", *d.w_hr, {p.size, p.hidden});
+    CONVFAST_CHECK(d.w_hr || p.size == p.hidden, op, "w_hr", "given where h is not as large as c", "none");
+  }
+  if (in.h0) {
+    check_shape(op, "h0", *in.h0, {p.directions, p.batch, p.size});
+    check_dtype(op, "h0", *in.h0, dtype, dtype);
+  }
+  if (in.c0) {
+    check_shape(op, "c0", *in.c0, {p.directions, p.batch, p.hidden});
+    check_dtype(op, "c0", *in.c0, dtype, wide);
+  }
+  p.lengths = read_lengths(op, in.lengths, p.batch, p.time);
+  p.order.resize(p.batch);
+  std::iota(p.order.begin(), p.order.end(), 0);
+  std::stable_sort(p.order.begin(), p.order.end(), [&](long a, long b) { return p.lengths[a] > p.lengths[b]; });
+  return p;
+}
+
+constexpr long kZero = 0;
+
+// Off the powers of two, whose rows would share cache sets.
+long leading(long n) { return round_up(n, 16) + 16; }
+
+// The engine for activations A, cell arithmetic T.
+template <class A>
+struct Engine {
+  using T = Wide<A>;
+  static constexpr bool kNarrow = !std::is_same_v<A, T>;
+
+  Problem p;
+  Inputs in;
+  const Kernels<T>& k = kernels<T>();
+  Workspace workspace;
+  const long hidden, size, inputs, columns, ldz, ldx, ldh;
+
+  Engine(const Problem& problem, const Inputs& inputs_)
+      : p(problem),
+        in(inputs_),
+        hidden(p.hidden),
+        size(p.size),
+        inputs(p.inputs),
+        columns(round_up(4 * hidden, k.lanes)),
+        ldz(leading(4 * hidden)),
+        ldx(leading(inputs)),
+        ldh(leading(std::max(hidden, size))) {}
+
+  static const A* data(const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); }
+  static A* out_data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
+  static Runs rows_of(long length, long stride) { return {&kZero, 1, length, stride}; }
+
+  // Members of a team share out pairs of blocks: whole panels of hidden units, too.
+  long units() const { return (p.blocks() + 1) / 2; }
+
+  // How the threads share the work: parts of the rows, each with a team that shares the blocks of hidden units.
+  struct Split {
+    long parts, team;
+  };
+
+  Split split() const {
+    constexpr long kFewRows = 4;
+    const long threads = torch::stable::get_num_threads();
+    const bool few = p.batch < kFewRows * threads && size == hidden && !in.directions[0].w_hr;
+    if (few) return {1, std::min(threads, units())};
+    return {std::max<long>(1, std::min(threads, p.batch)), 1};
+  }
+
+  // Rows of a part that are run together, and steps of a chunk: their gates stay in L2.
+  static constexpr long kMostRows = 32, kForwardBytes = 256 << 10, kBackwardBytes = 512 << 10;
+  long most_rows(const Split& s) const { return std::min(kMostRows, (p.batch + s.parts - 1) / s.parts); }
+  long steps_of_chunk(long bytes) const {
+    return std::min(p.time, std::max<long>(1, bytes / (std::max<long>(1, most_rows(split())) * ldz * long(sizeof(T)))));
+  }
+
+  // Rows `first + i * stride` of the order; those that take part in a step come first.
+  struct Group {
+    const Problem* p;
+    long direction, first, stride, rows;
+    long sample(long i) const { return p->order[first + i * stride]; }
+    long length(long i) const { return p->lengths[sample(i)]; }
+    long active(long step) const {
+      long n = rows;
+      while (n > 0 && length(n - 1) <= step) --n;
+      return n;
+    }
+    long frame(long i, long step) const { return p->frame(direction, sample(i), step); }
+    // Of the saved c and gates, [D][T][order][..].
+    long saved_row(long step) const { return (direction * p->time + step) * p->batch + first; }
+  };
+
+  // Steps [begin, end) and where the rows of each begin.
+  struct Chunk {
+    long begin, end;
+    std::vector<long> start;
+    Chunk(const Group& g, long begin, long end) : begin(begin), end(end), start{0} {
+      for (long s = begin; s < end; ++s) start.push_back(start.back() + g.active(s));
+    }
+    long rows() const { return start.back(); }
+    long at(long step) const { return start[step - begin]; }
+    long active(long step) const { return start[step - begin + 1] - start[step - begin]; }
+  };
+
+  // call(group, team, rank) on every member of every team, group after group of its part's rows.
+  template <class F>
+  void run(long direction, const F& call) {
+    const Split s = split();
+    std::vector<std::unique_ptr<Team>> teams;
+    for (long i = 0; i < s.parts; ++i) teams.push_back(std::make_unique<Team>(s.team));
+    parallel(s.parts * s.team, [&](long begin, long end) {
+      for (long task = begin; task < end; ++task) {
+        const long part = task / s.team, rank = teams[part]->join(), rows = (p.batch - part + s.parts - 1) / s.parts, most = most_rows(s);
+        if (rank < 0) continue;
+        long turn = 0;
+        for (long i = 0; i < rows; i += most)
+          call(Group{&p, direction, part + i * s.parts, s.parts, std::min(most, rows - i)}, part, Member{teams[part].get(), rank, &turn});
+      }
+    });
+  }
+
+  struct Member {
+    Team* team;
+    long rank;
+    long* turn;
+    void wait() const { team->wait(*turn); }
+    // This member's share of n.
+    long begin(long n) const { return n * rank / team->size(); }
+    long end(long n) const { return n * (rank + 1) / team->size(); }
+  };
+
+  // What of the hidden units is a member's: blocks, channels, and columns of the gates.
+  struct Share {
+    long block, block_end, ch, ch_end, column, columns;
+  };
+
+  Share share(const Member& m) const {
+    const long first = 2 * m.begin(units()), last = std::min(p.blocks(), 2 * m.end(units()));
+    return {first, last, first * kBlock, std::min(hidden, last * kBlock), first * kSlab, std::min(columns, last * kSlab) - first * kSlab};
+  }
+
+  struct Packed {
+    const T *w_ih, *w_hh, *bias, *peephole, *w_hr;
+  };
+
+  // w [4H, n] with the gates' columns in blocks: [panel][n][panel columns].
+  T* pack_matrix(const Tensor& w, long n) {
+    T* packed = workspace.take<T>(n * columns);
+    const A* source = data(w);
+    const long s0 = w.stride(0), s1 = w.stride(1);
+    if constexpr (!kNarrow) {
+      if (s1 == 1) {
+        // The channels of a gate in a block, or what of them a panel holds, are neighbouring rows of w.
+        const long run = std::min<long>(kBlock, k.panel);
+        parallel((columns + k.panel - 1) / k.panel, [&](long begin, long end) {
+          for (long first = begin * k.panel; first < std::min(columns, end * k.panel); first += k.panel) {
+            const long width = std::min(k.panel, columns - first);
+            T* panel = packed + first * n;
+            if (first + width > 4 * hidden) std::fill(panel, panel + n * width, T(0));
+            for (long column = first; column < std::min(4 * hidden, first + width);) {
+              const long row = p.weight_row(column);
+              long same = 1;
+              while (same < run && column + same < std::min(4 * hidden, first + width) && p.weight_row(column + same) == row + same) ++same;
+              k.transpose(same, n, source + row * s0, s0, panel + column - first, width);
+              column += same;
+            }
+          }
+        });
+        return packed;
+      }
+    }
+    pack_panels(k, n, 4 * hidden, packed, [&](long i, long column) { return static_cast<T>(source[p.weight_row(column) * s0 + i * s1]); });
+    return packed;
+  }
+
+  T* pack_peephole(const OptionalTensor& t) {
+    if (!t) return nullptr;
+    T* packed = workspace.take<T>(3 * hidden);
+    for (long i = 0; i < 3; ++i)
+      for (long c = 0; c < hidden; ++c) packed[i * hidden + c] = static_cast<T>(data(*t)[i * t->stride(0) + c * t->stride(1)]);
+    return packed;
+  }
+
+  Packed pack(const Direction& d) {
+    T* bias = workspace.take<T>(columns);
+    for (long n = 0; n < columns; ++n) bias[n] = d.bias && n < 4 * hidden ? static_cast<T>(data(*d.bias)[p.weight_row(n) * d.bias->stride(0)]) : T(0);
+    T* w_hr = nullptr;
+    if (d.w_hr) {
+      w_hr = workspace.take<T>(hidden * round_up(size, k.lanes));
+      const long s0 = d.w_hr->stride(0), s1 = d.w_hr->stride(1);
+      pack_panels(k, hidden, size, w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
+    }
+    return {pack_matrix(d.w_ih, inputs), pack_matrix(d.w_hh, size), bias, pack_peephole(d.peephole), w_hr};
+  }
+
+  // n elements of t, `stride` apart, to T.
+  template <class B>
+  static void read(const B* from, long stride, long n, T* to) {
+    if constexpr (std::is_same_v<B, T>) {
+      if (stride == 1) {
+        std::memcpy(to, from, n * sizeof(T));
+        return;
+      }
+    }
+    for (long i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+  }
+
+  template <class B>
+  static void write(const T* from, long n, B* to, long stride = 1) {
+    for (long i = 0; i < n; ++i) to[i * stride] = static_cast<B>(from[i]);
+  }
+
+  // Channels [begin, end) of a state [D, B, n] in activations or in the wide type.
+  static void read_state(const OptionalTensor& t, const Group& g, long begin, long end, T* to, long ld) {
+    for (long i = 0; i < g.rows; ++i) {
+      T* row = to + i * ld;
+      if (!t) {
+        std::fill(row + begin, row + end, T(0));
+        continue;
+      }
+      const long at = g.direction * t->stride(0) + g.sample(i) * t->stride(1) + begin * t->stride(2);
+      if (t->scalar_type() == scalar_type<A>()) read(data(*t) + at, t->stride(2), end - begin, row + begin);
+      else read(static_cast<const T*>(t->const_data_ptr()) + at, t->stride(2), end - begin, row + begin);
+    }
+  }
+
+  // The input rows of a chunk, [row][ldx].
+  void read_x(const Group& g, const Chunk& chunk, T* to) const {
+    const long sb = in.x.stride(0), st = in.x.stride(1), sf = in.x.stride(2);
+    for (long s = chunk.begin; s < chunk.end; ++s)
+      for (long i = 0; i < chunk.active(s); ++i)
+        read(data(in.x) + g.sample(i) * sb + g.frame(i, s) * st, sf, inputs, to + (chunk.at(s) + i) * ldx);
+  }
+
+  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  Outputs forward(bool time_major, bool save) {
+    const ScalarType narrow = scalar_type<A>(), wide = scalar_type<T>();
+    const std::vector<int64_t> order = time_major ? std::vector<int64_t>{1, 0, 2} : std::vector<int64_t>{0, 1, 2};
+    Outputs all{empty_ordered({p.batch, p.time, p.directions * size}, order, narrow), empty_cpu({p.directions, p.batch, size}, narrow),
+                empty_cpu({p.directions, p.batch, hidden}, wide), save ? empty_cpu({p.directions, p.batch, p.time, hidden}, wide) : empty_cpu({0}, wide),
+                save ? empty_cpu({p.directions, p.batch, p.time, 4 * hidden}, wide) : empty_cpu({0}, wide)};
+    if (p.batch == 0) return all;
+    const Split s = split();
+    const long rows = most_rows(s), steps = steps_of_chunk(kForwardBytes);
+    std::vector<Buffers> parts(s.parts);
+    for (Buffers& b : parts) {
+      b.z = workspace.take<T>(steps * rows * ldz);
+      for (T*& h : b.h) h = workspace.take<T>(rows * ldh);
+      b.c = workspace.take<T>(rows * ldh);
+      b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
+      for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(steps * rows * ldx));
+    }
+    for (long d = 0; d < p.directions; ++d) {
+      const Packed w = pack(in.directions[d]);
+      run(d, [&](const Group& g, long part, const Member& member) { run_forward(g, w, parts[part], member, all); });
+    }
+    return all;
+  }
+
+  struct Buffers {
+    T *z, *h[2], *c, *m;
+    std::vector<T*> x;  // of each member
+  };
+
+  void run_forward(const Group& g, const Packed& w, const Buffers& b, const Member& member, const Outputs& outputs) {
+    const auto& [y, h_n, c_n, c, gates] = outputs;
+    const bool save = gates.numel() > 0;
+    const auto [first, last, ch, ch_end, column, n] = share(member);
+    const long out = w.w_hr ? 0 : ch, out_end = w.w_hr ? size : ch_end, steps = steps_of_chunk(kForwardBytes), most = g.length(0);
+    T* x = b.x[member.rank];
+    T *c_all = save ? static_cast<T*>(c.mutable_data_ptr()) : nullptr, *gates_all = save ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
+    read_state(in.c0, g, ch, ch_end, b.c, ldh);
+    read_state(in.h0, g, out, out_end, b.h[0], ldh);
+    member.wait();
+    for (long begin = 0; begin < most; begin += steps) {
+      const Chunk chunk(g, begin, std::min(most, begin + steps));
+      read_x(g, chunk, x);
+      k.gemm({chunk.rows(), x, rows_of(inputs, ldx), w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
+      for (long s = begin; s < chunk.end; ++s) {
+        const long rows = chunk.active(s);
+        T *z = b.z + chunk.at(s) * ldz, *h = b.h[(s + 1) % 2];
+        LstmCells<T> cells{};
+        cells.rows = rows;
+        cells.channels = hidden;
+        cells.begin = first;
+        cells.end = last;
+        cells.z = z;
+        cells.ldz = ldz;
+        cells.gates = save ? gates_all + g.saved_row(s) * 4 * hidden : nullptr;
+        cells.ldg = g.stride * 4 * hidden;
+        cells.c_prev = save && s > 0 ? c_all + g.saved_row(s - 1) * hidden : b.c;
+        cells.ldc_prev = save && s > 0 ? g.stride * hidden : ldh;
+        cells.c = save ? c_all + g.saved_row(s) * hidden : b.c;
+        cells.ldc = save ? g.stride * hidden : ldh;
+        cells.peephole = w.peephole;
+        cells.h = w.w_hr ? b.m : h;
+        cells.ldh = ldh;
+        k.lstm_step({rows, s > 0 || in.h0 ? b.h[s % 2] : nullptr, rows_of(size, ldh), w.w_hh, size, columns, z, ldz, z, ldz}, cells);
+        if (w.w_hr) k.gemm({rows, b.m, rows_of(hidden, ldh), w.w_hr, hidden, size, nullptr, 0, h, ldh});
+        for (long i = 0; i < rows; ++i) {
+          A* to = out_data(y) + g.sample(i) * y.stride(0) + g.frame(i, s) * y.stride(1) + g.direction * size + out;
+          write(h + i * ldh + out, out_end - out, to);
+          if constexpr (kNarrow) read(to, 1, out_end - out, h + i * ldh + out);
+        }
+        member.wait();
+      }
+    }
+    for (long i = 0; i < g.rows; ++i) {
+      const long sample = g.sample(i), length = g.length(i), row = g.direction * p.batch + sample;
+      write(b.h[length % 2] + i * ldh + out, out_end - out, out_data(h_n) + row * size + out);
+      const T* last_c = save && length > 0 ? c_all + (g.saved_row(length - 1) + i * g.stride) * hidden : b.c + i * ldh;
+      std::memcpy(static_cast<T*>(c_n.mutable_data_ptr()) + row * hidden + ch, last_c + ch, (ch_end - ch) * sizeof(T));
+      for (long t = length; t < p.time; ++t) {
+        A* to = out_data(y) + sample * y.stride(0) + t * y.stride(1) + g.direction * size;
+        std::fill(to + out, to + out_end, static_cast<A>(T(0)));
+      }
+    }
+    member.wait();
+  }
+};
+
+template <class A>
+struct Backward : Engine<A> {
+  using Base = Engine<A>;
+  using T = typename Base::T;
+  using Group = typename Base::Group;
+  using Chunk = typename Base::Chunk;
+  using Member = typename Base::Member;
+  using Base::Base;
+  using Base::columns;
+  using Base::data;
+  using Base::hidden;
+  using Base::in;
+  using Base::inputs;
+  using Base::k;
+  using Base::ldh;
+  using Base::ldx;
+  using Base::ldz;
+  using Base::out_data;
+  using Base::p;
+  using Base::rows_of;
+  using Base::size;
+  using Base::workspace;
+
+  enum Need { kX, kWih, kWhh, kBias, kPeephole, kWhr, kReverse, kH0 = 11, kC0 };
+
+  struct Given {
+    OptionalTensor dy, dh_n, dc_n;
+    Tensor y, c, gates;
+  };
+
+  // One direction's weights as the kernels read them, [4H] or [P] long in K, and which of its gradients are wanted.
+  struct Weights {
+    const T *w_ih, *w_hh, *w_hr, *peephole;
+    bool need_ih, need_hh, need_bias, need_peephole, need_hr;
+  };
+
+  // Of a part of the rows: scratch, and sums over its rows.
+  struct Buffers {
+    T *z, *dh, *dc, *c0, *dm, *m;
+    T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [I][ldz], [P][ldz], [ldz], [3][H], [P][ldh]; null = not wanted
+    std::vector<T*> x, h, dx, dy;                  // of each member
+  };
+
+  // w [4H, n] with its rows in the order of blocks: [panel][4H][panel columns].
+  const T* pack_back(const Tensor& w, long n) {
+    T* packed = workspace.template take<T>(4 * hidden * round_up(n, k.lanes));
+    const A* source = data(w);
+    const long s0 = w.stride(0), s1 = w.stride(1);
+    std::vector<long> row(4 * hidden);
+    for (long i = 0; i < 4 * hidden; ++i) row[i] = p.weight_row(i) * s0;
+    parallel((n + k.panel - 1) / k.panel, [&](long begin, long end) {
+      for (long first = begin * k.panel; first < std::min(n, end * k.panel); first += k.panel) {
+        const long left = n - first, width = left > k.lanes ? k.panel : k.lanes, real = std::min(left, width);
+        T* to = packed + first * 4 * hidden;
+        for (long i = 0; i < 4 * hidden; ++i, to += width) {
+          Base::read(source + row[i] + first * s1, s1, real, to);
+          std::fill(to + real, to + width, T(0));
+        }
+      }
+    });
+    return packed;
+  }
+
+  Weights pack(long d, const std::vector<int64_t>& needs) {
+    const Direction& from = in.directions[d];
+    const auto need = [&](Need n) { return needs[n + (d ? kReverse - kWih : 0)] != 0; };
+    Weights w{};
+    w.need_ih = need(kWih);
+    w.need_hh = need(kWhh);
+    w.need_bias = need(kBias) && from.bias;
+    w.need_peephole = need(kPeephole) && from.peephole;
+    w.need_hr = need(kWhr) && from.w_hr;
+    if (needs[kX]) w.w_ih = pack_back(from.w_ih, inputs);
+    w.w_hh = pack_back(from.w_hh, size);
+    w.peephole = Base::pack_peephole(from.peephole);
+    if (from.w_hr) {
+      T* packed = workspace.template take<T>(size * round_up(hidden, k.lanes));
+      const long s0 = from.w_hr->stride(0), s1 = from.w_hr->stride(1);
+      pack_panels(k, size, hidden, packed, [&](long i, long n) { return static_cast<T>(data(*from.w_hr)[i * s0 + n * s1]); });
+      w.w_hr = packed;
+    }
+    return w;
+  }
+
+  T* cleared(long n) {
+    T* sum = workspace.template take<T>(n);
+    std::fill(sum, sum + n, T(0));
+    return sum;
+  }
+
+  std::vector<Tensor> backward(const Given& given, const std::vector<int64_t>& needs) {
+    const ScalarType narrow = scalar_type<A>(), wide = scalar_type<T>();
+    std::vector<Tensor> grads;
+    for (long i = 0; i < kNeeds; ++i) grads.push_back(empty_cpu({0}, narrow));
+    Tensor& dx = grads[kX];
+    if (needs[kX]) {
+      dx = cpu::empty_like(in.x);
+      if (std::any_of(p.lengths.begin(), p.lengths.end(), [&](long n) { return n < p.time; })) torch::stable::zero_(dx);
+    }
+    if (needs[kH0] && in.h0) grads[kH0] = empty_cpu({p.directions, p.batch, size}, narrow);
+    grads[kC0] = needs[kC0] && in.c0 ? empty_cpu({p.directions, p.batch, hidden}, in.c0->scalar_type()) : empty_cpu({0}, wide);
+    // With two directions the sum of their dx, before it is rounded.
+    T* dx_sum = needs[kX] && p.directions == 2 ? workspace.template take<T>(p.batch * p.time * inputs) : nullptr;
+
+    const auto s = Base::split();
+    const long rows = std::max<long>(1, Base::most_rows(s)), steps = Base::steps_of_chunk(Base::kBackwardBytes);
+    for (long d = 0; d < p.directions; ++d) {
+      const Weights w = pack(d, needs);
+      std::vector<Buffers> parts(s.parts);
+      for (Buffers& b : parts) {
+        b.z = workspace.template take<T>(steps * rows * ldz);
+        b.dh = workspace.template take<T>(rows * ldh);
+        b.dc = workspace.template take<T>(rows * ldh);
+        b.c0 = in.c0 ? workspace.template take<T>(rows * ldh) : nullptr;
+        b.dm = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
+        b.m = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
+        b.dw_ih = w.need_ih ? cleared(inputs * ldz) : nullptr;
+        b.dw_hh = w.need_hh ? cleared(size * ldz) : nullptr;
+        b.dbias = w.need_bias ? cleared(ldz) : nullptr;
+        b.dpeephole = w.need_peephole ? cleared(3 * hidden) : nullptr;
+        b.dw_hr = w.need_hr ? cleared(size * ldh) : nullptr;
+        for (long i = 0; i < s.team; ++i) {
+          b.x.push_back(w.need_ih ? workspace.template take<T>(steps * rows * ldx) : nullptr);
+          b.h.push_back(w.need_hh ? workspace.template take<T>(steps * rows * ldh) : nullptr);
+          b.dx.push_back(needs[kX] ? workspace.template take<T>(steps * rows * ldx) : nullptr);
+          b.dy.push_back(given.dy ? workspace.template take<T>(rows * ldh) : nullptr);
+        }
+      }
+      Base::run(d, [&](const Group& g, long part, const Member& member) { run_backward(g, w, parts[part], member, given, dx, dx_sum, grads[kH0], grads[kC0]); });
+      finish(d, w, parts, grads);
+    }
+    return grads;
+  }
+
+  void run_backward(const Group& g, const Weights& w, const Buffers& b, const Member& member, const Given& given, const Tensor& dx, T* dx_sum,
+                    const Tensor& dh0, const Tensor& dc0) {
+    const auto [first, last, ch, ch_end, column, n] = Base::share(member);
+    const long h_begin = w.w_hr ? 0 : ch, h_end = w.w_hr ? size : ch_end, most = g.length(0), steps = Base::steps_of_chunk(Base::kBackwardBytes);
+    const T *c_all = static_cast<const T*>(given.c.const_data_ptr()), *gates_all = static_cast<const T*>(given.gates.const_data_ptr());
+    const T one = 1;
+    Base::read_state(given.dh_n, g, h_begin, h_end, b.dh, ldh);
+    Base::read_state(given.dc_n, g, ch, ch_end, b.dc, ldh);
+    if (b.c0) Base::read_state(in.c0, g, ch, ch_end, b.c0, ldh);
+    std::vector<const T*> dy(g.rows);
+    for (long begin = most ? (most - 1) / steps * steps : -1; begin >= 0; begin -= steps) {
+      const Chunk chunk(g, begin, std::min(most, begin + steps));
+      for (long s = chunk.end; s-- > begin;) {
+        const long rows = chunk.active(s);
+        if (given.dy) read_dy(g, s, rows, *given.dy, b.dy[member.rank], dy.data());
+        LstmCells<T> cells{};
+        cells.rows = rows;
+        cells.channels = hidden;
+        cells.begin = first;
+        cells.end = last;
+        cells.z = b.z + chunk.at(s) * ldz;
+        cells.ldz = ldz;
+        cells.gates = const_cast<T*>(gates_all) + g.saved_row(s) * 4 * hidden;
+        cells.ldg = g.stride * 4 * hidden;
+        cells.c_prev = s > 0 ? c_all + g.saved_row(s - 1) * hidden : b.c0;
+        cells.ldc_prev = s > 0 ? g.stride * hidden : ldh;
+        cells.c = const_cast<T*>(c_all) + g.saved_row(s) * hidden;
+        cells.ldc = g.stride * hidden;
+        cells.peephole = w.peephole;
+        cells.dh = b.dh;
+        cells.ldh = ldh;
+        cells.dy = given.dy ? dy.data() : nullptr;
+        cells.dc = b.dc;
+        cells.ld_dc = ldh;
+        cells.dpeephole = b.dpeephole;
+        if (w.w_hr) project_back(w, b, cells);
+        k.lstm_cells_backward(cells);
+        member.wait();
+        if (s > 0 || dh0.numel())
+          k.gemm({rows, cells.z, rows_of(4 * hidden, ldz), w.w_hh + h_begin * 4 * hidden, 4 * hidden, h_end - h_begin, nullptr, 0, b.dh + h_begin, ldh});
+      }
+      const T* z = b.z + column;
+      if (w.need_ih) {
+        T* x = b.x[member.rank];
+        Base::read_x(g, chunk, x);
+        k.outer_sum({chunk.rows(), x, rows_of(inputs, ldx), z, ldz, n, b.dw_ih + column, ldz});
+      }
+      if (w.need_hh) {
+        T* h = b.h[member.rank];
+        read_h(g, chunk, given.y, h);
+        k.outer_sum({chunk.rows(), h, rows_of(size, ldh), z, ldz, n, b.dw_hh + column, ldz});
+      }
+      if (w.need_bias) k.outer_sum({chunk.rows(), &one, rows_of(1, 0), z, ldz, n, b.dbias + column, ldz});
+      if (w.w_ih) {
+        const long from = member.begin(chunk.rows()), rows = member.end(chunk.rows()) - from;
+        T* out = b.dx[member.rank];
+        k.gemm({rows, b.z + from * ldz, rows_of(4 * hidden, ldz), w.w_ih, 4 * hidden, inputs, nullptr, 0, out, ldx});
+        write_dx(g, chunk, from, from + rows, out, dx, dx_sum);
+      }
+      member.wait();
+    }
+    for (long i = 0; i < g.rows; ++i) {
+      const long row = g.direction * p.batch + g.sample(i);
+      if (dh0.numel()) Base::write(b.dh + i * ldh + h_begin, h_end - h_begin, out_data(dh0) + row * size + h_begin);
+      if (!dc0.numel()) continue;
+      const T* from = b.dc + i * ldh + ch;
+      if (dc0.scalar_type() == scalar_type<A>()) Base::write(from, ch_end - ch, out_data(dc0) + row * hidden + ch);
+      else Base::write(from, ch_end - ch, static_cast<T*>(dc0.mutable_data_ptr()) + row * hidden + ch);
+    }
+    member.wait();
+  }
+
+  // dy of a step's rows, as they lie where they can be read so.
+  void read_dy(const Group& g, long step, long rows, const Tensor& dy, T* scratch, const T** row) const {
+    for (long i = 0; i < rows; ++i) {
+      const A* from = data(dy) + g.sample(i) * dy.stride(0) + g.frame(i, step) * dy.stride(1) + g.direction * size * dy.stride(2);
+      if constexpr (!Base::kNarrow) {
+        if (dy.stride(2) == 1) {
+          row[i] = from;
+          continue;
+        }
+      }
+      Base::read(from, dy.stride(2), size, scratch + i * ldh);
+      row[i] = scratch + i * ldh;
+    }
+  }
+
+  // h that each row of a chunk started from, [row][ldh].
+  void read_h(const Group& g, const Chunk& chunk, const Tensor& y, T* to) const {
+    for (long s = chunk.begin; s < chunk.end; ++s)
+      for (long i = 0; i < chunk.active(s); ++i) {
+        T* row = to + (chunk.at(s) + i) * ldh;
+        if (s > 0) Base::read(data(y) + g.sample(i) * y.stride(0) + g.frame(i, s - 1) * y.stride(1) + g.direction * size, 1, size, row);
+        else if (in.h0) Base::read(data(*in.h0) + g.direction * in.h0->stride(0) + g.sample(i) * in.h0->stride(1), in.h0->stride(2), size, row);
+        else std::fill(row, row + size, T(0));
+      }
+  }
+
+  void write_dx(const Group& g, const Chunk& chunk, long begin, long end, const T* from, const Tensor& dx, T* dx_sum) const {
+    for (long s = chunk.begin; s < chunk.end; ++s)
+      for (long i = std::max<long>(0, begin - chunk.at(s)); i < std::min(chunk.active(s), end - chunk.at(s)); ++i) {
+        const long sample = g.sample(i), frame = g.frame(i, s);
+        T* row = const_cast<T*>(from) + (chunk.at(s) + i - begin) * ldx;
+        if (dx_sum) {
+          T* sum = dx_sum + (sample * p.time + frame) * inputs;
+          if (g.direction == 0) {
+            Base::write(row, inputs, sum);
+            continue;
+          }
+          for (long j = 0; j < inputs; ++j) row[j] += sum[j];
+        }
+        Base::write(row, inputs, out_data(dx) + sample * dx.stride(0) + frame * dx.stride(1), dx.stride(2));
+      }
+  }
+
+  // h = w_hr m: from the gradient of h, with dy, to that of m, which takes its place; and that of w_hr.
+  void project_back(const Weights& w, const Buffers& b, LstmCells<T>& cells) const {
+    for (long i = 0; cells.dy && i < cells.rows; ++i)
+      for (long j = 0; j < size; ++j) b.dh[i * ldh + j] += cells.dy[i][j];
+    cells.dy = nullptr;
+    for (long i = 0; w.need_hr && i < cells.rows; ++i) {
+      T* m = b.m + i * ldh;
+      k.tanh(hidden, cells.c + i * cells.ldc, m);
+      for (long c = 0; c < hidden; ++c) {
+        const long ch = c / kBlock * kBlock, width = std::min<long>(kBlock, hidden - ch);
+        m[c] *= cells.gates[i * cells.ldg + 4 * ch + 3 * width + c - ch];
+      }
+    }
+    if (w.need_hr) k.outer_sum({cells.rows, b.dh, rows_of(size, ldh), b.m, ldh, hidden, b.dw_hr, ldh});
+    k.gemm({cells.rows, b.dh, rows_of(size, ldh), w.w_hr, size, hidden, nullptr, 0, b.dm, ldh});
+    cells.dh = b.dm;
+  }
+
+  // Sums over the parts, [channel][ldz] in columns of blocks, to [4H][channels].
+  Tensor gates_gradient(const std::vector<Buffers>& parts, T* Buffers::*sum, long channels, const std::vector<int64_t>& shape) const {
+    Tensor out = empty_cpu(shape, scalar_type<A>());
+    constexpr long kTogether = 16;
+    parallel((channels + kTogether - 1) / kTogether, [&](long begin, long end) {
+      std::vector<T> total(kTogether * ldz);
+      std::vector<const T*> terms(parts.size());
+      for (long first = begin * kTogether; first < std::min(channels, end * kTogether); first += kTogether) {
+        const long n = std::min(kTogether, channels - first);
+        for (long i = 0; i < n; ++i) {
+          for (size_t j = 0; j < parts.size(); ++j) terms[j] = parts[j].*sum + (first + i) * ldz;
+          k.sum_rows(terms.size(), terms.data(), 4 * hidden, total.data() + i * ldz);
+        }
+        for (long column = 0; column < 4 * hidden; ++column) {
+          A* row = out_data(out) + p.weight_row(column) * channels + first;
+          for (long i = 0; i < n; ++i) row[i] = static_cast<A>(total[i * ldz + column]);
+        }
+      }
+    });
+    return out;
+  }
+
+  // The same for sums that are in plain order, rows ld apart.
+  Tensor plain_gradient(const std::vector<Buffers>& parts, T* Buffers::*sum, long rows, long ld) const {
+    Tensor out = empty_cpu({rows, hidden}, scalar_type<A>());
+    std::vector<T> total(hidden);
+    std::vector<const T*> terms(parts.size());
+    for (long i = 0; i < rows; ++i) {
+      for (size_t j = 0; j < parts.size(); ++j) terms[j] = parts[j].*sum + i * ld;
+      k.sum_rows(terms.size(), terms.data(), hidden, total.data());
+      Base::write(total.data(), hidden, out_data(out) + i * hidden);
+    }
+    return out;
+  }
+
+  void finish(long d, const Weights& w, const std::vector<Buffers>& parts, std::vector<Tensor>& grads) const {
+    Tensor* to = grads.data() + (d ? kReverse - kWih : 0);
+    if (w.need_ih) to[kWih] = gates_gradient(parts, &Buffers::dw_ih, inputs, {4 * hidden, inputs});
+    if (w.need_hh) to[kWhh] = gates_gradient(parts, &Buffers::dw_hh, size, {4 * hidden, size});
+    if (w.need_bias) to[kBias] = gates_gradient(parts, &Buffers::dbias, 1, {4 * hidden});
+    if (w.need_peephole) to[kPeephole] = plain_gradient(parts, &Buffers::dpeephole, 3, hidden);
+    if (w.need_hr) to[kWhr] = plain_gradient(parts, &Buffers::dw_hr, size, ldh);
+  }
+};
+
+Inputs make_inputs(const Tensor& x, const Direction& first, const OptionalTensor& w_ih_r, const OptionalTensor& w_hh_r, const OptionalTensor& bias_r,
+                   const OptionalTensor& peephole_r, const OptionalTensor& w_hr_r, const OptionalTensor& h0, const OptionalTensor& c0,
+                   const OptionalTensor& lengths) {
+  Inputs in{x, {first}, h0, c0, lengths};
+  if (w_ih_r && w_hh_r) in.directions.push_back({*w_ih_r, *w_hh_r, bias_r, peephole_r, w_hr_r});
+  return in;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
+    Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor bias, OptionalTensor peephole, OptionalTensor w_hr, OptionalTensor w_ih_r,
+    OptionalTensor w_hh_r, OptionalTensor bias_r, OptionalTensor peephole_r, OptionalTensor w_hr_r, OptionalTensor h0, OptionalTensor c0,
+    OptionalTensor lengths, bool time_major, bool save) {
+  const Inputs in = make_inputs(x, {w_ih, w_hh, bias, peephole, w_hr}, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r, h0, c0, lengths);
+  const Problem p = make_problem(kForward, in);
+  return switch_dtype(kForward, "w_hh", w_hh, [&](auto a) { return Engine<decltype(a)>(p, in).forward(time_major, save); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
+    OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor bias, OptionalTensor peephole,
+    OptionalTensor w_hr, OptionalTensor w_ih_r, OptionalTensor w_hh_r, OptionalTensor bias_r, OptionalTensor peephole_r, OptionalTensor w_hr_r,
+    OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, Tensor y, Tensor c, Tensor gates, std::vector<int64_t> needs) {
+  const Inputs in = make_inputs(x, {w_ih, w_hh, bias, peephole, w_hr}, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r, h0, c0, lengths);
+  const Problem p = make_problem(kBackward, in);
+  CONVFAST_CHECK(long(needs.size()) == kNeeds, kBackward, "needs", "13 flags", needs.size());
+  const ScalarType dtype = w_hh.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  const auto check = [&](const char* name, const OptionalTensor& t, const std::vector<int64_t>& shape, ScalarType type) {
+    if (!t) return;
+    check_shape(kBackward, name, *t, shape);
+    check_dtype(kBackward, name, *t, type, type);
+  };
+  check("y", y, {p.batch, p.time, p.directions * p.size}, dtype);
+  CONVFAST_CHECK(y.stride(2) == 1 || y.numel() == 0, kBackward, "y", "as the forward returned it", "other strides");
+  check("c", c, {p.directions, p.batch, p.time, p.hidden}, wide);
+  check("gates", gates, {p.directions, p.batch, p.time, 4 * p.hidden}, wide);
+  check("dy", dy, shape_of(y), dtype);
+  check("dh_n", dh_n, {p.directions, p.batch, p.size}, dtype);
+  check("dc_n", dc_n, {p.directions, p.batch, p.hidden}, wide);
+  return switch_dtype(kBackward, "w_hh", w_hh, [&](auto a) {
+    std::vector<Tensor> g = Backward<decltype(a)>(p, in).backward({dy, dh_n, dc_n, y, c, gates}, needs);
+    return std::make_tuple(g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8], g[9], g[10], g[11], g[12]);
+  });
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace convfast
+
+STABLE_TORCH_LIBRARY_IMPL(convfast, CPU, m) {
+  m.impl("lstm_forward", TORCH_BOX(&convfast::cpu::lstm_forward));
+  m.impl("lstm_backward", TORCH_BOX(&convfast::cpu::lstm_backward));
+}

@@ -1,0 +1,65 @@
+// Threads that take the same steps together, and wait for each other at each.
+#pragma once
+#include <atomic>
+#include <thread>
+
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+namespace convfast {
+namespace cpu {
+
+// Only threads that run are ever waited for: the first to come gives the others a moment, then starts with those that are there. So
+// a pool that grants fewer threads than asked for, or runs them one after another, cannot hang it.
+class Team {
+ public:
+  explicit Team(long wanted) : wanted_(wanted) {}
+
+  // → this thread's rank, or -1 where the others have begun without it; the work is theirs then.
+  long join() {
+    long seen = members_.load();
+    do {
+      if (seen & kClosed) return -1;
+    } while (!members_.compare_exchange_weak(seen, seen + 1));
+    if (seen == 0) {
+      for (long spins = 0; members_.load() < wanted_ && spins < kPatience; ++spins) pause();
+      members_.fetch_or(kClosed);
+    } else {
+      while (!(members_.load() & kClosed)) pause();
+    }
+    return seen;
+  }
+
+  long size() const { return members_.load(std::memory_order_relaxed) & ~kClosed; }
+
+  // Until every member has come here as often as this one: `turn` is its own count, zero at first.
+  void wait(long& turn) {
+    const long all = size();
+    if (all == 1) return;
+    const long target = all * ++turn;
+    arrived_.fetch_add(1, std::memory_order_acq_rel);
+    for (long spins = 0; arrived_.load(std::memory_order_acquire) < target; ++spins) {
+      if (spins < kPatience) pause();
+      else std::this_thread::yield();
+    }
+  }
+
+ private:
+  static constexpr long kClosed = 1l << 40, kPatience = 4000;
+
+  static void pause() {
+#if defined(__SSE2__)
+    _mm_pause();
+#else
+    std::this_thread::yield();
+#endif
+  }
+
+  const long wanted_;
+  alignas(64) std::atomic<long> members_{0};
+  alignas(64) std::atomic<long> arrived_{0};
+};
+
+}  // namespace cpu
+}  // namespace convfast

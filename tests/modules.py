@@ -1,0 +1,71 @@
+"""What the tests of all modules share: comparing nested results, gradients beside an oracle, scripts through a file."""
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from oracle import assert_close_to_oracle
+from torch import Tensor, nn
+
+
+def flat(value: Any) -> list[Tensor]:
+    """All tensors of a nested result."""
+    return [value] if isinstance(value, Tensor) else [tensor for part in value for tensor in flat(part)]
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    pairs = list(zip(flat(actual), flat(expected), strict=True))
+    assert pairs
+    for a, b in pairs:
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    pairs = list(zip(flat(actual), flat(expected), strict=True))
+    assert pairs
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+
+
+def with_gradients(module: nn.Module, inputs: Sequence[Tensor], call: Callable[..., Any]) -> dict[str, Tensor]:
+    """Results of `call(module, *leaves)`, and gradients of their weighted sum by inputs and parameters."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    results = flat(call(module, *leaves))
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    loss = sum((r * w).sum() for r, w in zip(results, weights))
+    named = {f"input {n}": leaf for n, leaf in enumerate(leaves)} | dict(module.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()))
+    found = {f"result {n}": r for n, r in enumerate(results)}
+    return found | {f"gradient of {name}": grad for name, grad in zip(named, grads)}
+
+
+def check_against(
+    module: nn.Module,
+    plain: Callable[[torch.dtype], nn.Module],
+    inputs: Sequence[Tensor],
+    call: Callable[..., Any],
+    plain_call: Callable[..., Any] | None = None,
+    *,
+    terms: int,
+) -> None:
+    """Results and gradients of `call(module, *inputs)` beside those of the plain modules: exact and rounded as eager.
+
+    `plain(dtype)` makes a module with the parameters of `module`, in the same order; `terms` as in
+    `assert_close_to_oracle`, for gradients.
+    """
+    plain_call = plain_call or call
+    actual = with_gradients(module, inputs, call)
+    exact = with_gradients(plain(torch.float64), [x.double() for x in inputs], plain_call)
+    eager = with_gradients(plain(torch.float32), [x.float() for x in inputs], plain_call)
+    for name, a, e, n in zip(actual, actual.values(), exact.values(), eager.values(), strict=True):
+        assert_close_to_oracle(a, e, n, name, terms if name.startswith("gradient") else 0)
+
+
+def scripted(module: nn.Module) -> torch.jit.ScriptModule:
+    """Through a file, as a C++ program gets it."""
+    stored = io.BytesIO()
+    torch.jit.save(torch.jit.script(module.eval()), stored)
+    stored.seek(0)
+    return torch.jit.load(stored)

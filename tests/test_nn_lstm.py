@@ -1,0 +1,460 @@
+"""`LSTM` and `RegLSTM`: torch.nn.LSTM as oracle, checkpoints, packing, capture, and what users do to modules."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from modules import assert_close, assert_same, check_against, flat, scripted
+from oracle import assert_close_to_oracle, lstm_gates
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+import convfast
+from convfast.nn import LSTM, RegLSTM
+
+OPS = ("lstm",)
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+BATCH, TIME, INPUT, HIDDEN = 3, 5, 4, 6
+LENGTHS = (3, 5, 1)
+OPTIONS = {
+    "one_layer": {},
+    "batch_first": {"batch_first": True},
+    "three_layers": {"num_layers": 3},
+    "bidirectional": {"bidirectional": True, "num_layers": 2},
+    "projection": {"proj_size": 2},
+    "no_bias": {"bias": False},
+    "everything": {"num_layers": 2, "bidirectional": True, "proj_size": 3, "batch_first": True, "bias": False},
+}
+
+
+def build(*, dtype: torch.dtype = torch.float32, **options) -> LSTM:
+    return LSTM(INPUT, HIDDEN, dtype=dtype, **options)
+
+
+def twin(module: LSTM, dtype: torch.dtype) -> nn.LSTM:
+    """torch.nn.LSTM with the same weights."""
+    names = ("num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+    options = {name: getattr(module, name) for name in names}
+    plain = nn.LSTM(module.input_size, module.hidden_size, **options, dtype=module.weight_hh_l0.dtype)
+    plain.load_state_dict(module.state_dict(), strict=True)
+    return plain.to(dtype)
+
+
+def sequence(module: LSTM, batch: int = BATCH, time: int = TIME, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*((batch, time) if module.batch_first else (time, batch)), module.input_size, dtype=dtype)
+
+
+def state_of(module: LSTM, batch: int = BATCH, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    sizes = (module.proj_size or module.hidden_size, module.hidden_size)
+    h, c = (torch.randn(rows, batch, size, dtype=dtype) for size in sizes)
+    return h, c
+
+
+def check_against_torch(module: LSTM, inputs: list[Tensor], call, plain_call=None) -> None:
+    check_against(module, lambda dtype: twin(module, dtype), inputs, call, plain_call, terms=BATCH * TIME)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("with_state", [False, True], ids=["", "state"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option_matches_torch(name: str, with_state: bool, dtype: torch.dtype, backend: str) -> None:
+    module = build(dtype=dtype, backend=backend, **OPTIONS[name])
+    inputs = [sequence(module, dtype=dtype)]
+    inputs += state_of(module, dtype=dtype) if with_state else ()
+
+    def call(module, x, *hx):
+        return module(x, hx if with_state else None)
+
+    check_against_torch(module, inputs, call)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_lengths_match_packing_in_torch(name: str, backend: str) -> None:
+    module = build(backend=backend, **OPTIONS[name])
+    lengths = torch.tensor(LENGTHS)
+
+    def plain(module, x, *hx):
+        packed = pack_padded_sequence(x, lengths, module.batch_first, enforce_sorted=False)
+        output, last = module(packed, hx)
+        return pad_packed_sequence(output, module.batch_first)[0], last
+
+    inputs = [sequence(module), *state_of(module)]
+    check_against_torch(module, inputs, lambda module, x, *hx: module(x, hx, lengths), plain)
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["", "state"])
+@pytest.mark.parametrize("enforce_sorted", [False, True], ids=["unsorted", "sorted"])
+@pytest.mark.parametrize("name", ["one_layer", "everything"])
+def test_packed_sequence_goes_in_and_out(name: str, enforce_sorted: bool, with_state: bool, backend: str) -> None:
+    module = build(backend=backend, **OPTIONS[name])
+    parts = [torch.randn(n, INPUT) for n in (sorted(LENGTHS, reverse=True) if enforce_sorted else LENGTHS)]
+    packed = pack_sequence(parts, enforce_sorted)
+    assert (packed.sorted_indices is None) == enforce_sorted
+    hx = state_of(module) if with_state else None
+    output, _ = module(packed, hx)
+    assert isinstance(output, PackedSequence)
+    assert_same(output.batch_sizes, packed.batch_sizes)
+    assert (output.sorted_indices is None) == enforce_sorted
+
+    def call(module, data, *hx):
+        output, last = module(packed._replace(data=data), hx if with_state else None)
+        return output.data, last
+
+    check_against_torch(module, [packed.data, *(hx or ())], call)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_single_sequence_matches_torch(name: str, backend: str) -> None:
+    module = build(backend=backend, **OPTIONS[name])
+    inputs = [torch.randn(TIME, INPUT), *(part[:, 0] for part in state_of(module))]
+
+    def call(module, x, *hx):
+        return module(x, hx)
+
+    check_against_torch(module, inputs, call)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
+def test_peephole_matches_plain_loop(bidirectional: bool, backend: str) -> None:
+    module = build(peephole=True, bidirectional=bidirectional, backend=backend)
+    assert not module.peephole_l0.any()
+    for name, parameter in module.named_parameters():
+        if name.startswith("peephole"):
+            nn.init.uniform_(parameter, -1, 1)
+    x, hx = sequence(module), state_of(module)
+
+    def loop(dtype):
+        w = {name: p.to(dtype) for name, p in module.named_parameters()}
+        outputs, last = [], []
+        for row, end in enumerate(["_l0", "_l0_reverse"] if bidirectional else ["_l0"]):
+            h, c = (part[row].to(dtype) for part in hx)
+            frames = list(x.to(dtype))
+            steps = []
+            for frame in reversed(frames) if row else frames:
+                gates = frame @ w[f"weight_ih{end}"].T + h @ w[f"weight_hh{end}"].T
+                h, c = lstm_gates(gates + w[f"bias_ih{end}"] + w[f"bias_hh{end}"], c, w[f"peephole{end}"][:, None])
+                steps.append(h)
+            outputs.append(torch.stack(steps[::-1] if row else steps))
+            last.append((h, c))
+        return [torch.cat(outputs, -1), *(torch.stack(part) for part in zip(*last))]
+
+    for a, e, n in zip(flat(module(x, hx)), loop(torch.float64), loop(torch.float32), strict=True):
+        assert_close_to_oracle(a, e, n)
+
+
+def test_samples_of_any_length_in_one_batch_equal_each_alone(backend: str) -> None:
+    module = build(bidirectional=True, num_layers=2, backend=backend)
+    x, hx, lengths = sequence(module), state_of(module), torch.tensor([2, 0, TIME], dtype=torch.int32)
+    output, last = module(x, hx, lengths)
+    for sample, length in enumerate(lengths.tolist()):
+        hx_alone = tuple(part[:, sample : sample + 1] for part in hx)
+        alone, last_alone = (None, hx_alone) if length == 0 else module(x[:length, sample : sample + 1], hx_alone)
+        assert not output[length:, sample].any()
+        if length:
+            torch.testing.assert_close(output[:length, sample : sample + 1], alone)
+        assert_close([part[:, sample : sample + 1] for part in last], last_alone)
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time_first", "batch_first"])
+def test_output_is_contiguous(batch_first: bool, backend: str) -> None:
+    module = build(batch_first=batch_first, bidirectional=True, num_layers=2, backend=backend)
+    output, (h, c) = module(sequence(module))
+    assert output.is_contiguous() and h.is_contiguous() and c.is_contiguous()
+
+
+def test_second_derivatives(backend: str) -> None:
+    module = LSTM(2, 3, 2, bidirectional=True, proj_size=2, peephole=True, dtype=torch.float64, backend=backend)
+    parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
+    x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x, *values):
+        output, (h, c) = torch.func.functional_call(module, dict(zip(parameters, values)), (x,))
+        return output, h, c
+
+    torch.autograd.gradgradcheck(run, (x, *parameters.values()), fast_mode=True)
+
+
+def test_dropout_acts_between_layers_in_training_only() -> None:
+    module = build(num_layers=2, dropout=1.0)
+    x = sequence(module)
+    kept, _ = module.eval()(x)
+    first, _ = module.train()(x)
+    second, _ = module(sequence(module))
+    assert not torch.equal(first, kept) and torch.equal(first, second)
+    assert_close(kept, twin(module, torch.float32).eval()(x)[0])
+    module.dropout = 0.5
+    assert not torch.equal(module(x)[0], module(x)[0])
+
+
+def test_empty_batch(backend: str) -> None:
+    module = build(bidirectional=True, backend=backend)
+    output, (h, c) = module(sequence(module, batch=0))
+    assert output.shape == (TIME, 0, 2 * HIDDEN) and h.shape == c.shape == (2, 0, HIDDEN)
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_same_seed_gives_the_parameters_of_torch(name: str) -> None:
+    torch.manual_seed(7)
+    ours = build(**OPTIONS[name])
+    torch.manual_seed(7)
+    plain = nn.LSTM(INPUT, HIDDEN, **OPTIONS[name])
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert_same(ours.state_dict().values(), plain.state_dict().values())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_checkpoints_go_both_ways(name: str) -> None:
+    ours, plain = build(**OPTIONS[name]), nn.LSTM(INPUT, HIDDEN, **OPTIONS[name])
+    x = sequence(ours)
+    ours.load_state_dict(plain.state_dict(), strict=True)
+    assert_close(ours(x), plain(x))
+    ours.reset_parameters()
+    plain.load_state_dict(ours.state_dict(), strict=True)
+    assert_close(ours(x), plain(x))
+
+
+def test_peepholes_are_zero_again_after_a_reset_and_are_in_the_checkpoint() -> None:
+    module = build(peephole=True, bidirectional=True)
+    with torch.no_grad():
+        module.peephole_l0_reverse.add_(1)
+    other = build(peephole=True, bidirectional=True)
+    other.load_state_dict(module.state_dict(), strict=True)
+    x = sequence(module)
+    assert_same(other(x), module(x))
+    before = module.weight_ih_l0.clone()
+    module.reset_parameters()
+    assert not module.peephole_l0_reverse.any() and not torch.equal(module.weight_ih_l0, before)
+
+
+# What users do to modules.
+
+
+def test_repr_shows_what_is_not_default() -> None:
+    assert repr(LSTM(3, 4, 2, batch_first=True, peephole=True, backend="reference")) == (
+        "LSTM(3, 4, num_layers=2, batch_first=True, peephole=True, backend='reference')"
+    )
+
+
+def test_copies_are_equal_and_apart() -> None:
+    module = build(bidirectional=True, peephole=True)
+    x = sequence(module)
+    expected = module(x)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(again) == repr(module)
+        assert_same(again(x), expected)
+        with torch.no_grad():
+            again.weight_hh_l0.add_(1)
+        assert not torch.equal(again(x)[0], expected[0])
+    assert_same(module(x), expected)
+
+
+def test_module_moves_between_dtypes_and_devices() -> None:
+    module = build(peephole=True)
+    double = copy.deepcopy(module).double()
+    double.flatten_parameters()
+    x = sequence(module, dtype=torch.float64)
+    assert double(x)[0].dtype == torch.float64
+    assert_close(double.float()(x.float()), module(x.float()))
+    output, (h, c) = module.to("meta")(x.float().to("meta"))
+    assert output.shape == (TIME, BATCH, HIDDEN) and h.device == c.device == torch.device("meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype, backend: str) -> None:
+    module = build(num_layers=2, bidirectional=True, backend=backend).to(dtype)
+    x = sequence(module, dtype=dtype)
+    output, (h, c) = module(x)
+    assert output.dtype == h.dtype == dtype and c.dtype == torch.float32
+    assert module(x, (h, c))[1][1].dtype == torch.float32
+    for a, e, n in zip((output, h, c), flat(twin(module, torch.float64)(x.double())), flat(twin(module, dtype)(x))):
+        assert_close_to_oracle(a, e, n)
+    (output.float().sum() + c.sum()).backward()
+    assert all(p.grad.dtype == dtype for p in module.parameters())
+
+
+def test_autocast() -> None:
+    module = build(num_layers=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, (_, c) = module(sequence(module))
+    assert output.dtype == torch.bfloat16 and c.dtype == torch.float32
+    output.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+def test_weights_may_be_parametrized() -> None:
+    module = build()
+    x = sequence(module)
+    expected, _ = module(x)
+    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0", dim=0)
+    output, _ = module(x)
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parametrizations.weight_hh_l0.parameters())
+
+
+def test_regression_matches_torch(backend: str) -> None:
+    torch.manual_seed(3)
+    ours = RegLSTM(INPUT, HIDDEN, 2, backend=backend)
+    torch.manual_seed(3)
+    rnn, reg = nn.LSTM(INPUT, HIDDEN, 2), nn.Linear(HIDDEN, 1)
+    plain = nn.ModuleDict({"rnn": rnn, "reg": reg}).state_dict()
+    assert list(ours.state_dict()) == list(plain)
+    assert_same(ours.state_dict().values(), plain.values())
+    x = torch.randn(TIME, BATCH, INPUT)
+    output = ours(x)
+    assert output.shape == (TIME, BATCH, 1)
+    assert_close_to_oracle(output, reg.double()(rnn.double()(x.double())[0]), reg.float()(rnn.float()(x)[0]))
+
+
+# Capture.
+
+
+@pytest.mark.parametrize("name", ["one_layer", "everything"])
+def test_compiles_whole(name: str, backend: str) -> None:
+    torch._dynamo.reset()
+    module = build(backend=backend, **OPTIONS[name])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x, hx, lengths = sequence(module), state_of(module), torch.tensor(LENGTHS)
+    for arguments in ((x,), (x, hx), (x, hx, lengths)):
+        results = []
+        for run in (module, compiled):
+            module.zero_grad()
+            output = run(*arguments)
+            sum(part.sum() for part in flat(output)).backward()
+            results.append([*flat(output), *(p.grad.clone() for p in module.parameters())])
+        assert_close(*results)
+
+
+def test_compiles_once_for_any_time_and_batch(native_ops) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = build(**OPTIONS["everything"])
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for batch, time in ((5, 8), (7, 10), (9, 12)):  # unlike any other size, which would be taken for the same
+        x = sequence(module, batch, time)
+        assert_close(compiled(x), module(x))
+        compilations.append(counter.frame_count)
+    assert compilations == compilations[:1] * 3, "other sizes were compiled again"
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_exports(strict: bool, backend: str) -> None:
+    module = build(backend=backend, **OPTIONS["everything"]).eval()
+    x, hx, lengths = sequence(module), state_of(module), torch.tensor(LENGTHS)
+    program = torch.export.export(module, (x, hx, lengths), strict=strict)
+    stored = io.BytesIO()
+    torch.export.save(program, stored)
+    stored.seek(0)
+    with torch.no_grad():
+        assert_close(torch.export.load(stored).module()(x, hx, lengths), module(x, hx, lengths))
+
+
+def test_exports_as_one_op_a_layer(native_ops) -> None:
+    module = build(**OPTIONS["everything"]).eval()
+    dims = {"input": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}}
+    program = torch.export.export(module, (sequence(module),), dynamic_shapes=dims)
+    assert sum("lstm_forward" in str(node.target) for node in program.graph.nodes) == 2
+    x = sequence(module, 4, 9)
+    with torch.no_grad():
+        assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "peephole"])
+def test_scripts_saves_and_loads(name: str, native_ops) -> None:
+    module = build(**(OPTIONS | {"peephole": {"peephole": True}})[name])
+    script = scripted(module)
+    x, hx, lengths = sequence(module), state_of(module), torch.tensor(LENGTHS, dtype=torch.int32)
+    single = (torch.randn(TIME, INPUT), tuple(part[:, 0] for part in hx))
+    with torch.no_grad():
+        for arguments in ((x,), (x, hx), (x, hx, lengths), single[:1], single):
+            assert_same(script(*arguments), module(*arguments))
+
+
+def test_scripted_module_refuses_what_does_not_fit(native_ops) -> None:
+    script = scripted(build(num_layers=2))
+    for arguments in ((torch.zeros(1, 2, 3, 4),), (torch.zeros(2, 3, 5),), (torch.zeros(2, 3, 4), state_of(build()))):
+        with pytest.raises((RuntimeError, torch.jit.Error), match=r"LSTM: (input|hx) has"):
+            script(*arguments)
+
+
+def test_scripting_a_model_leaves_it_as_it_is(native_ops) -> None:
+    model = RegLSTM(INPUT, HIDDEN)
+    x = torch.randn(TIME, BATCH, INPUT)
+    script = scripted(model)
+    assert isinstance(model.rnn, LSTM) and len(list(model.parameters())) == 6
+    with torch.no_grad():
+        assert_same(script(x), model(x))
+
+
+# Bad arguments: what was wrong, what was expected, what came.
+
+BAD_CONSTRUCTION = {
+    "input_size": ({"input_size": 0}, "input_size is 0, expected an int >= 1"),
+    "hidden_size": ({"hidden_size": 2.0}, "hidden_size is 2.0, expected an int >= 1"),
+    "num_layers": ({"num_layers": 0}, "num_layers is 0, expected an int >= 1"),
+    "proj_negative": ({"proj_size": -1}, "proj_size is -1, expected an int >= 0"),
+    "proj_size": ({"proj_size": 4}, "proj_size is 4, expected less than hidden_size=4"),
+    "dropout": ({"dropout": 1.5}, r"dropout is 1.5, expected a probability \(0 to 1\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONSTRUCTION)
+def test_bad_constructor_argument(name: str) -> None:
+    options, message = BAD_CONSTRUCTION[name]
+    with pytest.raises(ValueError, match=f"^LSTM: {message}$"):
+        LSTM(**({"input_size": 3, "hidden_size": 4} | options))
+    with pytest.raises(TypeError, match=r"^LSTM: dtype is torch.int64, expected a floating point type$"):
+        LSTM(3, 4, dtype=torch.int64)
+
+
+X = torch.zeros(TIME, BATCH, INPUT)
+H = torch.zeros(1, BATCH, HIDDEN)
+PACKED = pack_sequence([torch.zeros(3, INPUT), torch.zeros(2, INPUT)])
+BAD_CALLS = {
+    "type": (([1.0],), TypeError, "LSTM: input is a list, expected a Tensor or a PackedSequence"),
+    "rank": ((X[0, 0],), ValueError, r"LSTM: input has 1 dims, expected 3, layout \[T, B, I\], or 2 for a single"),
+    "features": ((X[..., 1:],), ValueError, "LSTM: input has 3 features, expected input_size=4"),
+    "features_single": ((X[0, :, 1:],), ValueError, "LSTM: input has 3 features, expected input_size=4"),
+    "features_packed": ((pack_sequence([X[0, :, 1:]]),), ValueError, "LSTM: input has 3 features"),
+    "no_time": ((X[:0],), ValueError, "input has 0 time steps, expected at least 1"),
+    "dtype": ((X.double(),), TypeError, "input has dtype torch.float64, expected torch.float32"),
+    "device": ((X.to("meta"),), ValueError, "input is on meta, expected cpu"),
+    "hx_type": ((X, H), TypeError, r"LSTM: hx is a Tensor, expected two tensors \(h, c\)"),
+    "hx_count": ((X, (H,)), TypeError, r"LSTM: hx is 1 items, expected two tensors \(h, c\)"),
+    "hx_none": ((X, (H, None)), TypeError, r"LSTM: hx is 2 items, expected two tensors \(h, c\)"),
+    "hx_batch": ((X, (H[:, 1:], H)), ValueError, r"LSTM: hx h has shape \[1, 2, 6\], expected \[1, 3, 6\]"),
+    "hx_size": ((X, (H, H[..., 1:])), ValueError, r"LSTM: hx c has shape \[1, 3, 5\], expected \[1, 3, 6\]"),
+    "hx_of_single": ((X[0], (H, H)), ValueError, r"LSTM: hx h has shape \[1, 3, 6\], expected \[1, 6\]"),
+    "hx_of_packed": ((PACKED, (H, H)), ValueError, r"LSTM: hx h has shape \[1, 3, 6\], expected \[1, 2, 6\]"),
+    "lengths_packed": ((PACKED, None, torch.tensor([1, 2])), ValueError, "lengths is a Tensor, expected None with a P"),
+    "lengths_single": ((X[0], None, torch.tensor([1])), ValueError, "lengths is a Tensor, expected None with a single"),
+    "lengths_shape": ((X, None, torch.tensor([1])), ValueError, r"lengths has shape \[1\], expected \[3\]"),
+    "lengths_long": ((X, None, torch.tensor([1, 6, 2])), ValueError, "lengths has 6, expected 0 to 5"),
+    "lengths_dtype": ((X, None, torch.tensor([1.0, 2, 3])), TypeError, "lengths has dtype torch.float32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_bad_call_is_named_with_what_was_expected(name: str) -> None:
+    arguments, error, message = BAD_CALLS[name]
+    with pytest.raises(error, match=message):
+        build()(*arguments)
+
+
+def test_unknown_backend_is_named() -> None:
+    module = build(backend="abacus")
+    with pytest.raises(ValueError, match="lstm: backend is 'abacus', expected one of"):
+        module(X)
+
+
+def test_exported_from_the_package() -> None:
+    assert convfast.LSTM is LSTM and convfast.RegLSTM is RegLSTM
