@@ -38,6 +38,7 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 demo: $(STAMP)-demo
 	$(PY) -m convfast.info
 	$(PY) examples/moving_digits.py $(ARGS)
+	$(PY) examples/digit_rows.py $(ARGS)
 
 test: $(STAMP)-test
 	$(PY) -m pytest $(ARGS)

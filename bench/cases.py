@@ -1,6 +1,7 @@
 """What is timed: the shapes, and the work that each of them needs at the least."""
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,15 @@ class ConvLSTMCase:
         """Products summed into one element of a weight's gradient."""
         return self.frames * self.height * self.width
 
+    @property
+    def states(self) -> int:
+        """Elements of all layers' outputs."""
+        return self.terms * sum(self.hidden)
+
+    def tiny(self) -> "ConvLSTMCase":
+        """The same layers on the least input."""
+        return replace(self, batch=1, height=8, width=8)
+
 
 @dataclass(frozen=True)
 class GatesCase:
@@ -79,6 +89,61 @@ class GatesCase:
         return 1
 
 
+@dataclass(frozen=True)
+class Conv1dLSTMCase:
+    """Convolutions to conv and to 2 * conv channels, then layers of LSTM, over [batch, time, features]."""
+
+    batch: int
+    time: int
+    features: int
+    conv: int
+    hidden: int
+    layers: int
+    varied: bool = False  # lengths between a tenth of `time` and all of it
+    unit = "GFLOP/s"
+
+    @property
+    def id(self) -> str:
+        sizes = f"B{self.batch}_T{self.time}_F{self.features}_c{self.conv}_h{self.hidden}_L{self.layers}"
+        return sizes + ("_lengths" if self.varied else "")
+
+    @property
+    def lengths(self) -> list[int]:
+        draw = random.Random(0)
+        least = -(-self.time // 10) if self.varied else self.time
+        return [draw.randint(least, self.time) for _ in range(self.batch)]
+
+    def work(self, training: bool) -> float:
+        """Multiply-adds of the steps inside the lengths, times two; the product with the zero state is not counted.
+
+        Backward: a data and a weight gradient for each product of the forward.
+        """
+        channels, gates = 2 * self.conv, 4 * self.hidden
+        convs = 3 * (self.features * self.conv + self.conv * channels)
+        inputs = gates * (channels + (self.layers - 1) * self.hidden)
+        recurrent = gates * self.hidden * self.layers
+        forward = 2.0 * (self.frames * (convs + inputs) + (self.frames - self.batch) * recurrent)
+        return 3 * forward if training else forward
+
+    @property
+    def frames(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def terms(self) -> int:
+        """As for a ConvLSTM."""
+        return self.frames
+
+    @property
+    def states(self) -> int:
+        return self.batch * self.time * (3 * self.conv + self.layers * self.hidden)
+
+    def tiny(self) -> "Conv1dLSTMCase":
+        return replace(self, batch=1, time=8)
+
+
+Case = ConvLSTMCase | GatesCase | Conv1dLSTMCase
+
 CONV_LSTM = [
     ConvLSTMCase(batch, time, cin, (c,), size, size, kernel)
     for kernel in (3, 5)
@@ -102,5 +167,15 @@ LSTM_GATES = [
     for channels_last in (False, True)
 ]
 
+CONV1D_LSTM = [
+    Conv1dLSTMCase(32, 128, 9, 64, 128, 2),
+    Conv1dLSTMCase(64, 100, 16, 64, 128, 2),
+    Conv1dLSTMCase(8, 512, 32, 64, 256, 2),
+    Conv1dLSTMCase(1, 1000, 8, 64, 128, 2),
+    Conv1dLSTMCase(256, 60, 8, 32, 64, 2),
+    Conv1dLSTMCase(1, 64, 8, 64, 128, 1),
+    Conv1dLSTMCase(32, 128, 9, 64, 128, 2, varied=True),
+]
+
 # Enough for a quick look: the smallest case, and one that keeps the cores busy.
-SHORT = {CONV_LSTM[2].id, CONV_LSTM[4].id, LSTM_GATES[2].id}
+SHORT = {CONV_LSTM[2].id, CONV_LSTM[4].id, LSTM_GATES[2].id, CONV1D_LSTM[5].id}

@@ -1,6 +1,7 @@
 """Every way to run a case: the opponents in plain torch, compiled, in other runtimes, and each convfast backend."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 
 import convfast
 from bench import runtimes
-from bench.cases import ConvLSTMCase, GatesCase
+from bench.cases import Conv1dLSTMCase, ConvLSTMCase, GatesCase
 from bench.harness import Contestant
-from bench.reference_models import CatConvLSTM, HoistedConvLSTM, load_weights, lstm_cell
+from bench.reference_models import CatConvLSTM, HoistedConvLSTM, PermutedConv1dLSTM, load_weights, lstm_cell
 from convfast.ops.conv_lstm import WITH_WINOGRAD
 
 Forward = Callable[..., Tensor]
@@ -96,12 +97,17 @@ def training(
     return Contestant(name, kind, run, results, [x, *model.parameters()])
 
 
-def convfast_grads(model: nn.Module) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+def named_grads(model: nn.Module) -> Callable[[], Iterator[tuple[str, Tensor]]]:
     return lambda: ((name, weight.grad) for name, weight in model.named_parameters())
 
 
+def deciding_op(op: str) -> str:
+    """The op whose backends are those of a row: the last one, where a row has several."""
+    return {"conv1d_lstm": "lstm"}.get(op, op)
+
+
 def usable_backends(op: str) -> list[str]:
-    return [name for name, usable in convfast.available(op).items() if usable is True]
+    return [name for name, usable in convfast.available(deciding_op(op)).items() if usable is True]
 
 
 def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, Callable[[], Contestant]]:
@@ -129,7 +135,7 @@ def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, C
             model = problem.convfast(backend, memory, algorithm)
             forward = problem.convfast_forward(model)
             if train:
-                grads = convfast_grads(model)
+                grads = named_grads(model)
                 return training(label, "convfast", forward, problem.input, problem.grad, model, grads)
             return inference(label, "convfast", forward, problem.input)
 
@@ -172,6 +178,118 @@ def conv_lstm_oracle(problem: Problem, train: bool) -> dict[str, Tensor]:
     if train:
         return training("oracle", "oracle", forward, x, grad, model, model.grads).results()
     return inference("oracle", "oracle", forward, x).results()
+
+
+class Conv1dProblem:
+    """Input, lengths, weights and output gradient of a Conv1d → LSTM case; the same for everyone."""
+
+    def __init__(self, case: Conv1dLSTMCase) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.case = case
+        self.grad = torch.randn(case.batch, case.time, case.hidden, generator=generator)
+        self.lengths = torch.tensor(case.lengths) if case.varied else None
+        torch.manual_seed(0)
+        self.weights = self._plain().state_dict()
+        while not hasattr(self, "input") or self._near_a_kink():
+            self.input = torch.randn(case.batch, case.time, case.features, generator=generator)
+
+    @torch.no_grad()
+    def _near_a_kink(self) -> bool:
+        """Whether rounding may carry an argument of a ReLU over zero, which would change a gradient by all it has."""
+        found: list[list[Tensor]] = []
+        for dtype in (torch.float64, torch.float32):
+            model, arguments = self.opponent(dtype), []
+            for conv in model.conv:
+                conv.register_forward_hook(lambda _, __, output, to=arguments: to.append(output.double()))
+            model.convolve(self.input.to(dtype), self.lengths)
+            found.append(arguments)
+        return any(exact.abs().min() < 2 * (exact - rounded).abs().max() for exact, rounded in zip(*found, strict=True))
+
+    def _plain(self) -> PermutedConv1dLSTM:
+        case = self.case
+        return PermutedConv1dLSTM(case.features, case.conv, case.hidden, case.layers)
+
+    def opponent(self, dtype: torch.dtype = torch.float32) -> PermutedConv1dLSTM:
+        model = self._plain()
+        model.load_state_dict(self.weights)
+        return model.to(dtype)
+
+    def convfast(self, backend: str) -> nn.Module:
+        case = self.case
+        conv = [case.conv, 2 * case.conv]
+        model = convfast.Conv1dLSTM(case.features, conv, case.hidden, 3, case.layers, backend=backend)
+        model.load_state_dict(self.weights)
+        return model
+
+    @torch.no_grad()
+    def convolved(self) -> Tensor:
+        """What the LSTM reads, right to rounding."""
+        return self.opponent(torch.float64).convolve(self.input.double(), self.lengths).float().contiguous()
+
+    def contestant(
+        self,
+        name: str,
+        kind: str,
+        model: nn.Module,
+        forward: Forward,
+        train: bool,
+        x: Tensor | None = None,
+    ) -> Contestant:
+        """`x`: another input than that of the problem."""
+        x = self.input if x is None else x
+        if train:
+            return training(name, kind, forward, x, self.grad.to(x.dtype), model, named_grads(model))
+        return inference(name, kind, forward, x)
+
+
+def conv1d_lstm(problem: Conv1dProblem, train: bool, short: bool = False) -> dict[str, Callable[[], Contestant]]:
+    """As conv_lstm."""
+    lengths = problem.lengths
+
+    def opponent(name: str, kind: str, **compiled: object) -> Contestant:
+        model = problem.opponent()
+        # dynamo leaves nn.LSTM and packing to eager, so there is no full graph.
+        call = torch.compile(model, dynamic=False, **compiled) if kind == "compile" else model
+        return problem.contestant(name, kind, model, partial(call, lengths=lengths), train)
+
+    def whole_graph(name: str) -> Contestant:
+        if train:
+            raise runtimes.Absent("training unrolls nn.LSTM: minutes of compilation, and more with every step")
+        if lengths is not None:
+            raise runtimes.Absent("packed sequences break the graph")
+        model = problem.opponent()
+        call = torch.compile(model, fullgraph=True, dynamic=False)
+        with torch._dynamo.config.patch(allow_rnn=True), torch.inference_mode():
+            call(problem.input)
+        return problem.contestant(name, "compile", model, call, train)
+
+    def lstm_alone(name: str) -> Contestant:
+        """Computes the same output and the same gradients of the LSTM's weights; its dx is that of another input."""
+        model = problem.opponent()
+        del model.conv[:]
+        forward = partial(model, lengths=lengths)
+        part = problem.contestant(name, "part", model, forward, train, problem.convolved())
+        return replace(part, results=lambda: {name: t for name, t in part.results().items() if name != "dx"})
+
+    def ours(name: str, backend: str) -> Contestant:
+        model = problem.convfast(backend)
+        return problem.contestant(name, "convfast", model, lambda x: model(x, lengths=lengths)[0], train)
+
+    everyone = {"eager": partial(opponent, "eager", "eager"), "compile": partial(opponent, "compile", "compile")}
+    if not short:
+        everyone["compile max-autotune"] = partial(opponent, "compile max-autotune", "compile", mode=MAX_AUTOTUNE)
+    everyone["compile allow_rnn"] = partial(whole_graph, "compile allow_rnn")
+    everyone["nn.LSTM alone"] = partial(lstm_alone, "nn.LSTM alone")
+    for backend in usable_backends("conv1d_lstm"):
+        everyone[f"convfast {backend}"] = partial(ours, f"convfast {backend}", backend)
+    return everyone
+
+
+def conv1d_lstm_oracle(problem: Conv1dProblem, train: bool) -> dict[str, Tensor]:
+    """Plain torch in float64."""
+    model = problem.opponent(torch.float64)
+    forward = partial(model, lengths=problem.lengths)
+    return problem.contestant("oracle", "oracle", model, forward, train, problem.input.double()).results()
 
 
 class GatesProblem:

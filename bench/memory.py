@@ -5,24 +5,24 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import convfast
-from bench.cases import CONV_LSTM, ConvLSTMCase
-from bench.contestants import Problem, conv_lstm
+from bench.cases import CONV1D_LSTM, CONV_LSTM, Conv1dLSTMCase, ConvLSTMCase
+from bench.contestants import Conv1dProblem, Problem, conv1d_lstm, conv_lstm
+from bench.harness import Contestant
 
 ROOT = Path(__file__).resolve().parents[1]
 # Freed blocks go back to the system at once; else the heap's fragmentation would be measured too.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def measure(case: ConvLSTMCase, contestant: str) -> dict[str, float]:
+def measure(case: ConvLSTMCase | Conv1dLSTMCase, contestant: str) -> dict[str, float]:
     """Start the measuring process. {"peak_mb": growth of the resident peak over the state before the step (model, input
-    and library resident), "saved_tensors": tensors of hidden size kept for the backward, per time step}."""
+    and library resident), "saved_tensors": what is kept for the backward, in units of all layers' outputs}."""
     command = [sys.executable, "-m", "bench.memory", case.id, contestant]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
@@ -51,20 +51,24 @@ def _saved_bytes(step: object, excluded: list[Tensor]) -> int:
     return sum(kept.values())
 
 
+def _contestant(case: ConvLSTMCase | Conv1dLSTMCase, name: str) -> Contestant:
+    if isinstance(case, ConvLSTMCase):
+        return conv_lstm(Problem(case), train=True)[name]()
+    return conv1d_lstm(Conv1dProblem(case), train=True)[name]()
+
+
 def _main(case_id: str, name: str) -> None:
-    case = next(case for case in CONV_LSTM if case.id == case_id)
+    case = next(case for case in [*CONV_LSTM, *CONV1D_LSTM] if case.id == case_id)
     # Code, thread pools and the compiled library are in place before the measurement, no buffer of the real size is.
-    conv_lstm(Problem(replace(case, batch=1, height=8, width=8)), train=True)[name]().run()
+    _contestant(case.tiny(), name).run()
     convfast.release_workspace()  # some of it depends on the channels alone
-    problem = Problem(case)
-    contestant = conv_lstm(problem, train=True)[name]()
+    contestant = _contestant(case, name)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = _resident("VmRSS")
     for _ in range(3):
         contestant.run()
     peak = _resident("VmHWM") - before
-    hidden = 4 * case.time * case.batch * case.height * case.width * sum(case.hidden)
-    saved = _saved_bytes(contestant.run, contestant.inputs) / hidden
+    saved = _saved_bytes(contestant.run, contestant.inputs) / (4 * case.states)
     print(json.dumps({"peak_mb": peak / 1e6, "saved_tensors": saved}))
 
 

@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from bench.report import Report
+from bench.report import DRAWN, Report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,9 +35,10 @@ def main(argv: list[str]) -> None:
     path = Path(argv[0]).resolve() if argv else newest()
     report = Report.load(path)
     results = [report.machine_line(), report.summary()]
-    picture = path.with_name("conv_lstm.png")
-    if picture.exists() and picture.is_relative_to(ROOT):
-        results.append(f"![time per sequence, log scale]({picture.relative_to(ROOT).as_posix()})")
+    for op, module in DRAWN.items():
+        picture = path.with_name(f"{op}.png")
+        if picture.exists() and picture.is_relative_to(ROOT):
+            results.append(f"![{module}: time per sequence, log scale]({picture.relative_to(ROOT).as_posix()})")
     readme = ROOT / "README.md"
     text = rewrite(readme.read_text(), "results", "\n\n".join(results).replace("## ", "### "))
     readme.write_text(rewrite(text, "memory", report.memory_table()))

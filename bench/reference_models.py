@@ -1,6 +1,6 @@
-"""The opponents: a ConvLSTM in plain torch, as it is usually written and as a careful author would write it.
+"""The opponents in plain torch: ConvLSTMs and a Conv1d → LSTM, as usually written and as a careful author would do it.
 
-Letters: B batch, T time, C hidden channels, Cin input channels, H W frame.
+ConvLSTM: letters B batch, T time, C hidden channels, Cin input channels, H W frame.
 Gates in the order i f g o, zero padding "same", odd kernels.
 """
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 State = tuple[Tensor, Tensor]
 
@@ -120,3 +121,32 @@ def load_weights(model: CatConvLSTM | HoistedConvLSTM, weights: dict[str, Tensor
     """Copy weights under the names of convfast.ConvLSTM into an opponent."""
     for name, weight in model.weights():
         weight.copy_(weights[name])
+
+
+class PermutedConv1dLSTM(nn.Module):
+    """Conv1d → ReLU → Conv1d → ReLU with features before time, then nn.LSTM; parameters named as convfast.Conv1dLSTM's.
+
+    input [B, T, F], lengths [B] (every sample gives what it gives alone) -> the LSTM's output [B, T, hidden].
+    """
+
+    def __init__(self, features: int, conv: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.conv = nn.ModuleList(
+            nn.Conv1d(cin, cout, 3, padding=1) for cin, cout in ((features, conv), (conv, 2 * conv))
+        )
+        self.lstm = nn.LSTM(2 * conv, hidden, layers, batch_first=True)
+
+    def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x = self.convolve(input, lengths)
+        if lengths is None:
+            return self.lstm(x)[0]
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+
+    def convolve(self, input: Tensor, lengths: Tensor | None) -> Tensor:
+        """[B, T, F] -> [B, T, 2 * conv]; past a length it is not defined, and packing drops it."""
+        x = input.permute(0, 2, 1)
+        inside = None if lengths is None else torch.arange(x.shape[2]) < lengths[:, None, None]
+        for conv in self.conv:
+            x = torch.relu(conv(x if inside is None else x * inside))
+        return x.permute(0, 2, 1)

@@ -10,13 +10,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.cases import ConvLSTMCase, GatesCase
+from bench.cases import Case
 from bench.harness import Contestant, Timing, ratio
 from bench.machine import slug
 
 Row = dict[str, Any]
 MODES = {False: "inference", True: "training"}
 TORCH_KINDS = ("eager", "compile")
+OPS = ("conv_lstm", "conv1d_lstm", "lstm_gates")
+DRAWN = {"conv_lstm": "convfast.ConvLSTM", "conv1d_lstm": "convfast.Conv1dLSTM"}  # ops with a picture, their modules
 BARS = {
     "eager": ("best eager", "#b8bcc4"),
     "compile": ("best torch.compile", "#7d8594"),
@@ -26,7 +28,7 @@ BARS = {
 
 def race_row(
     op: str,
-    case: ConvLSTMCase | GatesCase,
+    case: Case,
     train: bool,
     contestants: list[Contestant],
     timings: dict[str, Timing],
@@ -64,7 +66,7 @@ def race_row(
     }
 
 
-def refused_row(op: str, case: ConvLSTMCase | GatesCase, train: bool, reason: str) -> Row:
+def refused_row(op: str, case: Case, train: bool, reason: str) -> Row:
     return {"op": op, "case": case.id, "mode": MODES[train], "refused": reason}
 
 
@@ -79,14 +81,14 @@ class Report:
         return cls(**json.loads(path.read_text()))
 
     def save(self, folder: Path) -> list[str]:
-        """Writes report.json, report.md and, with ConvLSTM rows, conv_lstm.png; their names."""
+        """Writes report.json, report.md and the picture of each op that was run; their names."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(vars(self), indent=1) + "\n")
         (folder / "report.md").write_text(self.markdown())
-        if not self._races("conv_lstm"):
-            return ["report.json", "report.md"]
-        self.picture(folder / "conv_lstm.png")
-        return ["report.json", "report.md", "conv_lstm.png"]
+        pictures = {op: f"{op}.png" for op in DRAWN if self._races(op)}
+        for op, name in pictures.items():
+            self.picture(op, folder / name)
+        return ["report.json", "report.md", *pictures.values()]
 
     def folder(self) -> Path:
         return Path(__file__).parent / "results" / slug(self.machine)
@@ -111,7 +113,7 @@ class Report:
     def summary(self) -> str:
         """Per op and mode: the best torch opponent against the backend that convfast picks by itself."""
         parts = []
-        for op in ("conv_lstm", "lstm_gates"):
+        for op in OPS:
             for mode in MODES.values():
                 races = [row for row in self._races(op) if row["mode"] == mode]
                 if races:
@@ -124,10 +126,10 @@ class Report:
         return "\n\n".join(parts)
 
     def memory_table(self) -> str:
-        """Peak of the step and tensors of hidden size kept per time step, against the eager loop."""
+        """Peak of the step against the first contestant's, and tensors kept in units of the layers' outputs."""
         lines = []
         for row in self.memory:
-            eager = row["contestants"]["eager cat"]["peak_mb"]
+            eager = next(iter(row["contestants"].values()))["peak_mb"]
             for name, figures in row["contestants"].items():
                 peak = figures["peak_mb"]
                 lines.append(
@@ -151,9 +153,9 @@ class Report:
         head = ["case", "mode", "contestant", "ms", "best/this", "rate", "of peak", "frames/s", "error/bound"]
         return markdown_table(head, lines)
 
-    def picture(self, path: Path) -> None:
+    def picture(self, op: str, path: Path) -> None:
         """Bars of time (log) per case, inference and training; the ratio to the best opponent beside ours."""
-        races = {mode: [r for r in self._races("conv_lstm") if r["mode"] == mode] for mode in MODES.values()}
+        races = {mode: [r for r in self._races(op) if r["mode"] == mode] for mode in MODES.values()}
         races = {mode: rows for mode, rows in races.items() if rows}
         tallest = max(map(len, races.values()))
         figure, axes = plt.subplots(
@@ -162,7 +164,7 @@ class Report:
         for axis, (mode, rows) in zip(axes[0], races.items(), strict=True):
             _bars(axis, mode, rows)
         m = self.machine
-        figure.suptitle(f"convfast.ConvLSTM on {m['cpu']}, {m['threads']} threads, torch {m['torch']}", fontsize=11)
+        figure.suptitle(f"{DRAWN[op]} on {m['cpu']}, {m['threads']} threads, torch {m['torch']}", fontsize=11)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=120)
         plt.close(figure)

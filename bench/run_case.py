@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.cases import ConvLSTMCase, GatesCase
+from bench.cases import Case
+from bench.contestants import deciding_op
 from bench.harness import Contestant, Disagreement, check, race
 from bench.report import Report, race_row, refused_row
 from bench.runtimes import Absent
@@ -14,7 +15,7 @@ from convfast import backends
 
 def run_case(
     op: str,
-    case: ConvLSTMCase | GatesCase,
+    case: Case,
     train: bool,
     everyone: dict[str, Callable[[], Contestant]],
     oracle: dict[str, Tensor],
@@ -38,7 +39,7 @@ def run_case(
         report.rows.append(refused_row(op, case, train, str(reason)))
         raise
     timings = race(contestants, budget=2.0 if short else 20.0)
-    chosen = f"convfast {backends.select(op, None, 'cpu')}"
+    chosen = f"convfast {backends.select(deciding_op(op), None, 'cpu')}"
     headline = chosen if chosen in timings else f"{chosen} fast"
     peak = report.machine["peaks"][case.unit]
     row = race_row(op, case, train, contestants, timings, errors, peak, headline, absent)

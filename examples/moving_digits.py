@@ -6,9 +6,7 @@ amplifies what rounding left, and the last loss must still be the same to a perc
 """
 
 import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import matplotlib
@@ -17,10 +15,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from side_by_side import NN, OURS, Series, check_equal, check_first_steps, draw_losses, speed_up, time_inference, train
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 # From a checkout that is not installed; an installed convfast goes first.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -31,11 +29,6 @@ from convfast import backends
 
 OUT = Path(__file__).resolve().parent / "out"
 CANVAS, DIGIT, PAST, FUTURE = 64, 24, 10, 10
-NN, OURS = "nn", "convfast"
-COLORS = {NN: "#7d8594", OURS: "#d1495b"}
-# Each loss is right to a few rounding errors, and so is each gradient; 16 leaves room for twenty updates. A gradient
-# that is wrong by a thousandth is a hundred times outside.
-EQUAL_STEPS, EQUAL_TO = 20, 16 * torch.finfo(torch.float32).eps
 LAST_EQUAL_TO = 0.01
 
 
@@ -105,80 +98,13 @@ def loss_of(model: Forecaster, past: Tensor, future: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(model(past), future)
 
 
-def train(
-    models: dict[str, Forecaster], data: MovingDigits, steps: int, batch: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """(losses, seconds) per step of every model; each batch goes to all in turn, another one first each time."""
-    optimizers = {name: torch.optim.Adam(model.parameters(), lr=3e-3) for name, model in models.items()}
-    losses = {name: [] for name in models}
-    seconds = {name: [] for name in models}
-    past, future = data.batch(batch)
-    for name, model in models.items():  # caches, thread pools and workspaces are set up outside the clock
-        loss_of(model, past, future).backward()
-        optimizers[name].zero_grad()
-    bars = {name: tqdm(total=steps, desc=f"{name:>16}", position=i) for i, name in enumerate(models)}
-    order = list(models)
-    for _ in range(steps):
-        past, future = data.batch(batch)
-        for name in order:
-            start = time.perf_counter()
-            optimizers[name].zero_grad()
-            loss = loss_of(models[name], past, future)
-            loss.backward()
-            optimizers[name].step()
-            seconds[name].append(time.perf_counter() - start)
-            losses[name].append(loss.item())
-            bars[name].set_postfix_str(f"loss {losses[name][-1]:.5f}, {sum(seconds[name]):.1f} s", refresh=False)
-            bars[name].update()
-        order = order[1:] + order[:1]
-    for bar in bars.values():
-        bar.close()
-    return losses, seconds
-
-
-@torch.inference_mode()
-def time_inference(models: dict[str, Forecaster], past: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a forecast, alternating."""
-    seconds = {name: [] for name in models}
-    order = list(models)
-    for model in models.values():
-        model(past)
-    for _ in range(rounds):
-        for name in order:
-            start = time.perf_counter()
-            models[name](past)
-            seconds[name].append(time.perf_counter() - start)
-        order = order[1:] + order[:1]
-    return seconds
-
-
-def speed_up(seconds: dict[str, list[float]]) -> str:
-    ratio = statistics.median(a / b for a, b in zip(seconds[NN], seconds[OURS], strict=True))
-    plain_ms, ours_ms = (1e3 * statistics.median(seconds[name]) for name in (NN, OURS))
-    return f"{ratio:.2f}x ({plain_ms:.1f} ms -> {ours_ms:.1f} ms)"
-
-
-def check_equal(losses: dict[str, list[float]], last: dict[str, float]) -> None:
-    """The two trainings are the same one.
-
-    Raises:
-        SystemExit: they are not.
-    """
-    plain, ours = (np.array(losses[name][:EQUAL_STEPS]) for name in (NN, OURS))
-    early = np.max(np.abs(ours / plain - 1))
-    late = abs(last[OURS] / last[NN] - 1)
-    print(f"relative difference of the losses: first {len(plain)} steps {early:.1e}, at the end {late:.1e}")
-    if not (early <= EQUAL_TO and late <= LAST_EQUAL_TO):
-        raise SystemExit(f"moving_digits: the losses differ, expected at most {EQUAL_TO:.1e} and {LAST_EQUAL_TO}")
-
-
 def picture(
     path: Path,
     past: Tensor,
     future: Tensor,
     forecast: Tensor,
-    losses: dict[str, list[float]],
-    seconds: dict[str, list[float]],
+    losses: Series,
+    seconds: Series,
 ) -> None:
     """One clip (input, truth, forecast) above the loss against each model's own clock."""
     figure = plt.figure(figsize=(11, 7.2), layout="constrained")
@@ -190,14 +116,7 @@ def picture(
             axis.set_xticks([])
             axis.set_yticks([])
         axes[0].set_ylabel(label)
-    axis = curve.subplots()
-    window = min(10, len(losses[NN]))
-    for name in losses:
-        smooth = np.convolve(losses[name], np.full(window, 1 / window), mode="valid")
-        axis.plot(np.cumsum(seconds[name])[window - 1 :], smooth, color=COLORS[name], label=name, linewidth=1.2)
-    axis.set(xlabel="seconds of training", ylabel=f"loss, mean of {window} steps", yscale="log")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    draw_losses(curve.subplots(), losses, seconds)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -218,7 +137,8 @@ def main() -> None:
     print(f"backend: {backends.select('conv_lstm', None, 'cpu')}", flush=True)
 
     models = build(16, options.hidden, options.seed)
-    losses, seconds = train(models, MovingDigits(options.seed), options.steps, options.batch)
+    data = MovingDigits(options.seed)
+    losses, seconds = train(models, loss_of, lambda: data.batch(options.batch), options.steps)
     past, future = MovingDigits(options.seed + 1).batch(options.batch)
     with torch.inference_mode():
         final = {name: loss_of(model, past, future).item() for name, model in models.items()}
@@ -231,7 +151,8 @@ def main() -> None:
     print(f"\nloss on new clips after {options.steps} steps: {shown}")
     print(f"speed-up over nn: training step {speed_up(seconds)}, inference {speed_up(inference)}")
     print(f"picture: {path}")
-    check_equal(losses, final)
+    check_first_steps(losses)
+    check_equal("at the end", {name: [loss] for name, loss in final.items()}, LAST_EQUAL_TO)
 
 
 if __name__ == "__main__":

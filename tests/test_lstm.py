@@ -2,7 +2,12 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +36,7 @@ from tests.oracle import lstm as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 OPS = ("lstm",)
+ROOT = Path(__file__).parent.parent
 OUTPUTS = ("output", "h_n", "c_n")
 TENSORS = ("input", *LSTM_WEIGHTS, *(f"{name}_r" for name in LSTM_WEIGHTS), "h0", "c0")
 each_case = pytest.mark.parametrize("case", LSTM_CASES, ids=lambda case: case.id)
@@ -611,3 +617,61 @@ def test_native_ops_and_their_fakes_agree(
     for wanted in ([arguments[n] is not None for n in TENSORS], [False] * len(TENSORS)):
         backward = (*grads, *operands, y, c, gates, [int(w) for w in wanted])
         library.opcheck(native_ops.lstm_backward.default, backward, test_utils=checks)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets_match_oracle(capability: str, native_ops: Any) -> None:
+    script = """
+import torch
+from tests import cases, test_conv1d, test_lstm
+test_lstm.lstm(torch.zeros(1, 1, 1), torch.zeros(4, 1), torch.zeros(4, 1), backend="cpu")
+print(torch.ops.convfast.cpu_capability())
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    for case in cases.LSTM_CASES:
+        test_lstm.check(case, dtype, "cpu")
+    for case in cases.CONV1D_CASES:
+        test_conv1d.check(case, dtype, "cpu")
+"""
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [{"default": "baseline"}.get(capability, capability)]
+
+
+# Few samples: the threads take every step together.
+TOGETHER = LSTMCase("together", batch=1, time=40, features=5, hidden=130, given=("bias", "h0", "c0"))
+
+
+def test_fewer_threads_than_asked_for_do_not_hang(native_ops: Any) -> None:
+    script = """
+import torch
+from tests import test_lstm
+torch.set_num_threads(4)
+for _ in range(20):
+    test_lstm.check(test_lstm.TOGETHER, torch.float32, "cpu")
+"""
+    env = os.environ | {"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "4", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_several_python_threads_at_once(native_ops: Any) -> None:
+    def call() -> dict[str, Tensor]:
+        return results(TOGETHER, lstm, TOGETHER.arguments(torch.float32), backend="cpu")
+
+    alone = call()
+    with ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(call) for _ in range(16)]:
+            for name, value in job.result(timeout=120).items():
+                torch.testing.assert_close(value, alone[name], **exactly("cpu"))
+
+
+@pytest.mark.parametrize("lengths", [False, True], ids=["", "lengths"])
+def test_more_samples_than_a_thread_runs_together(lengths: bool, native_ops: Any) -> None:
+    case = LSTMCase("many", batch=70, time=9, hidden=40, lengths=tuple(b % 10 for b in range(70)) if lengths else None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # groups of 32, 32 and 6
+        check(case, torch.float32, "cpu")
+    finally:
+        torch.set_num_threads(before)

@@ -151,7 +151,8 @@ class LSTM(nn.RNNBase):
                 self.weights(k, "_reverse") if self.bidirectional else None,
                 None if hx is None else (hx[0][rows], hx[1][rows]),
                 lengths,
-                time_major=not self.batch_first,
+                # The rows of a step lie together where the next layer reads them.
+                time_major=not self.batch_first or k + 1 < self.num_layers,
                 backend=self.backend,
             )
             last.append(pair)

@@ -116,7 +116,7 @@ class ScriptedLSTM(nn.Module):
                     h, c = h.unsqueeze(1), c.unsqueeze(1)
                 h = h.narrow(0, k * self.directions, self.directions)
                 c = c.narrow(0, k * self.directions, self.directions)
-            x, h_n, c_n = layer(x, h, c, lengths, not self.batch_first)
+            x, h_n, c_n = layer(x, h, c, lengths, not self.batch_first or k + 1 < len(self.layers))
             hs.append(h_n)
             cs.append(c_n)
         h_n = torch.cat(hs) if len(hs) > 1 else hs[0]

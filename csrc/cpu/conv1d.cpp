@@ -193,7 +193,7 @@ struct Engine {
     if (p.depthwise()) return k.depthwise(rows, packed, runs, w, b, z, ldc);
     const long deep = p.taps * p.group_features(), columns = p.group_channels(), size = deep * round_up(columns, k.lanes);
     for (long g = 0; g < p.groups; ++g)  // what a group's last vector writes past its end, the next one writes over
-      k.gemm({rows, packed + g * p.group_features(), runs, w + g * size, deep, columns, b ? b + g * columns : nullptr, 0, z + g * columns, ldc});
+      k.gemm({rows, {packed + g * p.group_features()}, {runs}, w + g * size, deep, columns, b ? b + g * columns : nullptr, 0, z + g * columns, ldc});
   }
 
   static void read(const A* from, long stride, long n, T* to) {
@@ -334,7 +334,7 @@ struct Engine {
         continue;
       }
       for (long group = 0; group < p.groups; ++group)
-        k.gemm({n, start + group * p.group_channels(), runs, q.weights + group * q.group_size, runs.count * runs.length, p.group_features(), nullptr, 0,
+        k.gemm({n, {start + group * p.group_channels()}, {runs}, q.weights + group * q.group_size, runs.count * runs.length, p.group_features(), nullptr, 0,
                 out + group * p.group_features(), p.stride * ldw});
     }
   }

@@ -137,11 +137,16 @@ struct Engine {
     return {std::max<long>(1, std::min(threads, p.batch)), 1};
   }
 
+  // Rows enough for whole tiles: x and h are then one operand of a step's GEMM. Fewer rows: the input part of a chunk of steps is a
+  // GEMM of its own, over the rows of all its steps.
+  bool together() const { return most_rows(split()) >= kTogether; }
+
   // Rows of a part that are run together, and steps of a chunk: their gates stay in L2.
-  static constexpr long kMostRows = 32, kForwardBytes = 256 << 10, kBackwardBytes = 512 << 10;
-  long most_rows(const Split& s) const { return std::min(kMostRows, (p.batch + s.parts - 1) / s.parts); }
+  static constexpr long kTogether = 8, kMostRows = 32, kForwardBytes = 256 << 10, kBackwardBytes = 512 << 10;
+  long most_rows(const Split& s) const { return std::clamp<long>((p.batch + s.parts - 1) / s.parts, 1, kMostRows); }
   long steps_of_chunk(long bytes) const {
-    return std::min(p.time, std::max<long>(1, bytes / (std::max<long>(1, most_rows(split())) * ldz * long(sizeof(T)))));
+    if (bytes == kForwardBytes && together()) return 1;
+    return std::min(p.time, std::max<long>(1, bytes / (most_rows(split()) * ldz * long(sizeof(T)))));
   }
 
   // Rows `first + i * stride` of the order; those that take part in a step come first.
@@ -210,37 +215,36 @@ struct Engine {
   }
 
   struct Packed {
-    const T *w_ih, *w_hh, *bias, *peephole, *w_hr;
+    const T *w_ih, *w_hh, *bias, *peephole, *w_hr;  // together(): w_ih is both, one above the other
   };
 
-  // w [4H, n] with the gates' columns in blocks: [panel][n][panel columns].
-  T* pack_matrix(const Tensor& w, long n) {
-    T* packed = workspace.take<T>(n * columns);
+  // Rows [first, first + n) of a GEMM operand of `all` rows from w [4H, n], the gates' columns in blocks: [panel][all][panel columns].
+  void pack_matrix(const Tensor& w, long n, T* packed, long first, long all) const {
     const A* source = data(w);
     const long s0 = w.stride(0), s1 = w.stride(1);
-    if constexpr (!kNarrow) {
-      if (s1 == 1) {
-        // The channels of a gate in a block, or what of them a panel holds, are neighbouring rows of w.
-        const long run = std::min<long>(kBlock, k.panel);
-        parallel((columns + k.panel - 1) / k.panel, [&](long begin, long end) {
-          for (long first = begin * k.panel; first < std::min(columns, end * k.panel); first += k.panel) {
-            const long width = std::min(k.panel, columns - first);
-            T* panel = packed + first * n;
-            if (first + width > 4 * hidden) std::fill(panel, panel + n * width, T(0));
-            for (long column = first; column < std::min(4 * hidden, first + width);) {
-              const long row = p.weight_row(column);
-              long same = 1;
-              while (same < run && column + same < std::min(4 * hidden, first + width) && p.weight_row(column + same) == row + same) ++same;
-              k.transpose(same, n, source + row * s0, s0, panel + column - first, width);
-              column += same;
+    parallel((columns + k.panel - 1) / k.panel, [&](long begin, long end) {
+      for (long start = begin * k.panel; start < std::min(columns, end * k.panel); start += k.panel) {
+        const long left = columns - start, width = left > k.lanes ? k.panel : k.lanes, real = std::min(4 * hidden - start, width);
+        T* panel = packed + start * all + first * width;
+        for (long j = 0; j < real;) {
+          // Neighbouring columns are neighbouring rows of w, as far as a gate's channels of a block go.
+          const long row = p.weight_row(start + j);
+          long same = 1;
+          while (j + same < real && p.weight_row(start + j + same) == row + same) ++same;
+          if constexpr (!kNarrow) {
+            if (s1 == 1) {
+              k.transpose(same, n, source + row * s0, s0, panel + j, width);
+              j += same;
+              continue;
             }
           }
-        });
-        return packed;
+          for (long i = 0; i < n; ++i)
+            for (long q = 0; q < same; ++q) panel[i * width + j + q] = static_cast<T>(source[(row + q) * s0 + i * s1]);
+          j += same;
+        }
+        for (long i = 0; real < width && i < n; ++i) std::fill(panel + i * width + real, panel + (i + 1) * width, T(0));
       }
-    }
-    pack_panels(k, n, 4 * hidden, packed, [&](long i, long column) { return static_cast<T>(source[p.weight_row(column) * s0 + i * s1]); });
-    return packed;
+    });
   }
 
   T* pack_peephole(const OptionalTensor& t) {
@@ -260,7 +264,12 @@ struct Engine {
       const long s0 = d.w_hr->stride(0), s1 = d.w_hr->stride(1);
       pack_panels(k, hidden, size, w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
     }
-    return {pack_matrix(d.w_ih, inputs), pack_matrix(d.w_hh, size), bias, pack_peephole(d.peephole), w_hr};
+    T* w = workspace.take<T>((inputs + size) * columns);
+    const long all = together() ? inputs + size : 0;
+    T* w_hh = w + (all ? 0 : inputs * columns);
+    pack_matrix(d.w_ih, inputs, w, 0, all ? all : inputs);
+    pack_matrix(d.w_hh, size, w_hh, all ? inputs : 0, all ? all : size);
+    return {w, w_hh, bias, pack_peephole(d.peephole), w_hr};
   }
 
   // n elements of t, `stride` apart, to T.
@@ -292,6 +301,15 @@ struct Engine {
       if (t->scalar_type() == scalar_type<A>()) read(data(*t) + at, t->stride(2), end - begin, row + begin);
       else read(static_cast<const T*>(t->const_data_ptr()) + at, t->stride(2), end - begin, row + begin);
     }
+  }
+
+  // Rows of a group are equally far apart in x and y: no lengths have changed their order.
+  bool regular() const { return !in.lengths && !kNarrow; }
+
+  // Whether rows of x can be read as they lie. At multiples of a page they would share cache sets.
+  bool reads_x_directly(const Group& g) const {
+    constexpr long kPage = 4096;
+    return regular() && in.x.stride(2) == 1 && (g.rows == 1 || g.stride * in.x.stride(0) * long(sizeof(T)) % kPage != 0);
   }
 
   // The input rows of a chunk, [row][ldx].
@@ -338,6 +356,7 @@ struct Engine {
     const bool save = gates.numel() > 0;
     const auto [first, last, ch, ch_end, column, n] = share(member);
     const long out = w.w_hr ? 0 : ch, out_end = w.w_hr ? size : ch_end, steps = steps_of_chunk(kForwardBytes), most = g.length(0);
+    const bool joint = together(), direct_x = joint && reads_x_directly(g), direct_y = regular() && !w.w_hr;
     T* x = b.x[member.rank];
     T *c_all = save ? static_cast<T*>(c.mutable_data_ptr()) : nullptr, *gates_all = save ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
     read_state(in.c0, g, ch, ch_end, b.c, ldh);
@@ -345,8 +364,9 @@ struct Engine {
     member.wait();
     for (long begin = 0; begin < most; begin += steps) {
       const Chunk chunk(g, begin, std::min(most, begin + steps));
-      read_x(g, chunk, x);
-      k.gemm({chunk.rows(), x, rows_of(inputs, ldx), w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
+      const A* direct = data(in.x) + g.sample(0) * in.x.stride(0) + g.frame(0, begin) * in.x.stride(1);
+      if (!direct_x) read_x(g, chunk, x);
+      if (!joint) k.gemm({chunk.rows(), {x}, {rows_of(inputs, ldx)}, w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
       for (long s = begin; s < chunk.end; ++s) {
         const long rows = chunk.active(s);
         T *z = b.z + chunk.at(s) * ldz, *h = b.h[(s + 1) % 2];
@@ -366,9 +386,17 @@ struct Engine {
         cells.peephole = w.peephole;
         cells.h = w.w_hr ? b.m : h;
         cells.ldh = ldh;
-        k.lstm_step({rows, s > 0 || in.h0 ? b.h[s % 2] : nullptr, rows_of(size, ldh), w.w_hh, size, columns, z, ldz, z, ldz}, cells);
-        if (w.w_hr) k.gemm({rows, b.m, rows_of(hidden, ldh), w.w_hr, hidden, size, nullptr, 0, h, ldh});
-        for (long i = 0; i < rows; ++i) {
+        A* to = out_data(y) + g.sample(0) * y.stride(0) + g.frame(0, s) * y.stride(1) + g.direction * size;
+        if constexpr (!kNarrow) {
+          cells.y = direct_y ? to : nullptr;
+          cells.ldy = g.stride * y.stride(0);
+        }
+        const T* before = s > 0 || in.h0 ? b.h[s % 2] : nullptr;
+        if (joint) k.lstm_step({rows, {direct_x ? reinterpret_cast<const T*>(direct) : x, before},
+                                {rows_of(inputs, direct_x ? g.stride * in.x.stride(0) : ldx), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
+        else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
+        if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});
+        for (long i = 0; !direct_y && i < rows; ++i) {
           A* to = out_data(y) + g.sample(i) * y.stride(0) + g.frame(i, s) * y.stride(1) + g.direction * size + out;
           write(h + i * ldh + out, out_end - out, to);
           if constexpr (kNarrow) read(to, 1, out_end - out, h + i * ldh + out);
@@ -495,7 +523,7 @@ struct Backward : Engine<A> {
     T* dx_sum = needs[kX] && p.directions == 2 ? workspace.template take<T>(p.batch * p.time * inputs) : nullptr;
 
     const auto s = Base::split();
-    const long rows = std::max<long>(1, Base::most_rows(s)), steps = Base::steps_of_chunk(Base::kBackwardBytes);
+    const long rows = Base::most_rows(s), steps = Base::steps_of_chunk(Base::kBackwardBytes);
     for (long d = 0; d < p.directions; ++d) {
       const Weights w = pack(d, needs);
       std::vector<Buffers> parts(s.parts);
@@ -563,7 +591,7 @@ struct Backward : Engine<A> {
         k.lstm_cells_backward(cells);
         member.wait();
         if (s > 0 || dh0.numel())
-          k.gemm({rows, cells.z, rows_of(4 * hidden, ldz), w.w_hh + h_begin * 4 * hidden, 4 * hidden, h_end - h_begin, nullptr, 0, b.dh + h_begin, ldh});
+          k.gemm({rows, {cells.z}, {rows_of(4 * hidden, ldz)}, w.w_hh + h_begin * 4 * hidden, 4 * hidden, h_end - h_begin, nullptr, 0, b.dh + h_begin, ldh});
       }
       const T* z = b.z + column;
       if (w.need_ih) {
@@ -580,7 +608,7 @@ struct Backward : Engine<A> {
       if (w.w_ih) {
         const long from = member.begin(chunk.rows()), rows = member.end(chunk.rows()) - from;
         T* out = b.dx[member.rank];
-        k.gemm({rows, b.z + from * ldz, rows_of(4 * hidden, ldz), w.w_ih, 4 * hidden, inputs, nullptr, 0, out, ldx});
+        k.gemm({rows, {b.z + from * ldz}, {rows_of(4 * hidden, ldz)}, w.w_ih, 4 * hidden, inputs, nullptr, 0, out, ldx});
         write_dx(g, chunk, from, from + rows, out, dx, dx_sum);
       }
       member.wait();
@@ -653,7 +681,7 @@ struct Backward : Engine<A> {
       }
     }
     if (w.need_hr) k.outer_sum({cells.rows, b.dh, rows_of(size, ldh), b.m, ldh, hidden, b.dw_hr, ldh});
-    k.gemm({cells.rows, b.dh, rows_of(size, ldh), w.w_hr, size, hidden, nullptr, 0, b.dm, ldh});
+    k.gemm({cells.rows, {b.dh}, {rows_of(size, ldh)}, w.w_hr, size, hidden, nullptr, 0, b.dm, ldh});
     cells.dh = b.dm;
   }
 

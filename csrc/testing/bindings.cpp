@@ -158,7 +158,7 @@ static Array<T> gemm(const std::string& isa, const Array<T>& a, const Array<T>& 
   const std::vector<T> packed = pack(table, b.data(), k, columns);
   std::vector<T> out(rows * ld);
   for (long r = 0; init && r < rows; ++r) std::memcpy(&out[r * ld], init->data() + r * columns, columns * sizeof(T));
-  table.gemm({rows, a.data(), {&kZero, 1, k, k}, packed.data(), k, columns, init ? out.data() : nullptr, ld, out.data(), ld});
+  table.gemm({rows, {a.data()}, {{&kZero, 1, k, k}}, packed.data(), k, columns, init ? out.data() : nullptr, ld, out.data(), ld});
   Array<T> result({rows, columns});
   for (long r = 0; r < rows; ++r) std::memcpy(result.mutable_data() + r * columns, &out[r * ld], columns * sizeof(T));
   return result;

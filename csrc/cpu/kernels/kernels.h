@@ -180,12 +180,13 @@ struct WinogradKernels {
   void (*filter_gradient)(const T* u, long n, T* g);          // n columns of u [plane][kSlab] to g [tap][kSlab]
 };
 
-// out[row, n] = init[row, n] + sum over k of window(row)[k] B[k, n]; the window of a row is the runs from a + row * stride.
+// out[row, n] = init[row, n] + sum over k of window(row)[k] B[k, n]; the window of a row is the runs from a[0] + row * stride, then
+// those of a[1].
 template <class T>
 struct Gemm {
   long rows;
-  const T* a;
-  Runs runs;
+  const T* a[2];         // null = absent
+  Runs runs[2];
   const T* b;            // packed by pack_panels, k rows, from the first column wanted
   long k, columns;
   const T* init;         // null = zero; may be out
@@ -220,6 +221,8 @@ struct LstmCells {
   long ldc;
   const T* peephole;     // [3][channels] of i f o; null = none
   T* h;                  // forward
+  T* y;                  // forward: h once more, rows ldy apart; null = not wanted
+  long ldy;
   const T* dh;           // backward: null = zero; dy[row], null or null rows = zero, is added
   long ldh;              // of h or dh
   const T* const* dy;
@@ -243,7 +246,7 @@ struct Kernels {
   void (*transpose)(long rows, long columns, const T* src, long ld_src, T* dst, long ld_dst);  // dst[column][row] = src[row][column]
   void (*gemm)(const Gemm<T>&);
   void (*outer_sum)(const OuterSum<T>&);
-  void (*lstm_step)(const Gemm<T>& recurrent, const LstmCells<T>&);  // recurrent.a null: none
+  void (*lstm_step)(const Gemm<T>& pre_activations, const LstmCells<T>&);
   void (*lstm_cells_backward)(const LstmCells<T>&);
   void (*cell_forward)(const CellSpan<T>&);
   void (*cell_backward)(const CellSpan<T>&);
