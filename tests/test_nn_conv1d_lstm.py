@@ -252,6 +252,39 @@ def test_nothing_is_copied_between_input_and_output(name: str, with_lengths: boo
         assert copies.called.count(f"{op}_forward") == copies.called.count(f"{op}_backward") == layers
 
 
+class Fresh(TorchDispatchMode):
+    """Bytes of the storages that ops bring into being."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.storages = {tensor.untyped_storage().data_ptr(): None for tensor in known}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, (tuple, list)) else [results]:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.storages:
+                self.storages[storage.data_ptr()] = tensor  # alive, so that no other gets its address
+                self.bytes += storage.nbytes()
+        return results
+
+
+@pytest.mark.parametrize(
+    "name", ["two_layers", "valid", "full", "causal_stride", "dilation", "groups", "channels_first", "time_first"]
+)
+def test_memory_is_that_of_the_results(name: str, native_ops) -> None:
+    module = build(backend="cpu", **OPTIONS[name])
+    x = sequence(module)
+    with torch.no_grad(), Fresh([x, *module.parameters()]) as fresh:
+        output, (h, c) = module(x)
+    time, elements = torch.tensor(TIME), 4 * HIDDEN  # bias_ih + bias_hh
+    for conv in module.conv:
+        time = conv.output_lengths(time)
+        elements += BATCH * int(time) * conv.out_channels
+    assert fresh.bytes == x.element_size() * (elements + output.numel() + h.numel() + c.numel())
+
+
 def test_copies_are_seen() -> None:
     with Copies() as copies:
         torch.zeros(2, 3).T.contiguous()
