@@ -113,6 +113,7 @@ struct Engine {
   const Problem p;
   const Tensor x, weight;
   const OptionalTensor bias;
+  const SequenceOf<const A> frames;  // of x
   const Kernels<T>& k = kernels<T>();
   const Activation<T> act;
   Workspace workspace;
@@ -121,7 +122,7 @@ struct Engine {
   std::vector<long> tap_offsets;
 
   Engine(const char* op, const Problem& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
-      : p(p), x(x), weight(weight), bias(bias), act(activation<T>(op, p.activation)), width(p.depthwise() ? p.channels : p.features), ldc(round_up(p.channels, 16) + 16) {
+      : p(p), x(x), weight(weight), bias(bias), frames(x), act(activation<T>(op, p.activation)), width(p.depthwise() ? p.channels : p.features), ldc(round_up(p.channels, 16) + 16) {
     for (long j = 0; j < p.taps; ++j) tap_offsets.push_back(j * p.dilation * width);
   }
 
@@ -138,8 +139,8 @@ struct Engine {
 
   // Rows [begin, begin + rows) of the padded sample, [row][width].
   void pack_input(long sample, long begin, long rows, T* to) const {
-    const long sb = x.stride(0), st = x.stride(1), sf = x.stride(2), length = p.lengths[sample], each = width / p.features;
-    const A* from = data(x) + sample * sb;
+    const long st = frames.step, sf = frames.feature, length = p.lengths[sample], each = width / p.features;
+    const A* from = frames.at(sample, 0);
     const long inside = std::clamp(p.before - begin, 0l, rows), inside_end = std::clamp(p.before + length - begin, inside, rows);
     if (each > 1 || sf != 1 || kNarrow || st != p.features) {
       // Feature by feature where time lies innermost.
@@ -220,20 +221,20 @@ struct Engine {
     const T *w = pack_weights(), *b = pack_bias();
     const long threads = torch::stable::get_num_threads(), size = packed_rows(kRows) * width + kRows * ldc + 64;
     T* scratch = workspace.take<T>(threads * size);
+    const SequenceOf<A> results(y);
+    const SequenceOf<T> kept(pre);
     Region region;
     add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
-      A* out = out_data(y) + sample * y.stride(0) + begin * y.stride(1);
       const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
-      for (long r = valid; r < rows; ++r) std::fill(out + r * y.stride(1), out + r * y.stride(1) + p.channels, static_cast<A>(T(0)));
+      for (long r = valid; r < rows; ++r) std::fill_n(results.at(sample, begin + r), p.channels, static_cast<A>(T(0)));
       if (!valid) return;
       T *z = scratch + thread * size, *packed = z + kRows * ldc;
       pack_input(sample, begin * p.stride, packed_rows(valid), packed);
       convolve(valid, packed, w, b, z);
-      T* saved = keep ? static_cast<T*>(pre.mutable_data_ptr()) + sample * pre.stride(0) + begin * pre.stride(1) : nullptr;
       for (long r = 0; r < valid; ++r) {
         T* row = z + r * ldc;
-        A* to = out + r * y.stride(1);
-        if (saved) std::memcpy(static_cast<void*>(saved + r * pre.stride(1)), row, p.channels * sizeof(T));
+        A* to = results.at(sample, begin + r);
+        if (keep) std::memcpy(static_cast<void*>(kept.at(sample, begin + r)), row, p.channels * sizeof(T));
         if constexpr (!kNarrow) {
           if (act.forward) act.forward(p.channels, row, to);
           else std::memcpy(static_cast<void*>(to), row, p.channels * sizeof(T));
@@ -247,31 +248,36 @@ struct Engine {
     return {y, pre};
   }
 
+  struct Saved {
+    SequenceOf<const A> dy, y;
+    SequenceOf<const T> pre;
+  };
+
   // Gradients of the pre-activations of rows [begin, begin + rows) of a sample, zero where there is none: [row][ldc].
-  void pre_gradients(const Tensor& dy, const Tensor& y, const Tensor& pre, long sample, long begin, long rows, T* row_buffer, T* to) const {
+  void pre_gradients(const Saved& saved, long sample, long begin, long rows, T* row_buffer, T* to) const {
     for (long r = 0; r < rows; ++r, to += ldc) {
       const long t = begin + r;
       if (t < 0 || t >= p.out_lengths[sample]) {
         std::fill(to, to + p.channels, T(0));
         continue;
       }
-      const A* from = data(dy) + sample * dy.stride(0) + t * dy.stride(1);
+      const A* from = saved.dy.at(sample, t);
       const T* gradient = to;
       if constexpr (!kNarrow) {
-        if (dy.stride(2) == 1) gradient = from;
+        if (saved.dy.feature == 1) gradient = from;
       }
-      if (gradient == to) read(from, dy.stride(2), p.channels, to);
+      if (gradient == to) read(from, saved.dy.feature, p.channels, to);
       if (!act.backward) {
         if (gradient != to) std::memcpy(static_cast<void*>(to), gradient, p.channels * sizeof(T));
         continue;
       }
       const T* result = row_buffer;
       if (act.from_pre) {
-        result = static_cast<const T*>(pre.const_data_ptr()) + sample * pre.stride(0) + t * pre.stride(1);
+        result = saved.pre.at(sample, t);
       } else if constexpr (kNarrow) {
-        read(data(y) + sample * y.stride(0) + t * y.stride(1), y.stride(2), p.channels, row_buffer);
+        read(saved.y.at(sample, t), saved.y.feature, p.channels, row_buffer);
       } else {
-        result = data(y) + sample * y.stride(0) + t * y.stride(1);
+        result = saved.y.at(sample, t);
       }
       act.backward(p.channels, gradient, result, to);
     }
@@ -346,6 +352,8 @@ struct Engine {
     const long threads = torch::stable::get_num_threads(), cg = p.group_channels(), fg = p.group_features();
     const long ldg = p.depthwise() ? width : round_up(cg, 16), depth = p.depthwise() ? p.taps : p.groups * p.taps * fg;
     const Runs runs = window();
+    const Saved saved{SequenceOf<const A>(dy), SequenceOf<const A>(y), SequenceOf<const T>(pre)};
+    const SequenceOf<A> out(dx);
     Region region;
 
     T* sums = nullptr;
@@ -360,7 +368,7 @@ struct Engine {
         const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
         if (!valid) return;
         T *g = scratch + thread * size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = sums + thread * sums_size;
-        pre_gradients(dy, y, pre, sample, begin, valid, buffer, g);
+        pre_gradients(saved, sample, begin, valid, buffer, g);
         if (need_bias) k.outer_sum({valid, &one, {&kZero, 1, 1, 0}, g, ldc, p.channels, sum + depth * ldg, ldc});
         if (!needs[1]) return;
         pack_input(sample, begin * p.stride, packed_rows(valid), packed);
@@ -381,7 +389,7 @@ struct Engine {
       const auto chunk = [=, &phases](long sample, long begin, long rows, T* sum, T* own) {
         const long last = (begin + rows - 1) / p.stride, first = begin / p.stride - reach + 1;
         T *g = own + most * ldw, *buffer = g + (last - first + 1) * ldc;
-        pre_gradients(dy, y, pre, sample, first, last - first + 1, buffer, g);
+        pre_gradients(saved, sample, first, last - first + 1, buffer, g);
         input_gradients(phases, begin, rows, g, first, own, ldw);
         const long each = width / p.features;
         for (long r = 0; r < rows; ++r) {
@@ -392,7 +400,7 @@ struct Engine {
             row[f] = total;
           }
           if (!sum) {
-            write(row, p.features, out_data(dx) + sample * dx.stride(0) + (begin + r - p.before) * dx.stride(1), dx.stride(2));
+            write(row, p.features, out.at(sample, begin + r - p.before), out.feature);
             continue;
           }
           const long source = p.source(begin + r, p.lengths[sample]);
@@ -403,7 +411,7 @@ struct Engine {
         add_chunks(region, p.time, [=](long sample, long begin, long rows, long thread) {
           const long valid = std::clamp(p.lengths[sample] - begin, 0l, rows);
           if (valid) chunk(sample, begin + p.before, valid, nullptr, scratch + thread * size);
-          zero_rows(dx, sample, begin + valid, begin + rows);
+          zero_rows(out, sample, begin + valid, begin + rows);
         });
       } else {
         region.add(p.batch, [=](long begin, long end, long thread) {
@@ -412,8 +420,8 @@ struct Engine {
             const long length = p.lengths[sample];
             std::fill(sum, sum + length * p.features, T(0));
             if (length) chunk(sample, 0, p.before + length + p.behind, sum, own);
-            for (long t = 0; t < length; ++t) write(sum + t * p.features, p.features, out_data(dx) + sample * dx.stride(0) + t * dx.stride(1), dx.stride(2));
-            zero_rows(dx, sample, length, p.time);
+            for (long t = 0; t < length; ++t) write(sum + t * p.features, p.features, out.at(sample, t), out.feature);
+            zero_rows(out, sample, length, p.time);
           }
         });
       }
@@ -422,29 +430,31 @@ struct Engine {
 
     if (needs[1]) {
       dweight = empty_cpu({p.channels, fg, p.taps}, narrow);
+      A* to = out_data(dweight);
       for (long c = 0; c < p.channels; ++c)
         for (long f = 0; f < fg; ++f)
           for (long j = 0; j < p.taps; ++j) {
             T total = 0;
             for (long i = 0; i < threads; ++i)
               total += sums[i * sums_size + (p.depthwise() ? j * width + c : ((c / cg * p.taps + j) * fg + f) * ldg + c % cg)];
-            out_data(dweight)[(c * fg + f) * p.taps + j] = static_cast<A>(total);
+            *to++ = static_cast<A>(total);
           }
     }
     if (need_bias) {
       dbias = empty_cpu({p.channels}, narrow);
+      A* to = out_data(dbias);
       for (long c = 0; c < p.channels; ++c) {
         T total = 0;
         for (long i = 0; i < threads; ++i) total += sums[i * sums_size + depth * ldg + c];
-        out_data(dbias)[c] = static_cast<A>(total);
+        to[c] = static_cast<A>(total);
       }
     }
     return {dx, dweight, dbias};
   }
 
-  static void zero_rows(const Tensor& t, long sample, long begin, long end) {
+  void zero_rows(const SequenceOf<A>& t, long sample, long begin, long end) const {
     for (long r = begin; r < end; ++r)
-      for (long f = 0; f < t.size(2); ++f) out_data(t)[sample * t.stride(0) + r * t.stride(1) + f * t.stride(2)] = static_cast<A>(T(0));
+      for (long f = 0; f < p.features; ++f) t.at(sample, r)[f * t.feature] = static_cast<A>(T(0));
   }
 };
 

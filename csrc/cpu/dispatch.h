@@ -70,6 +70,23 @@ auto switch_dtype(const char* op, const char* argument, const Tensor& t, const F
 
 inline bool defined(const OptionalTensor& t) { return t.has_value(); }
 
+// A tensor [B, T, n] by its strides: asking a tensor for them takes a call each time.
+template <class A>
+struct SequenceOf {
+  A* data = nullptr;
+  long sample = 0, step = 0, feature = 0;
+  SequenceOf() = default;
+  explicit SequenceOf(const Tensor& t) {
+    if (t.dim() != 3) return;
+    if constexpr (std::is_const_v<A>) data = static_cast<A*>(t.const_data_ptr());
+    else data = static_cast<A*>(t.mutable_data_ptr());
+    sample = t.stride(0);
+    step = t.stride(1);
+    feature = t.stride(2);
+  }
+  A* at(long b, long t) const { return data + b * sample + t * step; }
+};
+
 // Steps of each sample: `lengths` checked, or all of them.
 inline std::vector<long> read_lengths(const char* op, const OptionalTensor& lengths, long batch, long time) {
   std::vector<long> steps(batch, time);

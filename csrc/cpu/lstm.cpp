@@ -104,11 +104,13 @@ struct Engine {
   Inputs in;
   const Kernels<T>& k = kernels<T>();
   Workspace workspace;
+  const SequenceOf<const A> frames;  // of x
   const long hidden, size, inputs, columns, ldz, ldx, ldh;
 
   Engine(const Problem& problem, const Inputs& inputs_)
       : p(problem),
         in(inputs_),
+        frames(in.x),
         hidden(p.hidden),
         size(p.size),
         inputs(p.inputs),
@@ -309,15 +311,14 @@ struct Engine {
   // Whether rows of x can be read as they lie. At multiples of a page they would share cache sets.
   bool reads_x_directly(const Group& g) const {
     constexpr long kPage = 4096;
-    return regular() && in.x.stride(2) == 1 && (g.rows == 1 || g.stride * in.x.stride(0) * long(sizeof(T)) % kPage != 0);
+    return regular() && frames.feature == 1 && (g.rows == 1 || g.stride * frames.sample * long(sizeof(T)) % kPage != 0);
   }
 
   // The input rows of a chunk, [row][ldx].
   void read_x(const Group& g, const Chunk& chunk, T* to) const {
-    const long sb = in.x.stride(0), st = in.x.stride(1), sf = in.x.stride(2);
     for (long s = chunk.begin; s < chunk.end; ++s)
       for (long i = 0; i < chunk.active(s); ++i)
-        read(data(in.x) + g.sample(i) * sb + g.frame(i, s) * st, sf, inputs, to + (chunk.at(s) + i) * ldx);
+        read(frames.at(g.sample(i), g.frame(i, s)), frames.feature, inputs, to + (chunk.at(s) + i) * ldx);
   }
 
   using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -353,6 +354,7 @@ struct Engine {
 
   void run_forward(const Group& g, const Packed& w, const Buffers& b, const Member& member, const Outputs& outputs) {
     const auto& [y, h_n, c_n, c, gates] = outputs;
+    const SequenceOf<A> results(y);
     const bool save = gates.numel() > 0;
     const auto [first, last, ch, ch_end, column, n] = share(member);
     const long out = w.w_hr ? 0 : ch, out_end = w.w_hr ? size : ch_end, steps = steps_of_chunk(kForwardBytes), most = g.length(0);
@@ -364,7 +366,7 @@ struct Engine {
     member.wait();
     for (long begin = 0; begin < most; begin += steps) {
       const Chunk chunk(g, begin, std::min(most, begin + steps));
-      const A* direct = data(in.x) + g.sample(0) * in.x.stride(0) + g.frame(0, begin) * in.x.stride(1);
+      const A* direct = frames.at(g.sample(0), g.frame(0, begin));
       if (!direct_x) read_x(g, chunk, x);
       if (!joint) k.gemm({chunk.rows(), {x}, {rows_of(inputs, ldx)}, w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
       for (long s = begin; s < chunk.end; ++s) {
@@ -386,18 +388,18 @@ struct Engine {
         cells.peephole = w.peephole;
         cells.h = w.w_hr ? b.m : h;
         cells.ldh = ldh;
-        A* to = out_data(y) + g.sample(0) * y.stride(0) + g.frame(0, s) * y.stride(1) + g.direction * size;
+        A* to = results.at(g.sample(0), g.frame(0, s)) + g.direction * size;
         if constexpr (!kNarrow) {
           cells.y = direct_y ? to : nullptr;
-          cells.ldy = g.stride * y.stride(0);
+          cells.ldy = g.stride * results.sample;
         }
         const T* before = s > 0 || in.h0 ? b.h[s % 2] : nullptr;
         if (joint) k.lstm_step({rows, {direct_x ? reinterpret_cast<const T*>(direct) : x, before},
-                                {rows_of(inputs, direct_x ? g.stride * in.x.stride(0) : ldx), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
+                                {rows_of(inputs, direct_x ? g.stride * frames.sample : ldx), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
         else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
         if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});
         for (long i = 0; !direct_y && i < rows; ++i) {
-          A* to = out_data(y) + g.sample(i) * y.stride(0) + g.frame(i, s) * y.stride(1) + g.direction * size + out;
+          A* to = results.at(g.sample(i), g.frame(i, s)) + g.direction * size + out;
           write(h + i * ldh + out, out_end - out, to);
           if constexpr (kNarrow) read(to, 1, out_end - out, h + i * ldh + out);
         }
@@ -410,7 +412,7 @@ struct Engine {
       const T* last_c = save && length > 0 ? c_all + (g.saved_row(length - 1) + i * g.stride) * hidden : b.c + i * ldh;
       std::memcpy(static_cast<T*>(c_n.mutable_data_ptr()) + row * hidden + ch, last_c + ch, (ch_end - ch) * sizeof(T));
       for (long t = length; t < p.time; ++t) {
-        A* to = out_data(y) + sample * y.stride(0) + t * y.stride(1) + g.direction * size;
+        A* to = results.at(sample, t) + g.direction * size;
         std::fill(to + out, to + out_end, static_cast<A>(T(0)));
       }
     }
@@ -561,12 +563,14 @@ struct Backward : Engine<A> {
     Base::read_state(given.dh_n, g, h_begin, h_end, b.dh, ldh);
     Base::read_state(given.dc_n, g, ch, ch_end, b.dc, ldh);
     if (b.c0) Base::read_state(in.c0, g, ch, ch_end, b.c0, ldh);
+    const SequenceOf<const A> dys = given.dy ? SequenceOf<const A>(*given.dy) : SequenceOf<const A>(), ys(given.y);
+    const SequenceOf<A> dxs(dx);
     std::vector<const T*> dy(g.rows);
     for (long begin = most ? (most - 1) / steps * steps : -1; begin >= 0; begin -= steps) {
       const Chunk chunk(g, begin, std::min(most, begin + steps));
       for (long s = chunk.end; s-- > begin;) {
         const long rows = chunk.active(s);
-        if (given.dy) read_dy(g, s, rows, *given.dy, b.dy[member.rank], dy.data());
+        if (given.dy) read_dy(g, s, rows, dys, b.dy[member.rank], dy.data());
         LstmCells<T> cells{};
         cells.rows = rows;
         cells.channels = hidden;
@@ -601,7 +605,7 @@ struct Backward : Engine<A> {
       }
       if (w.need_hh) {
         T* h = b.h[member.rank];
-        read_h(g, chunk, given.y, h);
+        read_h(g, chunk, ys, h);
         k.outer_sum({chunk.rows(), h, rows_of(size, ldh), z, ldz, n, b.dw_hh + column, ldz});
       }
       if (w.need_bias) k.outer_sum({chunk.rows(), &one, rows_of(1, 0), z, ldz, n, b.dbias + column, ldz});
@@ -609,7 +613,7 @@ struct Backward : Engine<A> {
         const long from = member.begin(chunk.rows()), rows = member.end(chunk.rows()) - from;
         T* out = b.dx[member.rank];
         k.gemm({rows, {b.z + from * ldz}, {rows_of(4 * hidden, ldz)}, w.w_ih, 4 * hidden, inputs, nullptr, 0, out, ldx});
-        write_dx(g, chunk, from, from + rows, out, dx, dx_sum);
+        write_dx(g, chunk, from, from + rows, out, dxs, dx_sum);
       }
       member.wait();
     }
@@ -625,32 +629,32 @@ struct Backward : Engine<A> {
   }
 
   // dy of a step's rows, as they lie where they can be read so.
-  void read_dy(const Group& g, long step, long rows, const Tensor& dy, T* scratch, const T** row) const {
+  void read_dy(const Group& g, long step, long rows, const SequenceOf<const A>& dy, T* scratch, const T** row) const {
     for (long i = 0; i < rows; ++i) {
-      const A* from = data(dy) + g.sample(i) * dy.stride(0) + g.frame(i, step) * dy.stride(1) + g.direction * size * dy.stride(2);
+      const A* from = dy.at(g.sample(i), g.frame(i, step)) + g.direction * size * dy.feature;
       if constexpr (!Base::kNarrow) {
-        if (dy.stride(2) == 1) {
+        if (dy.feature == 1) {
           row[i] = from;
           continue;
         }
       }
-      Base::read(from, dy.stride(2), size, scratch + i * ldh);
+      Base::read(from, dy.feature, size, scratch + i * ldh);
       row[i] = scratch + i * ldh;
     }
   }
 
   // h that each row of a chunk started from, [row][ldh].
-  void read_h(const Group& g, const Chunk& chunk, const Tensor& y, T* to) const {
+  void read_h(const Group& g, const Chunk& chunk, const SequenceOf<const A>& y, T* to) const {
     for (long s = chunk.begin; s < chunk.end; ++s)
       for (long i = 0; i < chunk.active(s); ++i) {
         T* row = to + (chunk.at(s) + i) * ldh;
-        if (s > 0) Base::read(data(y) + g.sample(i) * y.stride(0) + g.frame(i, s - 1) * y.stride(1) + g.direction * size, 1, size, row);
+        if (s > 0) Base::read(y.at(g.sample(i), g.frame(i, s - 1)) + g.direction * size, 1, size, row);
         else if (in.h0) Base::read(data(*in.h0) + g.direction * in.h0->stride(0) + g.sample(i) * in.h0->stride(1), in.h0->stride(2), size, row);
         else std::fill(row, row + size, T(0));
       }
   }
 
-  void write_dx(const Group& g, const Chunk& chunk, long begin, long end, const T* from, const Tensor& dx, T* dx_sum) const {
+  void write_dx(const Group& g, const Chunk& chunk, long begin, long end, const T* from, const SequenceOf<A>& dx, T* dx_sum) const {
     for (long s = chunk.begin; s < chunk.end; ++s)
       for (long i = std::max<long>(0, begin - chunk.at(s)); i < std::min(chunk.active(s), end - chunk.at(s)); ++i) {
         const long sample = g.sample(i), frame = g.frame(i, s);
@@ -663,7 +667,7 @@ struct Backward : Engine<A> {
           }
           for (long j = 0; j < inputs; ++j) row[j] += sum[j];
         }
-        Base::write(row, inputs, out_data(dx) + sample * dx.stride(0) + frame * dx.stride(1), dx.stride(2));
+        Base::write(row, inputs, dx.at(sample, frame), dx.feature);
       }
   }
 

@@ -23,7 +23,7 @@ class Team {
       if (seen & kClosed) return -1;
     } while (!members_.compare_exchange_weak(seen, seen + 1));
     if (seen == 0) {
-      for (long spins = 0; members_.load() < wanted_ && spins < kPatience; ++spins) pause();
+      for (long spins = 0; members_.load() < wanted_ && spins < kMoment; ++spins) pause();
       members_.fetch_or(kClosed);
     } else {
       while (!(members_.load() & kClosed)) pause();
@@ -40,13 +40,13 @@ class Team {
     const long target = all * ++turn;
     arrived_.fetch_add(1, std::memory_order_acq_rel);
     for (long spins = 0; arrived_.load(std::memory_order_acquire) < target; ++spins) {
-      if (spins < kPatience) pause();
-      else std::this_thread::yield();
+      if (spins < kStep) pause();
+      else std::this_thread::yield();  // the other one may want this core
     }
   }
 
  private:
-  static constexpr long kClosed = 1l << 40, kPatience = 4000;
+  static constexpr long kClosed = 1l << 40, kMoment = 4000, kStep = 100;  // the last two in pauses, some 50 ns each
 
   static void pause() {
 #if defined(__SSE2__)
