@@ -41,7 +41,7 @@ demo: $(STAMP)-demo
 	$(PY) examples/digit_rows.py $(ARGS)
 
 test: $(STAMP)-test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 bench: $(STAMP)-test
 	$(PY) -m pytest bench $(ARGS)
