@@ -60,11 +60,7 @@ struct Problem {
   long winograd_planes(long m) const { return (m + h_conv.kernel.h - 1) * (m + h_conv.kernel.w - 1); }
   bool convolves_x() const { return has_x && !convolved; }
   long blocks() const { return (channels + kBlock - 1) / kBlock; }
-  // Row of the weights whose gates lie in a column: columns are [block][gate][channel], rows [gate][channel].
-  long weight_row(long column) const {
-    const long block = column / kSlab, n = block_channels(block), j = column % kSlab;
-    return j / n * channels + block * kBlock + j % n;
-  }
+  long weight_row(long column) const { return gate_row(column, channels); }
   long block_channels(long block) const { return std::min<long>(kBlock, channels - block * kBlock); }
 };
 

@@ -103,6 +103,12 @@ void pack_panels(const Kernels<T>& kernels, long k, long columns, T* dst, const 
   });
 }
 
+// Row of a weight [4C, ..] whose gates lie in a column: columns are [block][gate][channel of the block], rows [gate][channel].
+inline long gate_row(long column, long channels) {
+  const long block = column / kSlab, n = std::min<long>(kBlock, channels - block * kBlock), j = column % kSlab;
+  return j / n * channels + block * kBlock + j % n;
+}
+
 inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 }  // namespace cpu

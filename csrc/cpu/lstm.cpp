@@ -40,11 +40,7 @@ struct Problem {
   std::vector<long> lengths, order;  // order: samples, the longest first
 
   long blocks() const { return (hidden + kBlock - 1) / kBlock; }
-  // Row of the weights whose gates lie in a column: columns are [block][gate][channel], rows [gate][channel].
-  long weight_row(long column) const {
-    const long block = column / kSlab, n = std::min<long>(kBlock, hidden - block * kBlock), j = column % kSlab;
-    return j / n * hidden + block * kBlock + j % n;
-  }
+  long weight_row(long column) const { return gate_row(column, hidden); }
   long frame(long direction, long sample, long step) const { return direction ? lengths[sample] - 1 - step : step; }
 };
 

@@ -1,13 +1,6 @@
 // The phases of a ConvLSTM step, each over a range of rows, so that the caller can spread them over threads.
 // A range writes only its own rows (weight_grad: its own part of dw); the caller's barrier between phases is the only order needed.
 
-// Rows are cut into tiles as even as can be: 32 pixels at 14 a tile are 11 + 11 + 10.
-struct Cut {
-  long tiles, width;
-  INLINE Cut(long width, long most) : tiles((width + most - 1) / most), width(width) {}
-  INLINE long at(long i) const { return width * i / tiles; }
-};
-
 // Rows are taken in groups whose operands stay in L2 while the panels of B pass by, each streamed once a group.
 template <class T>
 static INLINE long group_rows(const Operand<T>& a, const Operand<T>& b) {

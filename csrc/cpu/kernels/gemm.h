@@ -13,6 +13,13 @@ static INLINE const T* row_start(const Operand<T>& o, long sample, long d, long 
   return o.frames + sample * o.frame + d * o.map.depth + y * o.map.height;
 }
 
+// Rows are cut into tiles as even as can be: 32 pixels at 14 a tile are 11 + 11 + 10.
+struct Cut {
+  long tiles, width;
+  INLINE Cut(long width, long most) : tiles((width + most - 1) / most), width(width) {}
+  INLINE long at(long i) const { return width * i / tiles; }
+};
+
 // out[m, :] = init + sum over both operands' runs of a[m, k] b[k, :]. kNext: a holds the next tile right behind this one, in lines
 // that are not in L1 yet.
 template <class T, int M, int NV, bool kNext>
@@ -127,4 +134,118 @@ static INLINE void tile_all_columns(long m, const T* const* a, const Runs* const
   long n = 0;
   for (; columns - n > W; n += kPanel) TileTable<T>::template gemm<2, kNext>(m, a, runs, b + b_rows * n, init ? init + n : 0, out + n, ldo);
   if (n < columns) TileTable<T>::template gemm<1, kNext>(m, a, runs, b + b_rows * n, init ? init + n : 0, out + n, ldo);
+}
+
+// Vectors of B taken at once for m rows: enough accumulators to hide the latency of an FMA, few enough for the registers.
+template <class T>
+constexpr int vectors_for(int m) {
+#if CONVFAST_BYTES == 64
+  return m <= 2 ? 8 : m <= 6 ? 4 : 2;
+#else
+  return m == 1 ? 8 : m == 2 ? 4 : 2;
+#endif
+}
+
+// out[m, :] = init[m, :] + sum over both operands' runs of a[m, k] b[k, :] for NV vectors, two of a panel; panels of B lie `panel` apart.
+template <class T, int M, int NV>
+static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, const T* b, long panel, const T* init, long ld_init, T* out, long ldo) {
+  typedef Simd<T> S;
+  typedef typename S::V V;
+  enum { kWidth = (NV > 1 ? 2 : 1) * S::W, kPanels = NV > 1 ? NV / 2 : 1, kEach = NV > 1 ? 2 : 1 };
+  V acc[M][NV];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < NV; ++n) acc[m][n] = init ? S::load(init + m * ld_init + n * S::W) : V{};
+  for (int o = 0; o < 2; ++o) {
+    if (!operand[o]) continue;
+    const Runs runs = operand_runs[o];
+    for (long i = 0; i < runs.count; ++i) {
+      const T* p[(M + 2) / 3];
+      for (int j = 0; j < (M + 2) / 3; ++j) p[j] = operand[o] + runs.offset[i] + 3 * j * runs.stride;
+      for (const T* end = b + runs.length * kWidth; b != end; b += kWidth) {
+        V bv[NV];
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; ++n) {
+          const T* q = b + n / kEach * panel + n % kEach * S::W;
+          bv[n] = S::load(q);
+          __builtin_prefetch(q + 12 * kWidth);  // L2 does not keep up by itself
+        }
+#pragma GCC unroll 14
+        for (int m = 0; m < M; ++m) {
+          const V av = S::set1(p[m / 3][(m % 3) * runs.stride]);
+#pragma GCC unroll 8
+          for (int n = 0; n < NV; ++n) acc[m][n] += av * bv[n];
+        }
+        for (int j = 0; j < (M + 2) / 3; ++j) ++p[j];
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < NV; ++n) S::store(out + m * ldo + n * S::W, acc[m][n]);
+}
+
+template <class T, int M>
+static void few_rows_columns(const Gemm<T>& g, long row) {
+  enum { W = Simd<T>::W, kMost = vectors_for<T>(M) };
+  const T* a[2] = {g.a[0] ? g.a[0] + row * g.runs[0].stride : 0, g.a[1] ? g.a[1] + row * g.runs[1].stride : 0};
+  const T *b = g.b, *init = g.init ? g.init + row * g.ld_init : 0;
+  T* out = g.out + row * g.ldo;
+  const long panel = g.k * 2 * W;
+  for (long n = 0; n < g.columns;) {
+    const long left = (g.columns - n + W - 1) / W, step = left >= kMost ? (long)kMost : left >= 2 ? 2 : 1;
+    if (step == kMost) few_rows_gemm<T, M, kMost>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
+    else if (step == 2) few_rows_gemm<T, M, 2>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
+    else few_rows_gemm<T, M, 1>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
+    n += step * W;
+    b += step * W * g.k;
+    if (init) init += step * W;
+    out += step * W;
+  }
+}
+
+template <class T>
+static void gemm(const Gemm<T>& g) {
+  typedef void (*Columns)(const Gemm<T>&, long);
+  static const Columns table[] = {
+      few_rows_columns<T, 1>, few_rows_columns<T, 2>, few_rows_columns<T, 3>, few_rows_columns<T, 4>, few_rows_columns<T, 5>, few_rows_columns<T, 6>,
+#if CONVFAST_BYTES == 64
+      few_rows_columns<T, 7>, few_rows_columns<T, 8>, few_rows_columns<T, 9>, few_rows_columns<T, 10>, few_rows_columns<T, 11>,
+      few_rows_columns<T, 12>, few_rows_columns<T, 13>, few_rows_columns<T, 14>,
+#endif
+  };
+  enum { kPanel = Tile<T>::kPanel };
+  const Cut cut(g.rows, Tile<T>::kPixels);
+  if (cut.tiles <= 1) {
+    if (g.rows) table[g.rows - 1](g, 0);
+    return;
+  }
+  // One panel after another stays in L1 while the rows pass by.
+  for (long n = 0; n < g.columns; n += kPanel) {
+    Gemm<T> part = g;
+    part.columns = g.columns - n < kPanel ? g.columns - n : (long)kPanel;
+    part.b = g.b + n * g.k;
+    part.init = g.init ? g.init + n : 0;
+    part.out = g.out + n;
+    for (long i = 0; i < cut.tiles; ++i) table[cut.at(i + 1) - cut.at(i) - 1](part, cut.at(i));
+  }
+}
+
+// dw[k, n] += sum over rows of window(row)[k] g[row, n]
+template <class T>
+static void outer_sum(const OuterSum<T>& p) {
+  enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel, kRows = 128 };  // so many rows of a panel of g stay in L1
+  const Cut cut(p.runs.length, Tile<T>::kPixels);
+  for (long row = 0; row < p.rows; row += kRows) {
+    const long rows = p.rows - row < kRows ? p.rows - row : (long)kRows;
+    for (long n = 0; n < p.columns; n += kPanel) {
+      const T* g = p.g + row * p.ldg + n;
+      for (long run = 0; run < p.runs.count; ++run)
+        for (long i = 0; i < cut.tiles; ++i) {
+          const long k = cut.at(i), m = cut.at(i + 1) - k;
+          const T* a = p.a + row * p.runs.stride + p.runs.offset[run] + k;
+          T* dw = p.dw + (run * p.runs.length + k) * p.ldw + n;
+          if (p.columns - n > W) TileTable<T>::template weight_grad<2>(m, 1, &a, p.runs.stride, &g, p.ldg, &rows, dw, p.ldw);
+          else TileTable<T>::template weight_grad<1>(m, 1, &a, p.runs.stride, &g, p.ldg, &rows, dw, p.ldw);
+        }
+    }
+  }
 }
