@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "conv_lstm_problem.h"
+#include "tiles.h"
 #include "winograd.h"
 
 namespace convfast {
@@ -928,7 +929,7 @@ std::string conv_lstm_algorithm(OptionalTensor x, OptionalTensor w_ih, Tensor w_
   return choose_algorithm(kAlgorithm, p, w_hh.scalar_type(), algorithm);
 }
 
-std::string cpu_capability() { return kernels<float>().name; }
+std::string cpu_capability() { return std::string(kernels<float>().name) + (tile_kernels() ? "+amx" : ""); }
 
 }  // namespace
 }  // namespace cpu

@@ -14,6 +14,7 @@
 
 #include "frames.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace convfast {
 namespace cpu {
@@ -111,7 +112,7 @@ struct Engine {
         size(p.size),
         inputs(p.inputs),
         columns(round_up(4 * hidden, k.lanes)),
-        ldz(leading(4 * hidden)),
+        ldz(leading(round_up(4 * hidden, kSlab))),
         ldx(leading(inputs)),
         ldh(leading(std::max(hidden, size))) {}
 
@@ -138,6 +139,14 @@ struct Engine {
   // Rows enough for whole tiles: x and h are then one operand of a step's GEMM. Fewer rows: the input part of a chunk of steps is a
   // GEMM of its own, over the rows of all its steps.
   bool together() const { return most_rows(split()) >= kTogether; }
+
+  // Whether GEMMs are split into parts of bfloat16 for matrix tiles: that of a step, or, with fewer rows, the input part of a chunk.
+  static constexpr long kParts = kSplitParts<A>;
+  bool by_tiles() const { return !std::is_same_v<T, double> && tile_kernels() && (!together() || split().team == 1); }
+  long split_x() const { return round_up(inputs, kSplitDepth); }
+  long split_depth() const { return split_x() + (together() ? round_up(size, kSplitDepth) : 0); }
+  // Of a step's rows of x and h, [row][part][split_depth()], with a gap for the sets of the cache.
+  long split_ld() const { return kParts * split_depth() + kSplitDepth; }
 
   // Rows of a part that are run together, and steps of a chunk: their gates stay in L2.
   static constexpr long kTogether = 8, kMostRows = 32, kForwardBytes = 256 << 10, kBackwardBytes = 512 << 10;
@@ -214,6 +223,7 @@ struct Engine {
 
   struct Packed {
     const T *w_ih, *w_hh, *bias, *peephole, *w_hr;  // together(): w_ih is both, one above the other
+    const Part* split = nullptr;                     // by_tiles(): instead of w_ih, and of w_hh where together()
   };
 
   // Rows [first, first + n) of a GEMM operand of `all` rows from w [4H, n], the gates' columns in blocks: [panel][all][panel columns].
@@ -254,13 +264,26 @@ struct Engine {
   }
 
   Packed pack(const Direction& d) {
-    T* bias = workspace.take<T>(columns);
-    for (long n = 0; n < columns; ++n) bias[n] = d.bias && n < 4 * hidden ? static_cast<T>(data(*d.bias)[p.weight_row(n) * d.bias->stride(0)]) : T(0);
+    const long all_columns = round_up(4 * hidden, kSlab);
+    T* bias = workspace.take<T>(all_columns);
+    for (long n = 0; n < all_columns; ++n) bias[n] = d.bias && n < 4 * hidden ? static_cast<T>(data(*d.bias)[p.weight_row(n) * d.bias->stride(0)]) : T(0);
     T* w_hr = nullptr;
     if (d.w_hr) {
       w_hr = workspace.take<T>(hidden * round_up(size, k.lanes));
       const long s0 = d.w_hr->stride(0), s1 = d.w_hr->stride(1);
       pack_panels(k, hidden, size, w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
+    }
+    if (by_tiles()) {
+      Part* packed = workspace.take<Part>(split_size(4 * hidden, split_depth(), kParts));
+      const long ih0 = d.w_ih.stride(0), ih1 = d.w_ih.stride(1), hh0 = d.w_hh.stride(0), hh1 = d.w_hh.stride(1);
+      pack_split(4 * hidden, split_depth(), kParts, packed, [&](long column, float* to) {
+        std::fill(to, to + split_depth(), 0.f);
+        read(data(d.w_ih) + p.weight_row(column) * ih0, ih1, inputs, to);
+        if (together()) read(data(d.w_hh) + p.weight_row(column) * hh0, hh1, size, to + split_x());
+      });
+      T* w_hh = together() ? nullptr : workspace.take<T>(size * columns);
+      if (w_hh) pack_matrix(d.w_hh, size, w_hh, 0, size);
+      return {nullptr, w_hh, bias, pack_peephole(d.peephole), w_hr, packed};
     }
     T* w = workspace.take<T>((inputs + size) * columns);
     const long all = together() ? inputs + size : 0;
@@ -270,16 +293,16 @@ struct Engine {
     return {w, w_hh, bias, pack_peephole(d.peephole), w_hr};
   }
 
-  // n elements of t, `stride` apart, to T.
-  template <class B>
-  static void read(const B* from, long stride, long n, T* to) {
-    if constexpr (std::is_same_v<B, T>) {
+  // n elements, `stride` apart.
+  template <class B, class C>
+  static void read(const B* from, long stride, long n, C* to) {
+    if constexpr (std::is_same_v<B, C>) {
       if (stride == 1) {
-        std::memcpy(to, from, n * sizeof(T));
+        std::memcpy(to, from, n * sizeof(C));
         return;
       }
     }
-    for (long i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
+    for (long i = 0; i < n; ++i) to[i] = static_cast<C>(from[i * stride]);
   }
 
   template <class B>
@@ -330,11 +353,14 @@ struct Engine {
     const long rows = most_rows(s), steps = steps_of_chunk(kForwardBytes);
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
-      b.z = workspace.take<T>(steps * rows * ldz);
+      b.z = workspace.take<T>(round_up(steps * rows, kTileRows) * ldz);
       for (T*& h : b.h) h = workspace.take<T>(rows * ldh);
       b.c = workspace.take<T>(rows * ldh);
       b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
-      for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(steps * rows * ldx));
+      for (long i = 0; i < s.team; ++i) {
+        b.x.push_back(workspace.take<T>(steps * rows * ldx));
+        b.split.push_back(by_tiles() ? workspace.take<Part>(round_up(steps * rows, kTileRows) * split_ld()) : nullptr);
+      }
     }
     for (long d = 0; d < p.directions; ++d) {
       const Packed w = pack(in.directions[d]);
@@ -345,7 +371,8 @@ struct Engine {
 
   struct Buffers {
     T *z, *h[2], *c, *m;
-    std::vector<T*> x;  // of each member
+    std::vector<T*> x;         // of each member
+    std::vector<Part*> split;  // of each member: x and h of a step, or x of a chunk
   };
 
   void run_forward(const Group& g, const Packed& w, const Buffers& b, const Member& member, const Outputs& outputs) {
@@ -354,17 +381,27 @@ struct Engine {
     const bool save = gates.numel() > 0;
     const auto [first, last, ch, ch_end, column, n] = share(member);
     const long out = w.w_hr ? 0 : ch, out_end = w.w_hr ? size : ch_end, steps = steps_of_chunk(kForwardBytes), most = g.length(0);
-    const bool joint = together(), direct_x = joint && reads_x_directly(g), direct_y = regular() && !w.w_hr;
+    const bool joint = together(), direct_x = joint && (w.split ? regular() && frames.feature == 1 : reads_x_directly(g)), direct_y = regular() && !w.w_hr;
+    const auto split_rows = [&](long rows, long n, const T* from, long ld, long at) {
+      tile_kernels()->split({rows, n, kParts, reinterpret_cast<const float*>(from), ld, b.split[member.rank] + at, split_depth(), split_ld()});
+    };
     T* x = b.x[member.rank];
     T *c_all = save ? static_cast<T*>(c.mutable_data_ptr()) : nullptr, *gates_all = save ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
     read_state(in.c0, g, ch, ch_end, b.c, ldh);
     read_state(in.h0, g, out, out_end, b.h[0], ldh);
+    if (w.split && joint) split_rows(g.rows, size, b.h[0], ldh, split_x());
     member.wait();
     for (long begin = 0; begin < most; begin += steps) {
       const Chunk chunk(g, begin, std::min(most, begin + steps));
       const A* direct = frames.at(g.sample(0), g.frame(0, begin));
       if (!direct_x) read_x(g, chunk, x);
-      if (!joint) k.gemm({chunk.rows(), {x}, {rows_of(inputs, ldx)}, w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
+      if constexpr (std::is_same_v<T, float>) {
+        if (w.split && !joint) {
+          split_rows(chunk.rows(), inputs, x, ldx, 0);
+          tile_kernels()->gemm({chunk.rows(), kParts, b.split[member.rank], split_depth(), split_ld(), w.split + column * split_depth() * kParts, split_depth(), round_up(n, kSlab), w.bias + column, b.z + column, ldz});
+        }
+      }
+      if (!w.split && !joint) k.gemm({chunk.rows(), {x}, {rows_of(inputs, ldx)}, w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
       for (long s = begin; s < chunk.end; ++s) {
         const long rows = chunk.active(s);
         T *z = b.z + chunk.at(s) * ldz, *h = b.h[(s + 1) % 2];
@@ -390,7 +427,14 @@ struct Engine {
           cells.ldy = g.stride * results.sample;
         }
         const T* before = s > 0 || in.h0 ? b.h[s % 2] : nullptr;
-        if (joint) k.lstm_step({rows, {direct_x ? reinterpret_cast<const T*>(direct) : x, before},
+        if constexpr (std::is_same_v<T, float>) {
+          if (w.split && joint) {
+            split_rows(rows, inputs, direct_x ? reinterpret_cast<const T*>(direct) : x, direct_x ? g.stride * frames.sample : ldx, 0);
+            tile_kernels()->lstm_step({rows, kParts, b.split[member.rank], split_depth(), split_ld(), w.split, split_depth(), round_up(4 * hidden, kSlab), w.bias, z, ldz}, cells);
+          }
+        }
+        if (w.split && joint) {
+        } else if (joint) k.lstm_step({rows, {direct_x ? reinterpret_cast<const T*>(direct) : x, before},
                                 {rows_of(inputs, direct_x ? g.stride * frames.sample : ldx), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
         else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
         if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});
@@ -399,6 +443,7 @@ struct Engine {
           write(h + i * ldh + out, out_end - out, to);
           if constexpr (kNarrow) read(to, 1, out_end - out, h + i * ldh + out);
         }
+        if (w.split && joint && s + 1 < most) split_rows(rows, size, h, ldh, split_x());
         member.wait();
       }
     }

@@ -231,6 +231,38 @@ struct LstmCells {
   T* dpeephole;          // [3][channels], added to; null = not wanted
 };
 
+// Rows of numbers as sums of `parts` bfloat16, the nearest first: 3 hold a float32, 2 a float16, 1 a bfloat16. Zero from n to a multiple
+// of kSplitDepth.
+enum { kSplitDepth = 32 };
+struct Split {
+  long rows, n, parts;
+  const float* from;
+  long ld_from;
+  unsigned short* to;       // [part][row][ld]
+  long part, ld;
+};
+
+// out[row, n] = init[n] + sum over k of a[row, k] b[k, n]. Rows are read and written up to a multiple of 16.
+struct SplitGemm {
+  long rows, parts;
+  const unsigned short* a;  // as Split leaves it
+  long part, lda;
+  const unsigned short* b;  // [32 columns][32 of k][part][16 columns][16 pairs of k][16][2]
+  long k, columns;          // multiples of kSplitDepth and kSlab
+  const float* init;
+  float* out;
+  long ldo;
+};
+
+struct SplitKernels {
+  void (*split)(const Split&);
+  void (*gemm)(const SplitGemm&);
+  void (*lstm_step)(const SplitGemm& pre_activations, const LstmCells<float>&);
+};
+
+// Null where they were not built.
+const SplitKernels* split_kernels();
+
 template <class T>
 struct Kernels {
   const char* name;

@@ -45,6 +45,13 @@ static INLINE void lstm_block_forward(const LstmCells<T>& p, long block) {
   }
 }
 
+template <class T>
+static void lstm_cells_forward(const LstmCells<T>& p, long block) {
+  if (p.peephole) lstm_block_forward<T, true, false>(p, block);
+  else if (p.channels - block * kBlock >= kBlock) lstm_block_forward<T, false, true>(p, block);
+  else lstm_block_forward<T, false, false>(p, block);
+}
+
 // Pre-activations by GEMM into p.z, then the cell, block by block while they are in cache.
 template <class T>
 static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
@@ -59,11 +66,7 @@ static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
       g.out += first;
       gemm(g);
     }
-    for (long b = block; b < end; ++b) {
-      if (p.peephole) lstm_block_forward<T, true, false>(p, b);
-      else if (p.channels - b * kBlock >= kBlock) lstm_block_forward<T, false, true>(p, b);
-      else lstm_block_forward<T, false, false>(p, b);
-    }
+    for (long b = block; b < end; ++b) lstm_cells_forward(p, b);
   }
 }
 

@@ -1,0 +1,63 @@
+// GEMMs by matrix tiles (kernels/amx.cpp): whether there are any here, and their packed operand.
+#pragma once
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "dispatch.h"
+
+namespace convfast {
+namespace cpu {
+
+using Part = unsigned short;
+
+enum { kTileRows = 16 };  // what rows are rounded up to
+
+// Parts that numbers of type A are split into; all its bits are in them.
+template <class A>
+constexpr long kSplitParts = std::is_same_v<A, BFloat16> ? 1 : std::is_same_v<A, Half> ? 2 : 3;
+
+// Where the processor has tiles, the system lets this process use them and ATEN_CPU_CAPABILITY asks for nothing less; else null.
+inline const SplitKernels* tile_kernels() {
+  static const SplitKernels* const chosen = []() -> const SplitKernels* {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kTiles = 1u << 24, kOfBfloat16 = 1u << 22;
+    constexpr long kAskFor = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    if (std::getenv("ATEN_CPU_CAPABILITY") || std::strcmp(kernels<float>().name, "avx512") != 0) return nullptr;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kOfBfloat16) && syscall(SYS_arch_prctl, kAskFor, kTileData) == 0) return split_kernels();
+#endif
+    return nullptr;
+  }();
+  return chosen;
+}
+
+inline long split_size(long columns, long k, long parts) { return round_up(columns, kSlab) * k * parts; }
+
+// The second operand of a SplitGemm: fill(column, to) writes the k numbers of a column (k whole depths); columns from `columns` on are zero.
+template <class F>
+void pack_split(long columns, long k, long parts, Part* packed, const F& fill) {
+  constexpr long kWide = 16, kTile = kWide * kSplitDepth;
+  parallel(round_up(columns, kSlab) / kWide, [&](long begin, long end) {
+    std::vector<float> rows(kWide * k);
+    std::vector<Part> split(parts * kWide * k);
+    for (long tile = begin; tile < end; ++tile) {
+      for (long j = 0; j < kWide; ++j) {
+        float* to = rows.data() + j * k;
+        if (tile * kWide + j < columns) fill(tile * kWide + j, to);
+        else std::fill(to, to + k, 0.f);
+      }
+      split_kernels()->split({kWide, k, parts, rows.data(), k, split.data(), kWide * k, k});
+      Part* to = packed + (tile / 2 * 2 * kWide * k * parts) + tile % 2 * kTile;
+      for (long at = 0; at < k; at += kSplitDepth)
+        for (long part = 0; part < parts; ++part, to += 2 * kTile)  // a pair of k is the size of a float
+          kernels<float>().transpose(kWide, kSplitDepth / 2, reinterpret_cast<const float*>(split.data() + part * kWide * k + at), k / 2,
+                                     reinterpret_cast<float*>(to), kWide);
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace convfast

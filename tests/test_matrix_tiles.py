@@ -1,0 +1,96 @@
+"""GEMMs that are split into parts of bfloat16 for matrix tiles (AMX): as exact as the vectors they stand in for."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import convfast
+from tests.cases import name_of
+from tests.oracle import assert_close_to_oracle
+from tests.oracle import lstm as lstm_oracle
+
+OPS = ("lstm", "conv1d")
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+# Rows enough for tiles on both threads; 33 and 70 are no multiples of a tile's depth, 17 rows none of its height.
+SIZES = [(40, 6, 64, 64), (34, 5, 33, 70), (80, 3, 5, 17), (2, 40, 33, 24)]
+
+
+@pytest.fixture(autouse=True)
+def tiles(native_ops) -> None:
+    if "amx" not in native_ops.cpu_capability():
+        pytest.skip(f"no matrix tiles: {native_ops.cpu_capability()}")
+    torch.set_num_threads(2)
+
+
+def arguments(batch: int, time: int, inputs: int, hidden: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "input": (batch, time, inputs),
+        "weight_ih": (4 * hidden, inputs),
+        "weight_hh": (4 * hidden, hidden),
+        "bias": (4 * hidden,),
+    }
+    scale = {"input": 1.0, "weight_ih": inputs**-0.5, "weight_hh": hidden**-0.5, "bias": 1.0}
+    return {
+        name: (scale[name] * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["", "lengths"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", NARROW, ids=name_of)
+def test_lstm_matches_oracle(dtype: torch.dtype, size: tuple[int, int, int, int], with_lengths: bool) -> None:
+    tensors = arguments(*size, dtype)
+    lengths = torch.arange(size[0]) % (size[1] + 1) if with_lengths else None
+    y, (h, c) = convfast.lstm(**tensors, lengths=lengths, backend="cpu")
+    exact, eager = (
+        lstm_oracle(**{name: t.to(d) for name, t in tensors.items()}, lengths=lengths) for d in (torch.float64, dtype)
+    )
+    for name, actual, wanted, plain in zip("yhc", (y, h, c), (exact[0], *exact[1]), (eager[0], *eager[1])):
+        assert_close_to_oracle(actual, wanted, plain, name)
+
+
+def test_same_bits_again_and_beside_other_samples() -> None:
+    tensors = arguments(64, 5, 33, 70, torch.float32)
+    whole = convfast.lstm(**tensors, backend="cpu")[0]
+    assert torch.equal(whole, convfast.lstm(**tensors, backend="cpu")[0])
+    half = convfast.lstm(**tensors | {"input": tensors["input"][20:54]}, backend="cpu")[0]
+    assert torch.equal(whole[20:54], half)
+
+
+def test_nan_stays_in_its_sample_and_infinity_saturates() -> None:
+    tensors = arguments(40, 4, 33, 24, torch.float32)
+    clean = convfast.lstm(**tensors, backend="cpu")[0]
+    tensors["input"][3, 1, 5] = float("nan")
+    tensors["input"][7, 1, 5] = float("inf")
+    y = convfast.lstm(**tensors, backend="cpu")[0]
+    others = [b for b in range(40) if b not in (3, 7)]
+    assert torch.equal(y[others], clean[others])
+    assert y[3, 1:].isnan().all()
+    assert y[7].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=name_of)
+def test_conv1d_matches_oracle(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 77, 32), (70, 32, 3), (70,))
+    x, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes)
+    weight = weight / 10
+    exact, eager = (
+        torch.conv1d(x.to(d).transpose(1, 2), weight.to(d), bias.to(d), padding=1, stride=2).transpose(1, 2)
+        for d in (torch.float64, dtype)
+    )
+    actual = convfast.conv1d(x, weight, bias, padding=1, stride=2, backend="cpu")
+    assert_close_to_oracle(actual, exact, eager)
+
+
+def test_capability_asked_for_is_kept() -> None:
+    code = "import torch, convfast; convfast.available('lstm'); print(torch.ops.convfast.cpu_capability())"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx512"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split()[-1] == "avx512"
