@@ -24,7 +24,7 @@ class ConvLSTMCase:
         size = f"{self.height}" if self.height == self.width else f"{self.height}x{self.width}"
         return f"B{self.batch}_T{self.time}_Cin{self.channels}_C{hidden}_H{size}_k{self.kernel}"
 
-    def work(self, training: bool) -> float:
+    def work(self, training: bool, size: int = 4) -> float:
         """Multiply-adds of direct convolutions, times two; the convolution of the zero state is not counted.
 
         Backward: a data and a weight gradient for each convolution of the forward.
@@ -72,13 +72,13 @@ class GatesCase:
         layout = "channels_last" if self.channels_last else "contiguous"
         return f"gates_B{self.batch}_C{self.channels}_H{self.height}_{layout}"
 
-    def work(self, training: bool) -> float:
-        """Bytes that must move in float32: 4 gates and c in, h and c out.
+    def work(self, training: bool, size: int = 4) -> float:
+        """Bytes that must move: 4 gates and c in, h and c out; all but the new c and its gradient have `size` bytes.
 
         Training adds the activated gates written and read, c and c' read, dh in, dgates and dc out.
         """
-        tensors = 7 + (4 + 4 + 2 + 1 + 4 + 1 if training else 0)
-        return 4.0 * tensors * self.batch * self.channels * self.height * self.width
+        moved = 6.0 * size + 4 + (14 * size + 8 if training else 0)
+        return moved * self.batch * self.channels * self.height * self.width
 
     @property
     def frames(self) -> int:
@@ -113,7 +113,7 @@ class Conv1dLSTMCase:
         least = -(-self.time // 10) if self.varied else self.time
         return [draw.randint(least, self.time) for _ in range(self.batch)]
 
-    def work(self, training: bool) -> float:
+    def work(self, training: bool, size: int = 4) -> float:
         """Multiply-adds of the steps inside the lengths, times two; the product with the zero state is not counted.
 
         Backward: a data and a weight gradient for each product of the forward.
@@ -176,6 +176,16 @@ CONV1D_LSTM = [
     Conv1dLSTMCase(1, 64, 8, 64, 128, 1),
     Conv1dLSTMCase(32, 128, 9, 64, 128, 2, varied=True),
 ]
+
+GPU = {
+    "CONV_LSTM": [
+        ConvLSTMCase(32, 10, 64, (64,), 64, 64, 3),
+        ConvLSTMCase(8, 10, 1, (64,), 64, 64, 3),
+        ConvLSTMCase(16, 19, 16, (128,) * 4, 16, 16, 5),
+    ],
+    "CONV1D_LSTM": [Conv1dLSTMCase(32, 128, 9, 64, 128, 2)],
+    "LSTM_GATES": [GatesCase(32, 64, 64, 64, channels_last) for channels_last in (False, True)],
+}
 
 # Enough for a quick look: the smallest case, and one that keeps the cores busy.
 SHORT = {CONV_LSTM[2].id, CONV_LSTM[4].id, LSTM_GATES[2].id, CONV1D_LSTM[5].id}

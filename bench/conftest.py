@@ -1,4 +1,4 @@
-"""`pytest bench/ [--short] [--case TEXT] [--out DIR]`: collects rows, then prints and saves the report."""
+"""`pytest bench/ [--device cuda] [--short] [--case TEXT] [--out DIR]`: rows, then the report."""
 
 import os
 from pathlib import Path
@@ -7,12 +7,14 @@ import pytest
 
 from bench import cases, machine
 from bench.report import Report
+from bench.setting import SETTINGS
 
 REPORT = pytest.StashKey[Report]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("throughput report")
+    group.addoption("--device", choices=list(SETTINGS), default="cpu")
     group.addoption("--short", action="store_true", help="few cases, few rounds, fewer compiled opponents")
     group.addoption("--case", action="append", default=[], help="only cases whose id contains this text (repeatable)")
     group.addoption("--out", type=Path, help="folder of the report (default: bench/results/<machine>-<date>)")
@@ -26,19 +28,27 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    wanted = metafunc.config.option.case
-    table = getattr(cases, metafunc.module.CASES)
+    device, wanted = metafunc.config.option.device, metafunc.config.option.case
+    table = getattr(cases, metafunc.module.CASES) if device == "cpu" else cases.GPU[metafunc.module.CASES]
     chosen = [case for case in table if not wanted or any(text in case.id for text in wanted)]
-    if metafunc.config.option.short and not wanted:
+    if metafunc.config.option.short and not wanted and device == "cpu":
         chosen = [case for case in chosen if case.id in cases.SHORT]
     metafunc.parametrize("case", chosen, ids=[case.id for case in chosen])
+    settings = [s for s in SETTINGS[device] if "benchmark" in metafunc.fixturenames or not s.captured]
+    metafunc.parametrize("setting", settings, ids=[setting.id for setting in settings])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All of one setting before the next: a run that is cut short has all cases of the first."""
+    items.sort(key=lambda item: SETTINGS[config.option.device].index(item.callspec.params["setting"]))
 
 
 @pytest.fixture(scope="session")
 def report(pytestconfig: pytest.Config) -> Report:
-    described = machine.describe()
+    device = pytestconfig.option.device
+    described = machine.describe(device)
     described["command"] = _command(pytestconfig)
-    described["peaks"] = machine.peaks(0.2 if pytestconfig.option.short else 2.0)
+    described["peaks"] = machine.peaks(0.2 if pytestconfig.option.short else 2.0, device)
     pytestconfig.stash[REPORT] = Report(described)
     return pytestconfig.stash[REPORT]
 

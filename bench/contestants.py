@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +13,29 @@ from bench import runtimes
 from bench.cases import Conv1dLSTMCase, ConvLSTMCase, GatesCase
 from bench.harness import Contestant
 from bench.reference_models import CatConvLSTM, HoistedConvLSTM, PermutedConv1dLSTM, load_weights, lstm_cell
+from bench.setting import CPU, Setting
+from convfast import backends
 from convfast.ops.conv_lstm import WITH_WINOGRAD
 
 Forward = Callable[..., Tensor]
 OPPONENTS = {"cat": CatConvLSTM, "hoisted": HoistedConvLSTM}
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
+LONG = 20  # steps of all layers, from where on compiling the unrolled loop takes minutes
 
 
 class Problem:
     """Input, weights and output gradient of a ConvLSTM case; the same for everyone."""
 
-    def __init__(self, case: ConvLSTMCase) -> None:
+    def __init__(self, case: ConvLSTMCase, setting: Setting = CPU) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.case = case
+        self.case, self.setting = case, setting
         frames = () if case.same_frame else (case.time,)
-        self.input = torch.randn(case.batch, *frames, case.channels, case.height, case.width, generator=generator)
-        self.grad = torch.randn(self.output_shape, generator=generator)
+        shape = case.batch, *frames, case.channels, case.height, case.width
+        self.input = setting.place(torch.randn(shape, generator=generator))
+        self.grad = setting.place(torch.randn(self.output_shape, generator=generator))
         torch.manual_seed(0)
         template = CatConvLSTM(case.channels, list(case.hidden), case.kernel)
-        self.weights = {name: weight.detach().clone() for name, weight in template.weights()}
+        self.weights = {name: setting.place(weight.detach().clone()) for name, weight in template.weights()}
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -38,8 +43,9 @@ class Problem:
         time = () if case.same_frame else (case.time,)
         return case.batch, *time, case.hidden[-1], case.height, case.width
 
-    def opponent(self, name: str, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> nn.Module:
-        model = OPPONENTS[name](self.case.channels, list(self.case.hidden), self.case.kernel).to(dtype)
+    def opponent(self, name: str, dtype: torch.dtype | None = None, channels_last: bool = False) -> nn.Module:
+        model = OPPONENTS[name](self.case.channels, list(self.case.hidden), self.case.kernel)
+        model = model.to(self.setting.device, dtype or self.setting.dtype)
         load_weights(model, self.weights)
         return model.to(memory_format=torch.channels_last) if channels_last else model
 
@@ -47,7 +53,7 @@ class Problem:
         case = self.case
         last = {"step": case.time, "effective_step": [case.time - 1]} if case.same_frame else {}
         options = {"memory": memory, "algorithm": algorithm, "backend": backend, **last}
-        model = convfast.ConvLSTM(case.channels, list(case.hidden), case.kernel, **options)
+        model = self.setting.place(convfast.ConvLSTM(case.channels, list(case.hidden), case.kernel, **options))
         model.load_state_dict(self.weights)
         return model
 
@@ -70,7 +76,7 @@ def inference(name: str, kind: str, forward: Forward, *inputs: Tensor) -> Contes
         with torch.inference_mode():
             return forward(*inputs)
 
-    return Contestant(name, kind, run, lambda: {"output": run()})
+    return Contestant(name, kind, run, lambda output: {"output": output})
 
 
 def training(
@@ -90,11 +96,37 @@ def training(
         output.backward(laid_out[0])
         return output
 
-    def results() -> dict[str, Tensor]:
-        output = run().detach()
-        return {"output": output, "dx": x.grad.clone()} | {f"d{name}": g.clone() for name, g in grads()}
+    def collect(output: Tensor) -> dict[str, Tensor]:
+        return {"output": output.detach(), "dx": x.grad.clone()} | {f"d{name}": g.clone() for name, g in grads()}
 
-    return Contestant(name, kind, run, results, [x, *model.parameters()])
+    return Contestant(name, kind, run, collect, [x, *model.parameters()])
+
+
+def captured(build: Callable[[], Contestant]) -> Contestant:
+    """The contestant, replayed as a CUDA graph; a compiled one has its own."""
+    contestant = build()
+    if contestant.kind == "compile":
+        return contestant
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            contestant.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = contestant.run()
+    return replace(contestant, run=graph.replay, collect=lambda _: contestant.collect(output))
+
+
+def in_own_graphs(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function compiled into CUDA graphs, whose last outputs are no longer needed when it is called again."""
+
+    def run(*inputs: Tensor, **options: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return call(*inputs, **options)
+
+    return run
 
 
 def named_grads(model: nn.Module) -> Callable[[], Iterator[tuple[str, Tensor]]]:
@@ -106,21 +138,40 @@ def deciding_op(op: str) -> str:
     return {"conv1d_lstm": "lstm"}.get(op, op)
 
 
-def usable_backends(op: str) -> list[str]:
-    return [name for name, usable in convfast.available(deciding_op(op)).items() if usable is True]
+def usable_backends(op: str, setting: Setting) -> list[str]:
+    """On a GPU only the one that is chosen: the reference there is eager, which takes part already."""
+    op = deciding_op(op)
+    if setting.device == "cuda":
+        return [backends.select(op, None, "cuda", setting.dtype)]
+    return [name for name in reversed(backends.BACKENDS) if backends.why_not(op, name, "cpu", setting.dtype) is None]
+
+
+def modes_of_compile(setting: Setting, short: bool) -> dict[str, dict[str, object]]:
+    """Label → options of torch.compile. On a GPU `short` keeps the fastest, not the quickest to compile."""
+    if setting.captured:
+        return {"compile max-autotune": {"mode": "max-autotune"}}
+    modes = {"compile": {}, "compile max-autotune": {"mode": MAX_AUTOTUNE}}
+    if short:
+        del modes["compile" if setting.device == "cuda" else "compile max-autotune"]
+    return modes
 
 
 def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, Callable[[], Contestant]]:
     """Everyone who takes part, built on demand; plain eager first. `short` leaves out the slowest to compile."""
     everyone: dict[str, Callable[[], Contestant]] = {}
+    case, setting = problem.case, problem.setting
+    on_gpu = setting.device == "cuda"
 
     def opponent(label: str, kind: str, name: str, last: bool, **compiled: object) -> None:
         label = f"{label} {name}" + (" channels_last" if last else "")
 
         def build() -> Contestant:
+            if kind == "compile" and on_gpu and short and case.time * len(case.hidden) > LONG:
+                raise runtimes.Absent("minutes of compilation, left out of --short")
             model = problem.opponent(name, channels_last=last)
             x = channels_last(problem.input) if last else problem.input
             call = torch.compile(model, fullgraph=True, dynamic=False, **compiled) if kind == "compile" else model
+            call = in_own_graphs(call) if kind == "compile" and setting.captured else call
             forward = problem.opponent_forward(call)
             if train:
                 return training(label, kind, forward, x, problem.grad, model, model.grads)
@@ -145,29 +196,31 @@ def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, C
         def build() -> Contestant:
             model = problem.opponent("cat").eval()
             run = runtimes.BUILDERS[name](model, problem.opponent_forward(model), problem.input)
-            return Contestant(name, "runtime", run, lambda: {"output": run()})
+            return Contestant(name, "runtime", run, lambda output: {"output": output})
 
         everyone[name] = build
 
     for name in OPPONENTS:
         for last in (False, True):
             opponent("eager", "eager", name, last)
-    for name in ("cat",) if short else OPPONENTS:
-        for last in (False, True):
-            opponent("compile", "compile", name, last)
-    if not short:
-        opponent("compile max-autotune", "compile", "cat", True, mode=MAX_AUTOTUNE)
-    if not train:
+    for label, options in modes_of_compile(setting, short).items():
+        if label == "compile" and not on_gpu:
+            for name in ("cat",) if short else OPPONENTS:
+                for last in (False, True):
+                    opponent(label, "compile", name, last)
+        else:
+            opponent(label, "compile", "cat", True, **options)
+    if not train and not on_gpu:
         opponent("compile frozen", "compile", "cat", True, options={"freezing": True})
         for name in runtimes.BUILDERS:
             runtime(name)
-    for backend in usable_backends("conv_lstm"):
+    for backend in usable_backends("conv_lstm", setting):
         for memory in ("fast", "lean") if train else ("fast",):
             ours(backend, memory)
         for memory in ("fast", "lean") if train else ("fast",):
             if backend in WITH_WINOGRAD:
                 ours(backend, memory, "direct")
-    return everyone
+    return {name: partial(captured, build) for name, build in everyone.items()} if setting.captured else everyone
 
 
 def conv_lstm_oracle(problem: Problem, train: bool) -> dict[str, Tensor]:
@@ -183,15 +236,15 @@ def conv_lstm_oracle(problem: Problem, train: bool) -> dict[str, Tensor]:
 class Conv1dProblem:
     """Input, lengths, weights and output gradient of a Conv1d → LSTM case; the same for everyone."""
 
-    def __init__(self, case: Conv1dLSTMCase) -> None:
+    def __init__(self, case: Conv1dLSTMCase, setting: Setting = CPU) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.case = case
-        self.grad = torch.randn(case.batch, case.time, case.hidden, generator=generator)
+        self.case, self.setting = case, setting
+        self.grad = setting.place(torch.randn(case.batch, case.time, case.hidden, generator=generator))
         self.lengths = torch.tensor(case.lengths) if case.varied else None
         torch.manual_seed(0)
-        self.weights = self._plain().state_dict()
-        while not hasattr(self, "input") or self._near_a_kink():
-            self.input = torch.randn(case.batch, case.time, case.features, generator=generator)
+        self.weights = setting.place(self._plain()).state_dict()
+        while not hasattr(self, "input") or (setting.precision == "float32" and self._near_a_kink()):
+            self.input = setting.place(torch.randn(case.batch, case.time, case.features, generator=generator))
 
     @torch.no_grad()
     def _near_a_kink(self) -> bool:
@@ -209,22 +262,23 @@ class Conv1dProblem:
         case = self.case
         return PermutedConv1dLSTM(case.features, case.conv, case.hidden, case.layers)
 
-    def opponent(self, dtype: torch.dtype = torch.float32) -> PermutedConv1dLSTM:
-        model = self._plain()
+    def opponent(self, dtype: torch.dtype | None = None) -> PermutedConv1dLSTM:
+        model = self._plain().to(self.setting.device, dtype or self.setting.dtype)
         model.load_state_dict(self.weights)
-        return model.to(dtype)
+        return model
 
     def convfast(self, backend: str) -> nn.Module:
         case = self.case
         conv = [case.conv, 2 * case.conv]
         model = convfast.Conv1dLSTM(case.features, conv, case.hidden, 3, case.layers, backend=backend)
-        model.load_state_dict(self.weights)
+        self.setting.place(model).load_state_dict(self.weights)
         return model
 
     @torch.no_grad()
     def convolved(self) -> Tensor:
         """What the LSTM reads, right to rounding."""
-        return self.opponent(torch.float64).convolve(self.input.double(), self.lengths).float().contiguous()
+        exact = self.opponent(torch.float64).convolve(self.input.double(), self.lengths)
+        return self.setting.place(exact).contiguous()
 
     def contestant(
         self,
@@ -244,15 +298,18 @@ class Conv1dProblem:
 
 def conv1d_lstm(problem: Conv1dProblem, train: bool, short: bool = False) -> dict[str, Callable[[], Contestant]]:
     """As conv_lstm."""
-    lengths = problem.lengths
+    lengths, setting = problem.lengths, problem.setting
 
     def opponent(name: str, kind: str, **compiled: object) -> Contestant:
         model = problem.opponent()
         # dynamo leaves nn.LSTM and packing to eager, so there is no full graph.
         call = torch.compile(model, dynamic=False, **compiled) if kind == "compile" else model
+        call = in_own_graphs(call) if kind == "compile" and setting.captured else call
         return problem.contestant(name, kind, model, partial(call, lengths=lengths), train)
 
     def whole_graph(name: str) -> Contestant:
+        if setting.device == "cuda":
+            raise runtimes.Absent("unrolls nn.LSTM, which runs as one call of cuDNN")
         if train:
             raise runtimes.Absent("training unrolls nn.LSTM: minutes of compilation, and more with every step")
         if lengths is not None:
@@ -269,20 +326,20 @@ def conv1d_lstm(problem: Conv1dProblem, train: bool, short: bool = False) -> dic
         del model.conv[:]
         forward = partial(model, lengths=lengths)
         part = problem.contestant(name, "part", model, forward, train, problem.convolved())
-        return replace(part, results=lambda: {name: t for name, t in part.results().items() if name != "dx"})
+        return replace(part, collect=lambda output: {k: t for k, t in part.collect(output).items() if k != "dx"})
 
     def ours(name: str, backend: str) -> Contestant:
         model = problem.convfast(backend)
         return problem.contestant(name, "convfast", model, lambda x: model(x, lengths=lengths)[0], train)
 
-    everyone = {"eager": partial(opponent, "eager", "eager"), "compile": partial(opponent, "compile", "compile")}
-    if not short:
-        everyone["compile max-autotune"] = partial(opponent, "compile max-autotune", "compile", mode=MAX_AUTOTUNE)
+    everyone = {"eager": partial(opponent, "eager", "eager")}
+    for label, options in modes_of_compile(setting, short).items():
+        everyone[label] = partial(opponent, label, "compile", **options)
     everyone["compile allow_rnn"] = partial(whole_graph, "compile allow_rnn")
     everyone["nn.LSTM alone"] = partial(lstm_alone, "nn.LSTM alone")
-    for backend in usable_backends("conv1d_lstm"):
+    for backend in usable_backends("conv1d_lstm", setting):
         everyone[f"convfast {backend}"] = partial(ours, f"convfast {backend}", backend)
-    return everyone
+    return {name: partial(captured, build) for name, build in everyone.items()} if setting.captured else everyone
 
 
 def conv1d_lstm_oracle(problem: Conv1dProblem, train: bool) -> dict[str, Tensor]:
@@ -295,12 +352,14 @@ def conv1d_lstm_oracle(problem: Conv1dProblem, train: bool) -> dict[str, Tensor]
 class GatesProblem:
     """Pre-activations, c and the gradient of h, for the pointwise cell alone."""
 
-    def __init__(self, case: GatesCase) -> None:
+    def __init__(self, case: GatesCase, setting: Setting = CPU) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.setting = setting
         size = case.height, case.width
         gates = torch.randn(case.batch, 4 * case.channels, *size, generator=generator)
         c, dh = (torch.randn(case.batch, case.channels, *size, generator=generator) for _ in range(2))
-        self.gates, self.c, self.dh = map(channels_last, (gates, c, dh)) if case.channels_last else (gates, c, dh)
+        tensors = map(setting.place, (gates, c, dh))
+        self.gates, self.c, self.dh = map(channels_last, tensors) if case.channels_last else tensors
 
     def contestant(
         self,
@@ -308,10 +367,10 @@ class GatesProblem:
         kind: str,
         cell: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         train: bool,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> Contestant:
-        inputs = [t.to(dtype).detach().requires_grad_(train) for t in (self.gates, self.c)]
-        dh = self.dh.to(dtype)
+        inputs = [t.to(dtype or t.dtype).detach().requires_grad_(train) for t in (self.gates, self.c)]
+        dh = self.dh.to(dtype or self.dh.dtype)
 
         def run() -> tuple[Tensor, Tensor]:
             if not train:
@@ -323,26 +382,25 @@ class GatesProblem:
             h.backward(dh)
             return h, c
 
-        def results() -> dict[str, Tensor]:
-            h, c = run()
+        def collect(outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+            h, c = outputs
             grads = {"dgates": inputs[0].grad, "dc": inputs[1].grad} if train else {}
             return {"h": h.detach(), "c": c.detach(), **grads}
 
-        return Contestant(name, kind, run, results)
+        return Contestant(name, kind, run, collect)
 
 
 def lstm_gates(problem: GatesProblem, train: bool, short: bool = False) -> dict[str, Callable[[], Contestant]]:
     """As conv_lstm."""
-    build = partial(partial, problem.contestant, train=train)
+    build, setting = partial(partial, problem.contestant, train=train), problem.setting
     everyone = {"eager": build("eager", "eager", lstm_cell)}
-    modes = {"compile": {}} if short else {"compile": {}, "compile max-autotune": {"mode": MAX_AUTOTUNE}}
-    for name, options in modes.items():
+    for name, options in modes_of_compile(setting, short).items():
         compiled = torch.compile(lstm_cell, fullgraph=True, dynamic=False, **options)
-        everyone[name] = build(name, "compile", compiled)
-    for backend in usable_backends("lstm_gates"):
+        everyone[name] = build(name, "compile", in_own_graphs(compiled) if setting.captured else compiled)
+    for backend in usable_backends("lstm_gates", setting):
         name = f"convfast {backend}"
         everyone[name] = build(name, "convfast", partial(convfast.lstm_gates, backend=backend))
-    return everyone
+    return {name: partial(captured, build) for name, build in everyone.items()} if setting.captured else everyone
 
 
 def lstm_gates_oracle(problem: GatesProblem, train: bool) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,16 @@ ERROR_FACTOR = 16.0
 
 @dataclass
 class Contestant:
-    """One way to compute a case. `run` is timed; `results` runs once and names the tensors to be checked."""
+    """One way to compute a case. `run` is timed; `collect` names the tensors to be checked, given what it returned."""
 
     name: str
     kind: str  # "eager" | "compile" | "runtime" | "part" (of the work, computes some results only) | "convfast"
-    run: Callable[[], object]
-    results: Callable[[], dict[str, Tensor]]
+    run: Callable[[], Any]
+    collect: Callable[[Any], dict[str, Tensor]]
     inputs: list[Tensor] = field(default_factory=list)  # inputs and parameters: there before the step
+
+    def results(self) -> dict[str, Tensor]:
+        return self.collect(self.run())
 
 
 @dataclass
@@ -71,8 +75,44 @@ def check(contestant: Contestant, oracle: dict[str, Tensor], eager: dict[str, Te
     return worst
 
 
+Clock = Callable[[Callable[[], object], int], float]  # a function and how often it runs → seconds of one run
+
+
+def wall_clock(run: Callable[[], object], loops: int) -> float:
+    start = time.perf_counter()
+    for _ in range(loops):
+        run()
+    return (time.perf_counter() - start) / loops
+
+
+class GpuClock:
+    """Between CUDA events on an idle GPU, so that launches count, with nothing of the inputs in its L2 cache."""
+
+    def __init__(self) -> None:
+        size = 2 * torch.cuda.get_device_properties().L2_cache_size
+        self.other = torch.empty(size, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, run: Callable[[], object], loops: int) -> float:
+        total = 0.0
+        for _ in range(loops):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self.other.zero_()
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            total += 1e-3 * start.elapsed_time(end)
+        return total / loops
+
+
 def race(
-    contestants: list[Contestant], budget: float, min_rounds: int = 7, max_rounds: int = 60, at_least: float = 5e-3
+    contestants: list[Contestant],
+    budget: float,
+    min_rounds: int = 7,
+    max_rounds: int = 60,
+    at_least: float = 5e-3,
+    clock: Clock = wall_clock,
 ) -> dict[str, Timing]:
     """Time all contestants in turn, round after round, in about `budget` seconds; each round starts at the next one.
 
@@ -84,9 +124,7 @@ def race(
     for contestant in contestants:
         contestant.run()
         contestant.run()
-        start = time.perf_counter()
-        contestant.run()
-        once = time.perf_counter() - start
+        once = clock(contestant.run, 1)
         loops[contestant.name] = max(1, round(at_least / once))
         round_time += once * (1 + loops[contestant.name])
     timings = {contestant.name: Timing() for contestant in contestants}
@@ -96,12 +134,8 @@ def race(
         for i in range(min(max_rounds, max(min_rounds, int(budget / round_time)))):
             first = i % len(contestants)
             for contestant in contestants[first:] + contestants[:first]:
-                n = loops[contestant.name]
                 contestant.run()
-                start = time.perf_counter()
-                for _ in range(n):
-                    contestant.run()
-                timings[contestant.name].rounds.append((time.perf_counter() - start) / n)
+                timings[contestant.name].rounds.append(clock(contestant.run, loops[contestant.name]))
             gc.collect()
     finally:
         if collecting:

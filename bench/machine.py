@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 
 import convfast
+from bench.harness import Clock, GpuClock, wall_clock
+from bench.setting import SETTINGS
 from convfast import native
 
 
-def describe() -> dict[str, object]:
-    """CPU model, cores, threads, versions, instruction sets, commit and date."""
+def describe(device: str = "cpu") -> dict[str, object]:
+    """CPU model, cores, threads, versions, instruction sets, commit and date; and of the GPU, if that is the device."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -29,18 +31,45 @@ def describe() -> dict[str, object]:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "load_at_start": round(os.getloadavg()[0], 2),
+        **(_describe_gpu() if device == "cuda" else {}),
     }
 
 
+def _describe_gpu() -> dict[str, object]:
+    gpu = torch.cuda.get_device_properties()
+    return {
+        "gpu": gpu.name,
+        "capability": f"{gpu.major}.{gpu.minor}",
+        "processors": gpu.multi_processor_count,
+        "gpu_memory": f"{gpu.total_memory / 2**30:.0f} GiB",
+        "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": _triton_version(),
+    }
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
+
+
 def slug(machine: dict[str, object]) -> str:
-    """A folder name: CPU, threads and date."""
+    """A folder name: GPU, or CPU and threads, and date."""
+    if "gpu" in machine:
+        return f"{re.sub(r'[^a-z0-9]+', '-', str(machine['gpu']).lower())}-{machine['date']}"
     cpu = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", str(machine["cpu"]).lower())
     cpu = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-") or "cpu"
     return f"{cpu}-{str(machine['isa_torch']).lower()}-{machine['threads']}t-{machine['date']}"
 
 
-def peaks(seconds: float = 1.0) -> dict[str, float]:
-    """Best float32 matmul (GFLOP/s) and copy (GB/s, bytes read + written) seen, with torch's thread count."""
+def peaks(seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
+    """Best float32 matmul (GFLOP/s) and copy (GB/s, bytes read + written) seen, with torch's thread count; on a GPU the
+    matmul in each precision."""
+    if device == "cuda":
+        return _gpu_peaks(seconds)
     matmul = 0.0
     for n in (512, 1024, 2048):
         a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
@@ -51,13 +80,25 @@ def peaks(seconds: float = 1.0) -> dict[str, float]:
     return {"GFLOP/s": matmul, "GB/s": copy}
 
 
-def _best(run: Callable[[], object], seconds: float) -> float:
+def _gpu_peaks(seconds: float) -> dict[str, float]:
+    clock, n, found = GpuClock(), 8192, {}
+    for setting in SETTINGS["cuda"]:
+        if not setting.captured:
+            a, b = (torch.randn(n, n, device="cuda", dtype=setting.dtype) for _ in range(2))
+            with setting.applied():
+                best = _best(lambda a=a, b=b: torch.mm(a, b), seconds, clock)
+            found[setting.peak("GFLOP/s")] = 2e-9 * n**3 / best
+    source = torch.zeros(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    found["GB/s"] = 2e-9 * source.nbytes / _best(lambda: target.copy_(source), seconds, clock)
+    return found
+
+
+def _best(run: Callable[[], object], seconds: float, clock: Clock = wall_clock) -> float:
     run()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock(run, 1))
     return best
 
 

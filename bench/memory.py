@@ -1,5 +1,7 @@
-"""Memory of one training step, in a process of its own: `python -m bench.memory CASE CONTESTANT` prints JSON."""
+"""Memory of one training step; on a CPU in a process of its own, where `python -m bench.memory CASE CONTESTANT` prints
+JSON."""
 
+import gc
 import json
 import os
 import re
@@ -14,20 +16,39 @@ import convfast
 from bench.cases import CONV1D_LSTM, CONV_LSTM, Conv1dLSTMCase, ConvLSTMCase
 from bench.contestants import Conv1dProblem, Problem, conv1d_lstm, conv_lstm
 from bench.harness import Contestant
+from bench.setting import CPU, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 # Freed blocks go back to the system at once; else the heap's fragmentation would be measured too.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def measure(case: ConvLSTMCase | Conv1dLSTMCase, contestant: str) -> dict[str, float]:
-    """Start the measuring process. {"peak_mb": growth of the resident peak over the state before the step (model, input
-    and library resident), "saved_tensors": what is kept for the backward, in units of all layers' outputs}."""
+def measure(case: ConvLSTMCase | Conv1dLSTMCase, contestant: str, setting: Setting = CPU) -> dict[str, float]:
+    """{"peak_mb": growth of the peak over the state before the step (model, input and library resident),
+    "saved_tensors": what is kept for the backward, in units of all layers' outputs}.
+
+    The peak is that of a process of its own, on a GPU that of torch's allocator."""
+    if setting.device == "cuda":
+        return _measure_gpu(case, contestant, setting)
     command = [sys.executable, "-m", "bench.memory", case.id, contestant]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"memory of {contestant} on {case.id}: exit status {done.returncode}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _measure_gpu(case: ConvLSTMCase | Conv1dLSTMCase, name: str, setting: Setting) -> dict[str, float]:
+    contestant = _contestant(case, name, setting)
+    contestant.run()  # compiles and loads
+    for tensor in contestant.inputs:
+        tensor.grad = None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contestant.run()
+    peak = torch.cuda.max_memory_allocated() - before
+    saved = _saved_bytes(contestant.run, contestant.inputs) / (setting.dtype.itemsize * case.states)
+    return {"peak_mb": peak / 1e6, "saved_tensors": saved}
 
 
 def _resident(field: str) -> int:
@@ -51,10 +72,10 @@ def _saved_bytes(step: object, excluded: list[Tensor]) -> int:
     return sum(kept.values())
 
 
-def _contestant(case: ConvLSTMCase | Conv1dLSTMCase, name: str) -> Contestant:
+def _contestant(case: ConvLSTMCase | Conv1dLSTMCase, name: str, setting: Setting = CPU) -> Contestant:
     if isinstance(case, ConvLSTMCase):
-        return conv_lstm(Problem(case), train=True)[name]()
-    return conv1d_lstm(Conv1dProblem(case), train=True)[name]()
+        return conv_lstm(Problem(case, setting), train=True)[name]()
+    return conv1d_lstm(Conv1dProblem(case, setting), train=True)[name]()
 
 
 def _main(case_id: str, name: str) -> None:

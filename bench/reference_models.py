@@ -146,7 +146,7 @@ class PermutedConv1dLSTM(nn.Module):
     def convolve(self, input: Tensor, lengths: Tensor | None) -> Tensor:
         """[B, T, F] -> [B, T, 2 * conv]; past a length it is not defined, and packing drops it."""
         x = input.permute(0, 2, 1)
-        inside = None if lengths is None else torch.arange(x.shape[2]) < lengths[:, None, None]
+        inside = None if lengths is None else (torch.arange(x.shape[2]) < lengths[:, None, None]).to(x.device)
         for conv in self.conv:
             x = torch.relu(conv(x if inside is None else x * inside))
         return x.permute(0, 2, 1)

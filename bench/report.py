@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 from bench.cases import Case
 from bench.harness import Contestant, Timing, ratio
 from bench.machine import slug
+from bench.setting import Setting
 
 Row = dict[str, Any]
-MODES = {False: "inference", True: "training"}
 TORCH_KINDS = ("eager", "compile")
 OPS = ("conv_lstm", "conv1d_lstm", "lstm_gates")
 DRAWN = {"conv_lstm": "convfast.ConvLSTM", "conv1d_lstm": "convfast.Conv1dLSTM"}  # ops with a picture, their modules
@@ -29,18 +29,20 @@ BARS = {
 def race_row(
     op: str,
     case: Case,
-    train: bool,
+    mode: str,
     contestants: list[Contestant],
     timings: dict[str, Timing],
     errors: dict[str, float],
+    work: float,
     peak: float,
+    least: float | None,
     headline: str,
     absent: dict[str, str],
 ) -> Row:
-    """Every contestant's figures. `ratio`: median over the rounds of (best torch opponent's time / this one's)."""
+    """Every contestant's figures. `ratio`: median over the rounds of (best torch opponent's time / this one's);
+    `least`: seconds of the paper floor."""
     torch_ones = [c.name for c in contestants if c.kind in TORCH_KINDS]
     best = min(torch_ones, key=lambda name: timings[name].median)
-    work = case.work(train)
     figures = {}
     for contestant in contestants:
         timing = timings[contestant.name]
@@ -53,10 +55,12 @@ def race_row(
             "frames_per_s": case.frames / timing.median,
             "error_of_bound": errors[contestant.name],
         }
+        if least is not None:
+            figures[contestant.name]["of_floor"] = least / timing.median
     return {
         "op": op,
         "case": case.id,
-        "mode": MODES[train],
+        "mode": mode,
         "unit": case.unit,
         "rounds": len(timings[best].rounds),
         "best_opponent": best,
@@ -66,8 +70,8 @@ def race_row(
     }
 
 
-def refused_row(op: str, case: Case, train: bool, reason: str) -> Row:
-    return {"op": op, "case": case.id, "mode": MODES[train], "refused": reason}
+def refused_row(op: str, case: Case, mode: str, reason: str) -> Row:
+    return {"op": op, "case": case.id, "mode": mode, "refused": reason}
 
 
 class Report:
@@ -79,6 +83,10 @@ class Report:
     @classmethod
     def load(cls, path: Path) -> "Report":
         return cls(**json.loads(path.read_text()))
+
+    def add_memory(self, case: Case, setting: Setting, figures: dict[str, dict[str, float]]) -> None:
+        precision = {} if setting.device == "cpu" else {"precision": setting.precision}
+        self.memory.append({"case": case.id, **precision, "contestants": figures})
 
     def save(self, folder: Path) -> list[str]:
         """Writes report.json, report.md and the picture of each op that was run; their names."""
@@ -102,6 +110,14 @@ class Report:
 
     def machine_line(self) -> str:
         m = self.machine
+        if "gpu" in m:
+            peaks = ", ".join(f"{rate:.0f} {unit}" for unit, rate in m["peaks"].items())
+            return (
+                f"{m['gpu']} ({m['gpu_memory']}, compute capability {m['capability']}), CUDA {m['cuda']}, cuDNN "
+                f"{m['cudnn']}, torch {m['torch']}, triton {m['triton']}, convfast {m['convfast']} "
+                f"({m['commit'] or 'no commit'}), Python {m['python']}; {m['date']}; `{m['command']}`. "
+                f"Measured peaks of matmul and copy: {peaks}."
+            )
         isa = f"{m['isa_torch']} (torch), {m['isa_convfast']} (convfast)"
         return (
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {isa}; torch {m['torch']}, "
@@ -114,10 +130,8 @@ class Report:
         """Per op and mode: the best torch opponent against the backend that convfast picks by itself."""
         parts = []
         for op in OPS:
-            for mode in MODES.values():
-                races = [row for row in self._races(op) if row["mode"] == mode]
-                if races:
-                    parts += [f"## {op}, {mode}", _summary_table(races)]
+            for mode, races in self._races_by_mode(op).items():
+                parts += [f"## {op}, {mode}", _summary_table(races)]
         refused = [
             f"- {row['op']} {row['case']} {row['mode']}: {row['refused']}" for row in self.rows if "refused" in row
         ]
@@ -132,13 +146,14 @@ class Report:
             eager = next(iter(row["contestants"].values()))["peak_mb"]
             for name, figures in row["contestants"].items():
                 peak = figures["peak_mb"]
+                case = " ".join([row["case"], *filter(None, [row.get("precision")])])
                 lines.append(
-                    [row["case"], name, f"{peak:.1f}", f"{peak / eager:.2f}", f"{figures['saved_tensors']:.2f}"]
+                    [case, name, f"{peak:.1f}", f"{peak / eager:.2f}", f"{figures['saved_tensors']:.2f}"]
                 )
         return markdown_table(["case", "contestant", "peak MB", "of eager", "saved tensors per step"], lines)
 
     def details(self) -> str:
-        lines = []
+        lines, on_gpu = [], "gpu" in self.machine
         for row in self.rows:
             start = [row["case"], row["mode"]]
             for name, f in row.get("contestants", {}).items():
@@ -147,24 +162,30 @@ class Report:
                     f"{f['ratio']:.2f}",
                     f"{f['rate']:.1f} {row['unit']}",
                     f"{f['of_peak']:.0%}",
+                    *([f"{f['of_floor']:.0%}"] if on_gpu else []),
                 ]
                 lines.append([*start, name, *figures, f"{f['frames_per_s']:.0f}", f"{f['error_of_bound']:.2f}"])
-            lines += [[*start, name, reason, *[""] * 5] for name, reason in row.get("absent", {}).items()]
+            empty = [""] * (6 if on_gpu else 5)
+            lines += [[*start, name, reason, *empty] for name, reason in row.get("absent", {}).items()]
         head = ["case", "mode", "contestant", "ms", "best/this", "rate", "of peak", "frames/s", "error/bound"]
+        head[7:7] = ["floor/this"] if on_gpu else []
         return markdown_table(head, lines)
 
     def picture(self, op: str, path: Path) -> None:
         """Bars of time (log) per case, inference and training; the ratio to the best opponent beside ours."""
-        races = {mode: [r for r in self._races(op) if r["mode"] == mode] for mode in MODES.values()}
-        races = {mode: rows for mode, rows in races.items() if rows}
-        tallest = max(map(len, races.values()))
-        figure, axes = plt.subplots(
-            1, len(races), figsize=(7 * len(races), 2 + 0.6 * tallest), squeeze=False, layout="constrained"
-        )
-        for axis, (mode, rows) in zip(axes[0], races.items(), strict=True):
+        races = self._races_by_mode(op)
+        columns = min(2, len(races))
+        lines, tallest = -(-len(races) // columns), max(map(len, races.values()))
+        size = (7 * columns, lines * (2 + 0.6 * tallest))
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+        for axis in axes.flat:
+            axis.set_visible(False)
+        for axis, (mode, rows) in zip(axes.flatten("F"), races.items()):
+            axis.set_visible(True)
             _bars(axis, mode, rows)
         m = self.machine
-        figure.suptitle(f"{DRAWN[op]} on {m['cpu']}, {m['threads']} threads, torch {m['torch']}", fontsize=11)
+        where = m["gpu"] if "gpu" in m else f"{m['cpu']}, {m['threads']} threads"
+        figure.suptitle(f"{DRAWN[op]} on {where}, torch {m['torch']}", fontsize=11)
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=120)
         plt.close(figure)
@@ -172,17 +193,25 @@ class Report:
     def _races(self, op: str) -> list[Row]:
         return [row for row in self.rows if row["op"] == op and "refused" not in row]
 
+    def _races_by_mode(self, op: str) -> dict[str, list[Row]]:
+        """Inference before training, else in the order of the rows."""
+        races: dict[str, list[Row]] = {}
+        for row in sorted(self._races(op), key=lambda row: row["mode"].startswith("training")):
+            races.setdefault(row["mode"], []).append(row)
+        return races
+
 
 def _bars(axis: plt.Axes, mode: str, rows: list[Row]) -> None:
     height = 0.8 / len(BARS)
     shown: list[float] = []
     for y, row in enumerate(rows):
-        times = {kind: min(f["ms"] for f in row["contestants"].values() if f["kind"] == kind) for kind in TORCH_KINDS}
+        by_kind = {kind: [f["ms"] for f in row["contestants"].values() if f["kind"] == kind] for kind in TORCH_KINDS}
+        times = {kind: min(found) for kind, found in by_kind.items() if found}
         ours = row["contestants"][row["headline"]]
         times["ours"] = ours["ms"]
         shown += times.values()
         for i, (kind, (label, color)) in enumerate(BARS.items()):
-            axis.barh(y + (i - 1) * height, times[kind], height, color=color, label=label if y == 0 else None)
+            axis.barh(y + (i - 1) * height, times.get(kind, 0), height, color=color, label=label if y == 0 else None)
         axis.text(ours["ms"] * 1.08, y + height, f"{ours['ratio']:.2f}×", va="center", fontsize=8, color="#8f1d2f")
     axis.set_xscale("log")
     axis.set_xlim(min(shown) / 2, max(shown) * 1.6)

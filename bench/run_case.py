@@ -7,9 +7,11 @@ from torch import Tensor
 
 from bench.cases import Case
 from bench.contestants import deciding_op
-from bench.harness import Contestant, Disagreement, check, race
+from bench.floors import H200, Chip, floor
+from bench.harness import Contestant, Disagreement, GpuClock, check, race, wall_clock
 from bench.report import Report, race_row, refused_row
 from bench.runtimes import Absent
+from bench.setting import Setting
 from convfast import backends
 
 
@@ -17,13 +19,15 @@ def run_case(
     op: str,
     case: Case,
     train: bool,
+    setting: Setting,
     everyone: dict[str, Callable[[], Contestant]],
     oracle: dict[str, Tensor],
     report: Report,
     benchmark: Callable,
     short: bool,
 ) -> None:
-    """Build, check against the oracle, race, add the row; pytest-benchmark gets a few runs of ours for its table."""
+    """Build, check against the oracle, race, add the row; pytest-benchmark gets a few runs of ours for its table. To be
+    called within `setting.applied()`."""
     # Every case compiles anew: dynamo keeps few versions of one function and would refuse the rest.
     torch._dynamo.reset()
     contestants, absent = [], {}
@@ -36,14 +40,27 @@ def run_case(
     try:
         errors = {contestant.name: check(contestant, oracle, eager, case.terms) for contestant in contestants}
     except Disagreement as reason:
-        report.rows.append(refused_row(op, case, train, str(reason)))
+        report.rows.append(refused_row(op, case, setting.mode(train), str(reason)))
         raise
-    timings = race(contestants, budget=2.0 if short else 20.0)
-    chosen = f"convfast {backends.select(deciding_op(op), None, 'cpu')}"
+    on_gpu = setting.device == "cuda"
+    timings = race(contestants, budget=2.0 if short else 20.0, clock=GpuClock() if on_gpu else wall_clock)
+    chosen = f"convfast {backends.select(deciding_op(op), None, setting.device, setting.dtype)}"
     headline = chosen if chosen in timings else f"{chosen} fast"
-    peak = report.machine["peaks"][case.unit]
-    row = race_row(op, case, train, contestants, timings, errors, peak, headline, absent)
+    peaks, size = report.machine["peaks"], setting.dtype.itemsize
+    least = None
+    if on_gpu:
+        rates = 1e9 * peaks[setting.peak("GFLOP/s")], 1e9 * peaks["GB/s"]
+        least = floor(case, train, Chip("measured", *rates, H200.shared), size)
+    work, peak = case.work(train, size), peaks[setting.peak(case.unit)]
+    mode = setting.mode(train)
+    row = race_row(op, case, mode, contestants, timings, errors, work, peak, least, headline, absent)
     report.rows.append(row)
     benchmark.extra_info.update(row["contestants"][headline], best_opponent=row["best_opponent"])
     ours = next(contestant for contestant in contestants if contestant.name == headline)
-    benchmark.pedantic(ours.run, rounds=5)
+
+    def finished() -> None:
+        ours.run()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(finished, rounds=5)

@@ -24,7 +24,8 @@ from bench import machine
 from bench.cases import ConvLSTMCase
 from bench.contestants import Problem, conv_lstm
 from bench.harness import race
-from bench.report import MODES, Report, markdown_table
+from bench.report import Report, markdown_table
+from bench.setting import MODES
 
 BASE = ConvLSTMCase(4, 8, 32, (32,), 32, 32, 3)
 AXES: dict[str, tuple[list[int], float]] = {  # values, exponent of the operations

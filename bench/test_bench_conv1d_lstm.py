@@ -8,6 +8,7 @@ from bench import contestants, memory
 from bench.cases import Conv1dLSTMCase
 from bench.report import Report
 from bench.run_case import run_case
+from bench.setting import Setting
 from convfast import backends
 
 CASES = "CONV1D_LSTM"
@@ -15,16 +16,23 @@ CASES = "CONV1D_LSTM"
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_throughput(
-    case: Conv1dLSTMCase, train: bool, report: Report, benchmark: Callable, pytestconfig: pytest.Config
+    case: Conv1dLSTMCase,
+    train: bool,
+    setting: Setting,
+    report: Report,
+    benchmark: Callable,
+    pytestconfig: pytest.Config,
 ) -> None:
     short = pytestconfig.option.short
-    problem = contestants.Conv1dProblem(case)
-    everyone = contestants.conv1d_lstm(problem, train, short)
-    oracle = contestants.conv1d_lstm_oracle(problem, train)
-    run_case("conv1d_lstm", case, train, everyone, oracle, report, benchmark, short)
+    with setting.applied():
+        problem = contestants.Conv1dProblem(case, setting)
+        everyone = contestants.conv1d_lstm(problem, train, short)
+        oracle = contestants.conv1d_lstm_oracle(problem, train)
+        run_case("conv1d_lstm", case, train, setting, everyone, oracle, report, benchmark, short)
 
 
-def test_memory_of_a_training_step(case: Conv1dLSTMCase, report: Report) -> None:
-    names = ["eager", f"convfast {backends.select('lstm', None, 'cpu')}"]
-    figures = {name: memory.measure(case, name) for name in names}
-    report.memory.append({"case": case.id, "contestants": figures})
+def test_memory_of_a_training_step(case: Conv1dLSTMCase, setting: Setting, report: Report) -> None:
+    names = ["eager", f"convfast {backends.select('lstm', None, setting.device, setting.dtype)}"]
+    with setting.applied():
+        figures = {name: memory.measure(case, name, setting) for name in names}
+    report.add_memory(case, setting, figures)

@@ -8,25 +8,35 @@ from bench import contestants, memory
 from bench.cases import ConvLSTMCase
 from bench.report import Report
 from bench.run_case import run_case
+from bench.setting import Setting
 from convfast import backends
+from convfast.ops.conv_lstm import WITH_WINOGRAD
 
 CASES = "CONV_LSTM"
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_throughput(
-    case: ConvLSTMCase, train: bool, report: Report, benchmark: Callable, pytestconfig: pytest.Config
+    case: ConvLSTMCase,
+    train: bool,
+    setting: Setting,
+    report: Report,
+    benchmark: Callable,
+    pytestconfig: pytest.Config,
 ) -> None:
     short = pytestconfig.option.short
-    problem = contestants.Problem(case)
-    everyone = contestants.conv_lstm(problem, train, short)
-    oracle = contestants.conv_lstm_oracle(problem, train)
-    run_case("conv_lstm", case, train, everyone, oracle, report, benchmark, short)
+    with setting.applied():
+        problem = contestants.Problem(case, setting)
+        everyone = contestants.conv_lstm(problem, train, short)
+        oracle = contestants.conv_lstm_oracle(problem, train)
+        run_case("conv_lstm", case, train, setting, everyone, oracle, report, benchmark, short)
 
 
-def test_memory_of_a_training_step(case: ConvLSTMCase, report: Report) -> None:
-    backend = backends.select("conv_lstm", None, "cpu")
+def test_memory_of_a_training_step(case: ConvLSTMCase, setting: Setting, report: Report) -> None:
+    backend = backends.select("conv_lstm", None, setting.device, setting.dtype)
     names = ["eager cat", "eager hoisted", f"convfast {backend} fast", f"convfast {backend} lean"]
-    names += [f"convfast {backend} fast direct", f"convfast {backend} lean direct"]
-    figures = {name: memory.measure(case, name) for name in names}
-    report.memory.append({"case": case.id, "contestants": figures})
+    if backend in WITH_WINOGRAD:
+        names += [f"convfast {backend} fast direct", f"convfast {backend} lean direct"]
+    with setting.applied():
+        figures = {name: memory.measure(case, name, setting) for name in names}
+    report.add_memory(case, setting, figures)

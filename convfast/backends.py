@@ -3,6 +3,7 @@
 `CONVFAST_BACKEND` in the environment names the backend of every call that does not name one itself.
 """
 
+import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -12,15 +13,17 @@ from typing import Any
 import torch
 
 from . import native, reference
+from .triton import runtime as triton_runtime
 
 OPS = ("lstm_gates", "conv_lstm", "conv1d", "lstm")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend can take: devices (None: any), why it cannot be had at all, and its functions by name."""
+    """What a backend can take: devices and dtypes (None: any); why it cannot be had at all; its functions by name."""
 
     devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
     ops: tuple[str, ...]
     reason: Callable[[], str | None]
     function: Callable[[str], Callable[..., Any]]
@@ -38,16 +41,27 @@ def _native_reason() -> str | None:
 
         with _fakes_lock:
             if not _fakes_registered:
-                ops.register_fakes()
+                ops.register_fakes("convfast")
                 _fakes_registered = True
+    return reason
+
+
+def _triton_reason() -> str | None:
+    reason = triton_runtime.reason()
+    if reason is None:
+        importlib.import_module(".triton.ops", __package__)
     return reason
 
 
 # Best first: an automatic choice takes the first that can run the call.
 BACKENDS = {
-    "cpu": Backend(("cpu",), OPS, _native_reason, lambda name: getattr(torch.ops.convfast, name)),
-    "reference": Backend(None, OPS, lambda: None, lambda name: getattr(reference, name)),
-}
+    "cpu": Backend(("cpu",), None, OPS, _native_reason, lambda name: getattr(torch.ops.convfast, name)),
+    "triton": Backend(
+        triton_runtime.devices(), triton_runtime.DTYPES, OPS, _triton_reason,
+        lambda name: getattr(torch.ops.convfast_triton, name),
+    ),
+    "reference": Backend(None, None, OPS, lambda: None, lambda name: getattr(reference, name)),
+}  # fmt: skip
 
 
 def available(op: str) -> dict[str, bool | str]:
@@ -60,8 +74,8 @@ def available(op: str) -> dict[str, bool | str]:
     return {name: why_not(op, name) or True for name in reversed(BACKENDS)}
 
 
-def select(op: str, backend: str | None, device_type: str) -> str:
-    """The name of the backend that runs `op` on tensors of `device_type`; may build the native library.
+def select(op: str, backend: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """The name of the backend that runs `op` on tensors of `device_type` and `dtype`; may build the native library.
 
     Captured graphs keep the choice made when they were traced.
 
@@ -72,11 +86,11 @@ def select(op: str, backend: str | None, device_type: str) -> str:
     _check_op(op)
     wanted = backend or os.environ.get("CONVFAST_BACKEND") or None
     if wanted is None:
-        return next(name for name in BACKENDS if why_not(op, name, device_type) is None)
+        return next(name for name in BACKENDS if why_not(op, name, device_type, dtype) is None)
     if wanted not in BACKENDS:
         source = "backend" if backend else "CONVFAST_BACKEND"
         raise ValueError(f"{op}: {source} is {wanted!r}, expected one of {', '.join(BACKENDS)}")
-    reason = why_not(op, wanted, device_type)
+    reason = why_not(op, wanted, device_type, dtype)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {wanted!r} is not available: {reason}")
     return wanted
@@ -102,11 +116,13 @@ def _check_op(op: str) -> None:
         raise ValueError(f"convfast: op is {op!r}, expected one of {', '.join(OPS)}")
 
 
-def why_not(op: str, name: str, device_type: str | None = None) -> str | None:
-    """The reason why a backend cannot run `op` (on tensors of `device_type`), None where it can."""
+def why_not(op: str, name: str, device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """The reason why a backend cannot run `op` (on tensors of `device_type` and `dtype`), None where it can."""
     backend = BACKENDS[name]
     if op not in backend.ops:
         return f"it has no {op}"
     if device_type is not None and backend.devices is not None and device_type not in backend.devices:
         return f"tensors are on {device_type}, expected {' or '.join(backend.devices)}"
+    if dtype is not None and backend.dtypes is not None and dtype not in backend.dtypes:
+        return f"tensors are {dtype}, expected {' or '.join(map(str, backend.dtypes))}"
     return backend.reason()

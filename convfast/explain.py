@@ -36,10 +36,10 @@ def explain(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> str:
     for index, (layer, suffixes) in enumerate(zip(module._layers, module._suffixes)):
         for suffix in suffixes:
             weight_ih, weight_hh = (getattr(module, f"weight_{name}{suffix}") for name in ("ih", "hh"))
-            device = weight_hh.device.type
-            name = backends.select(_OP, module.backend, device)
+            device, dtype = weight_hh.device.type, weight_hh.dtype
+            name = backends.select(_OP, module.backend, device, dtype)
             better = list(backends.BACKENDS)[: list(backends.BACKENDS).index(name)] if module.backend is None else []
-            passed = [f"{other}: {why}" for other in better if (why := backends.why_not(_OP, other, device))]
+            passed = [f"{other}: {why}" for other in better if (why := backends.why_not(_OP, other, device, dtype))]
             # One element, seen in the shape of the frames: the choice depends on nothing else.
             like = weight_hh.detach().new_empty(1)
             repeated = index == 0 and frames.shape[1] < steps

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENVIRONMENT = {
-    "CONVFAST_BACKEND": "backend taken where a call names none: reference or cpu",
+    "CONVFAST_BACKEND": "backend taken where a call names none: reference, triton or cpu",
     "CONVFAST_NO_NATIVE": "1: neither build nor load the compiled library",
     "CONVFAST_CACHE": "directory for libraries built just in time (else TORCH_EXTENSIONS_DIR, else torch's own)",
+    "CONVFAST_AUTOTUNE": "1: on a GPU time a few tile sizes, once per shape, and keep the fastest in CONVFAST_CACHE",
     "CONVFAST_POISON": "1: fill fresh memory with NaN, to find values that are read before they are written",
-    "ATEN_CPU_CAPABILITY": "default, avx2 or avx512: instruction set, where the machine has it",
+    "ATEN_CPU_CAPABILITY": "default, avx2 or avx512: instruction set, where there is it; unset: and matrix tiles",
     "CXX": "C++ compiler of a just-in-time build (else c++)",
 }
 PACKAGE = Path(__file__).resolve().parent

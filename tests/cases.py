@@ -10,10 +10,24 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "time_first", "sliced", "expanded")
 SEQUENCE_LAYOUTS = ("contiguous", "features_first", "time_first", "sliced", "expanded")
 TENSORS = ("input", "weight_ih", "weight_hh", "bias", "peephole", "h0", "c0")
+# Where the ops of the backends that have some are: `torch.ops.<namespace>`.
+NAMESPACES = {"cpu": "convfast", "triton": "convfast_triton"}
 
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """float64 numbers on the default device, the same whatever that is."""
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return numbers.to(torch.get_default_device())
+
+
+def exactly(backend: str) -> dict[str, float]:
+    """Tolerances for results that differ in nothing but the order of sums within library calls."""
+    # The library sums in an order that depends on the sizes and the threads; the native kernels do not.
+    return {"rtol": 0, "atol": 0} if backend == "cpu" else {}
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class Case:
         }
         made: dict[str, Tensor | None] = dict.fromkeys(TENSORS)
         for name, (shape, scale) in shapes.items():
-            value = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+            value = scale * normal(shape, generator)
             if name == "weight_hh" or name in self.given:
                 wide = name == "c0" and dtype in (torch.bfloat16, torch.float16)
                 made[name] = arrange(value.to(torch.float32 if wide else dtype), layout, name).requires_grad_()
@@ -241,7 +255,7 @@ def random_leaves(
             made[name] = None
             continue
         scale = torch.Size(shape[1:]).numel() ** -0.5 if name.startswith("weight") else 1.0
-        value = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        value = scale * normal(shape, generator)
         made[name] = arrange(value.to(dtype), layout, name).requires_grad_()
     return made
 

@@ -1,27 +1,152 @@
-"""Fixtures of every test: the backends, a seed, and fresh memory that shows when it is read unwritten."""
+"""Fixtures of every test: the backends, a seed, and fresh memory that shows when it is read unwritten.
+
+Triton has tests where there is a GPU; a process with TRITON_INTERPRET=1 in its environment runs them without one, and
+nothing else.
+"""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 # Before the native library is loaded: it fills its fresh outputs and workspace with NaN.
 os.environ.setdefault("CONVFAST_POISON", "1")
 
+import hypothesis
 import pytest
 import torch
 
 from convfast import backends
+from convfast.triton.runtime import interpreted
+from tests.cases import DTYPES, NAMESPACES
+
+PRESENT = ("triton",) if interpreted() else tuple(
+    name for name in reversed(backends.BACKENDS) if name != "triton" or torch.cuda.is_available()
+)  # fmt: skip
+
+# Tests that are slow in the interpreter: it runs those whose id has one of these.
+INTERPRETED = {
+    "test_any_number_of_threads": ("everything-2",),
+    "test_ops_and_their_fakes_agree": ("everything", "frame_2d", "batch_0"),
+    "test_chunks_equal_the_whole_sequence": ("4, 1, 1",),
+    "test_compiles_whole": ("both_pools", "everything"),
+}
+
+hypothesis.settings.register_profile(
+    "convfast", max_examples=5 if interpreted() else 60, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("convfast")
+
+if torch.cuda.is_available():
+    # float32 is compared with float32; without this, convolutions round to 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
 
 
-def require(request: pytest.FixtureRequest, backend: str) -> None:
-    """Skip where the backend cannot run the ops that the test's file names in OPS (else conv_lstm)."""
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """What the backend takes in this process: Triton's interpreter computes bfloat16 wrong."""
+    taken = backends.BACKENDS[backend].dtypes or DTYPES
+    return tuple(dtype for dtype in taken if not interpreted() or dtype != torch.bfloat16)
+
+
+def can_run(item: pytest.Item) -> bool:
+    """Whether the backend that a test is parametrized with, or made for, is here and takes what the test gives it."""
+    params: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+    only = "triton" if "triton_ops" in item.fixturenames else None
+    backend = params.get("backend", params.get("kernel_backend", only))
+    few = INTERPRETED.get(item.originalname, ("",))
+    if interpreted() and (backend != "triton" or not any(text in item.name for text in few)):
+        return False
+    if backend is None:
+        return True
+    dtypes = dtypes_of(backend)
+    return (
+        backend in PRESENT
+        and params.get("dtype", dtypes[0]) in dtypes
+        and ("float64_backend" not in item.fixturenames or torch.float64 in dtypes)
+        and ("host_backend" not in item.fixturenames or backend != "triton")
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, dropped = [], []
+    for item in items:
+        (kept if can_run(item) else dropped).append(item)
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = kept
+
+
+@contextmanager
+def usable(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
+    """Tensors made without a device are on the backend's. Skips where it cannot run the ops that the test's file names
+    in OPS (else conv_lstm)."""
     for op in getattr(request.module, "OPS", ("conv_lstm",)):
         if (reason := backends.available(op)[backend]) is not True:
             pytest.skip(f"{op} on {backend}: {reason}")
+    devices = backends.BACKENDS[backend].devices
+    if devices is None or "cpu" in devices:
+        yield backend
+        return
+    torch.set_default_device(devices[0])
+    try:
+        yield backend
+    finally:
+        torch.set_default_device(None)
 
 
-@pytest.fixture(params=list(reversed(backends.BACKENDS)))
-def backend(request: pytest.FixtureRequest) -> str:
-    require(request, request.param)
-    return request.param
+@pytest.fixture(params=PRESENT)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with usable(request, request.param):
+        yield request.param
+
+
+@pytest.fixture
+def float64_backend(backend: str) -> str:
+    """A backend that takes float64."""
+    return backend
+
+
+@pytest.fixture
+def host_backend(backend: str) -> str:
+    """A backend whose tensors are on the CPU."""
+    return backend
+
+
+@pytest.fixture
+def dtypes(backend: str) -> tuple[torch.dtype, ...]:
+    return dtypes_of(backend)
+
+
+@pytest.fixture
+def widest(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
+    """float64 where the backend takes it, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@pytest.fixture(params=[name for name in PRESENT if name in NAMESPACES])
+def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend with kernels, whose calls are one op each."""
+    with usable(request, request.param):
+        yield request.param
+
+
+@pytest.fixture
+def kernel_ops(kernel_backend: str) -> Any:
+    """The ops of a backend with kernels, with their fakes."""
+    return getattr(torch.ops, NAMESPACES[kernel_backend])
+
+
+@pytest.fixture
+def native_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`torch.ops.convfast` with its fakes."""
+    with usable(request, "cpu"):
+        yield torch.ops.convfast
+
+
+@pytest.fixture
+def triton_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """`torch.ops.convfast_triton` with its fakes, for a test of Triton alone."""
+    with usable(request, "triton"):
+        yield torch.ops.convfast_triton
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +161,3 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture
-def native_ops(request: pytest.FixtureRequest):
-    """`torch.ops.convfast` with its fakes."""
-    require(request, "cpu")
-    return torch.ops.convfast

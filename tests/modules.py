@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from cases import normal
 from oracle import assert_close_to_oracle
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def with_gradients(module: nn.Module, inputs: Sequence[Tensor], call: Callable[.
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     results = flat(call(module, *leaves))
     generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype) for r in results]
+    weights = [normal(r.shape, generator).to(r) for r in results]
     loss = sum((r * w).sum() for r, w in zip(results, weights))
     named = {f"input {n}": leaf for n, leaf in enumerate(leaves)} | dict(module.named_parameters())
     grads = torch.autograd.grad(loss, list(named.values()))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.cases import normal
+
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -184,7 +186,7 @@ def lstm(
 def with_gradients(values, leaves):
     """`values`, and the gradient of every leaf for the same random gradients of the values."""
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for v in values.values()]
+    grads = [normal(v.shape, generator).to(v) for v in values.values()]
     found = torch.autograd.grad(list(values.values()), list(leaves.values()), grads)
     return values | {f"gradient of {name}": g for name, g in zip(leaves, found)}
 
@@ -198,8 +200,8 @@ FLOOR_EPS = 4.0
 
 def relative_errors(actual, exact):
     """(RMS of the error over RMS of the exact values, largest error over largest exact value)."""
-    exact = exact.detach().double()
-    error = actual.detach().double() - exact
+    exact = exact.detach().double().cpu()
+    error = actual.detach().double().cpu() - exact
     if exact.numel() == 0:
         return 0.0, 0.0
     rms, largest = exact.square().mean().sqrt().item(), exact.abs().max().item()

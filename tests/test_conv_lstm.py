@@ -14,7 +14,22 @@ from torch import Tensor, library
 
 import convfast
 from convfast import conv_lstm
-from tests.cases import BY_ID, CASES, DTYPES, EMPTY_BATCH, EVERYTHING, LAYOUTS, TENSORS, Case, arrange, name_of
+from convfast.triton import runtime as triton_runtime
+from tests.cases import (
+    BY_ID,
+    CASES,
+    DTYPES,
+    EMPTY_BATCH,
+    EVERYTHING,
+    LAYOUTS,
+    NAMESPACES,
+    TENSORS,
+    Case,
+    arrange,
+    exactly,
+    name_of,
+    normal,
+)
 from tests.graphs import Graphs
 from tests.oracle import assert_close_to_oracle, with_gradients
 from tests.oracle import conv_lstm as oracle
@@ -74,9 +89,9 @@ def test_layouts_match_oracle(name: str, layout: str, memory: str, backend: str)
 
 
 @pytest.mark.parametrize("name", ["plain", "frame_1d", "frame_3d", "groups_2", "stride_2", "input_convolved_before"])
-def test_one_frame_for_all_steps_equals_its_repetition(name: str, backend: str) -> None:
+def test_one_frame_for_all_steps_equals_its_repetition(name: str, backend: str, widest: torch.dtype) -> None:
     case = BY_ID[name]
-    once = case.arguments(torch.float64)
+    once = case.arguments(widest)
     once["input"] = once["input"][:, :1].detach().requires_grad_()
     repeated = once["input"].expand(-1, 3, *[-1] * (once["input"].ndim - 2))
     expected = results(case, oracle, once | {"input": repeated})
@@ -115,9 +130,9 @@ def test_empty_batch(backend: str) -> None:
 
 
 @pytest.mark.parametrize("used", OUTPUTS)
-def test_outputs_without_gradient_count_as_zero(used: str, backend: str) -> None:
+def test_outputs_without_gradient_count_as_zero(used: str, backend: str, widest: torch.dtype) -> None:
     case = BY_ID["state"]
-    arguments = case.arguments(torch.float64)
+    arguments = case.arguments(widest)
     leaves = [arguments[n] for n in TENSORS if arguments[n] is not None]
     which = OUTPUTS.index(used)
     found = torch.autograd.grad(case.call(conv_lstm, arguments, backend=backend)[which].sum(), leaves)
@@ -127,29 +142,29 @@ def test_outputs_without_gradient_count_as_zero(used: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("only", EVERYTHING)
-def test_gradient_of_one_tensor_alone(only: str, backend: str) -> None:
+def test_gradient_of_one_tensor_alone(only: str, backend: str, widest: torch.dtype) -> None:
     case = BY_ID["lengths_reverse"]
-    arguments = case.arguments(torch.float64)
+    arguments = case.arguments(widest)
     all_grads = results(case, conv_lstm, arguments, backend=backend)
     for name in TENSORS:
         if name != only:
             arguments[name] = arguments[name].detach()
     outputs = case.call(conv_lstm, arguments, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
+    grads = [normal(o.shape, generator).to(widest) for o in outputs]
     (found,) = torch.autograd.grad(outputs, [arguments[only]], grads)
     torch.testing.assert_close(found, all_grads[f"gradient of {only}"])
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("name", ["plain", "lengths_reverse", "no_input", "groups_2", "circular"])
-def test_first_and_second_derivatives_by_finite_differences(name: str, memory: str, backend: str) -> None:
+def test_first_and_second_derivatives_by_finite_differences(name: str, memory: str, float64_backend: str) -> None:
     case = BY_ID[name]
     arguments = case.arguments(torch.float64)
     names = [n for n in TENSORS if arguments[n] is not None]
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return case.call(conv_lstm, arguments | dict(zip(names, tensors)), memory=memory, backend=backend)
+        return case.call(conv_lstm, arguments | dict(zip(names, tensors)), memory=memory, backend=float64_backend)
 
     leaves = tuple(arguments[n] for n in names)
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
@@ -179,10 +194,8 @@ def test_chunked_sequence_equals_whole(name: str, reverse: bool, dtype: torch.dt
             output, state = call(part, state=state)
             outputs.append(output)
     joined = torch.cat(outputs[::-1] if reverse else outputs, 1)
-    # The reference convolves all frames in one library call, which sums in an order that depends on their number.
-    exact = {} if backend == "reference" else {"rtol": 0, "atol": 0}
     for part, all_at_once in ((joined, whole), (state[0], h_whole), (state[1], c_whole)):
-        torch.testing.assert_close(part, all_at_once, **exact)
+        torch.testing.assert_close(part, all_at_once, **exactly(backend))
 
 
 def test_inference_equals_training_forward_bit_for_bit(backend: str) -> None:
@@ -195,9 +208,9 @@ def test_inference_equals_training_forward_bit_for_bit(backend: str) -> None:
     assert not inference[0].requires_grad
 
 
-def test_outputs_are_channels_last_and_c_is_wide(backend: str) -> None:
+def test_outputs_are_channels_last_and_c_is_wide(backend: str, dtypes: tuple) -> None:
     case = BY_ID["plain"]
-    for dtype in DTYPES:
+    for dtype in dtypes:
         output, h_n, c_n = case.call(conv_lstm, case.arguments(dtype), backend=backend)
         assert output.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
         assert h_n.is_contiguous(memory_format=torch.channels_last)
@@ -320,23 +333,23 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_argument_is_named_with_what_was_expected(name: str, backend: str) -> None:
+def test_bad_argument_is_named_with_what_was_expected(name: str, host_backend: str) -> None:
     wrong, error, message = BAD[name]
     a = BY_ID["plain"].arguments(torch.float32)
-    good = {n: a[n] for n in ("input", "weight_ih", "weight_hh", "bias")} | {"backend": backend}
+    good = {n: a[n] for n in ("input", "weight_ih", "weight_hh", "bias")} | {"backend": host_backend}
     conv_lstm(**good)
     with pytest.raises(error, match=f"^conv_lstm: {message}"):
         conv_lstm(**(good | wrong))
 
 
-def test_no_input_needs_state_and_steps(backend: str) -> None:
+def test_no_input_needs_state_and_steps(host_backend: str) -> None:
     weight, h = torch.zeros(16, 4, 3, 3), torch.zeros(2, 4, 6, 5)
     with pytest.raises(ValueError, match="state is None, expected both state and steps where input is None"):
-        conv_lstm(None, None, weight, steps=2, backend=backend)
+        conv_lstm(None, None, weight, steps=2, backend=host_backend)
     with pytest.raises(ValueError, match="steps is None, expected both state and steps where input is None"):
-        conv_lstm(None, None, weight, state=(h, None), backend=backend)
+        conv_lstm(None, None, weight, state=(h, None), backend=host_backend)
     with pytest.raises(ValueError, match=re.escape("state h has shape [2, 4, 6], expected [B, C, *S']")):
-        conv_lstm(None, None, weight, state=(h[..., 0], None), steps=2, backend=backend)
+        conv_lstm(None, None, weight, state=(h[..., 0], None), steps=2, backend=host_backend)
 
 
 def loss(case: Case, backend: str, *tensors: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -345,41 +358,40 @@ def loss(case: Case, backend: str, *tensors: Tensor, lengths: Tensor | None = No
     return output.square().sum() + h_n.sum() + c_n.sin().sum()
 
 
-def tensors_of(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def tensors_of(case: Case, dtype: torch.dtype) -> list[Tensor]:
     arguments = case.arguments(dtype)
     return [arguments[n] for n in ("input", "weight_ih", "weight_hh", "bias")]
 
 
-def test_compiled_native_call_is_one_op_a_direction_whatever_time_and_batch() -> None:
-    native_reason = pytest.importorskip("convfast.native").reason()
-    if native_reason is not None:
-        pytest.skip(f"native library: {native_reason}")
+def test_compiled_call_is_one_op_a_direction_whatever_time_and_batch(kernel_backend: str) -> None:
     torch._dynamo.reset()
     graphs = Graphs()
     # Channels, batch and time all differ, or torch.compile guards that equal sizes stay equal.
-    case = Case("dynamic", batch=5, time=7, channels=3, hidden=4, space=(8, 9))
+    case = Case("dynamic", batch=5, time=7, channels=3, hidden=4, space=(9, 2))
     _, *weights = tensors_of(case, torch.float32)
-    compiled = torch.compile(functools.partial(loss, case, "cpu"), fullgraph=True, dynamic=True, backend=graphs)
+    function = functools.partial(loss, case, kernel_backend)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=graphs)
     for time, batch in ((7, 5), (2, 6), (11, 2), (6, 13)):
-        x = torch.randn(batch, time, 3, 8, 9)
+        x = torch.randn(batch, time, 3, *case.space)
         lengths = torch.randint(0, time + 1, (batch,))
         value = compiled(x, *weights, lengths=lengths)
         found = torch.autograd.grad(value, weights)
-        plain = loss(case, "cpu", x, *weights, lengths=lengths)
+        plain = function(x, *weights, lengths=lengths)
         assert torch.equal(value, plain)
         for a, b in zip(found, torch.autograd.grad(plain, weights)):
             torch.testing.assert_close(a, b)
+    namespace = NAMESPACES[kernel_backend]
     assert len(graphs.forward) == len(graphs.backward) == 1
-    assert [op for op in graphs.forward[0] if "convfast" in op] == ["convfast.conv_lstm_forward.default"]
-    assert [op for op in graphs.backward[0] if "convfast" in op] == ["convfast.conv_lstm_backward.default"]
+    assert [op for op in graphs.forward[0] if "convfast" in op] == [f"{namespace}.conv_lstm_forward.default"]
+    assert [op for op in graphs.backward[0] if "convfast" in op] == [f"{namespace}.conv_lstm_backward.default"]
     assert not any("convolution" in op for op in graphs.forward[0] + graphs.backward[0])
 
 
 @pytest.mark.parametrize("name", ["plain", "groups_2", "reflect", "stride_2"])
-def test_compiles_without_graph_break(name: str, backend: str) -> None:
+def test_compiles_without_graph_break(name: str, backend: str, widest: torch.dtype) -> None:
     torch._dynamo.reset()
     case = BY_ID[name]
-    tensors = tensors_of(case)
+    tensors = tensors_of(case, widest)
     compiled = torch.compile(functools.partial(loss, case, backend), fullgraph=True, backend="aot_eager")
     value, plain = compiled(*tensors), loss(case, backend, *tensors)
     torch.testing.assert_close(value, plain)
@@ -389,16 +401,16 @@ def test_compiles_without_graph_break(name: str, backend: str) -> None:
         torch.testing.assert_close(compiled(*tensors), plain)
 
 
-def test_compiles_with_one_frame_for_all_steps(backend: str) -> None:
+def test_compiles_with_one_frame_for_all_steps(backend: str, widest: torch.dtype) -> None:
     torch._dynamo.reset()
     case = BY_ID["plain"]
-    _, *weights = tensors_of(case)
+    _, *weights = tensors_of(case, widest)
 
     def function(frame: Tensor) -> Tensor:
         repeated = loss(case, backend, frame.unsqueeze(1).expand(-1, 4, -1, -1, -1), *weights)
         return repeated + conv_lstm(frame.unsqueeze(1), *weights, steps=4, backend=backend)[0].sum()
 
-    frame = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    frame = torch.randn(2, 3, 6, 5, dtype=widest)
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(frame), function(frame))
 
 
@@ -424,9 +436,9 @@ def test_exports(strict: bool, backend: str) -> None:
     assert sum("convfast" in op for op in ops) == (backend != "reference")
 
 
-def test_function_transforms(backend: str) -> None:
+def test_function_transforms(backend: str, widest: torch.dtype) -> None:
     case = BY_ID["plain"]
-    tensors = tensors_of(case)
+    tensors = tensors_of(case, widest)
     function = functools.partial(loss, case, backend)
     expected = torch.autograd.grad(function(*tensors), tensors)
     tensors = [t.detach() for t in tensors]
@@ -449,9 +461,9 @@ def test_function_transforms(backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(total(weights), weights)[0], per_sample.sum(0))
 
 
-def test_hessian_by_two_ways(backend: str) -> None:
+def test_hessian_by_two_ways(backend: str, widest: torch.dtype) -> None:
     case = Case("small", batch=1, time=2, channels=1, hidden=1, space=(3,), kernel=(3,))
-    x, w_ih, w_hh, bias = (t.detach() for t in tensors_of(case))
+    x, w_ih, w_hh, bias = (t.detach() for t in tensors_of(case, widest))
     function = functools.partial(loss, case, backend, x, w_ih, w_hh)
     exact = torch.autograd.functional.hessian(lambda b: loss_of_oracle(case, x, w_ih, w_hh, b), bias)
     torch.testing.assert_close(torch.autograd.functional.hessian(function, bias), exact)
@@ -463,9 +475,9 @@ def loss_of_oracle(case: Case, *tensors: Tensor) -> Tensor:
     return output.square().sum() + h_n.sum() + c_n.sin().sum()
 
 
-def test_forward_mode_derivative(backend: str) -> None:
+def test_forward_mode_derivative(backend: str, widest: torch.dtype) -> None:
     case = BY_ID["plain"]
-    tensors = [t.detach() for t in tensors_of(case)]
+    tensors = [t.detach() for t in tensors_of(case, widest)]
     tangents = [torch.randn_like(t) for t in tensors]
     function = functools.partial(loss, case, backend)
     _, derivative = torch.func.jvp(function, tuple(tensors), tuple(tangents))
@@ -478,7 +490,7 @@ def test_forward_mode_derivative(backend: str) -> None:
 def test_autocast_equals_casting_by_hand(name: str, dtype: torch.dtype, backend: str) -> None:
     case = BY_ID[name]
     arguments = case.arguments(torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(torch.get_default_device().type, dtype):
         outputs = case.call(conv_lstm, arguments, backend=backend)
     assert [o.dtype for o in outputs] == [dtype, dtype, torch.float32]
     by_hand = {n: t if n in ("c0", "lengths") or t is None else t.detach().to(dtype) for n, t in arguments.items()}
@@ -489,15 +501,15 @@ def test_autocast_equals_casting_by_hand(name: str, dtype: torch.dtype, backend:
     assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads)
 
 
-def test_autocast_mixes_dtypes_but_leaves_float64_alone(backend: str) -> None:
+def test_autocast_mixes_dtypes_but_leaves_float64_alone(float64_backend: str) -> None:
     case = BY_ID["plain"]
     a = case.arguments(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = case.call(conv_lstm, a | {"input": a["input"].bfloat16()}, backend=backend)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        mixed = case.call(conv_lstm, a | {"input": a["input"].bfloat16()}, backend=float64_backend)
         assert mixed[0].dtype == torch.bfloat16
-        assert case.call(conv_lstm, case.arguments(torch.float64), backend=backend)[0].dtype == torch.float64
+        assert case.call(conv_lstm, case.arguments(torch.float64), backend=float64_backend)[0].dtype == torch.float64
         with pytest.raises(TypeError, match=r"input has dtype .*float64, expected .*bfloat16"):
-            case.call(conv_lstm, a | {"input": a["input"].double()}, backend=backend)
+            case.call(conv_lstm, a | {"input": a["input"].double()}, backend=float64_backend)
 
 
 def test_backward_under_autocast_keeps_float32(backend: str) -> None:
@@ -506,9 +518,9 @@ def test_backward_under_autocast_keeps_float32(backend: str) -> None:
     plain = results(case, conv_lstm, arguments, backend=backend)
     outputs = case.call(conv_lstm, arguments, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).float() for o in outputs]
+    grads = [normal(o.shape, generator).float() for o in outputs]
     leaf = arguments["weight_hh"]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         (found,) = torch.autograd.grad(outputs, [leaf], grads)
     torch.testing.assert_close(found, plain["gradient of weight_hh"])
 
@@ -548,6 +560,41 @@ def test_available_gives_true_or_a_reason() -> None:
         convfast.available("conv_gru")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_without_a_gpu_says_so() -> None:
+    assert convfast.available("conv_lstm")["triton"] == "torch finds no GPU"
+    a = BY_ID["plain"].arguments(torch.float32)
+    with pytest.raises(RuntimeError, match=r"^conv_lstm: backend 'triton' .*: tensors are on cpu, expected cuda"):
+        conv_lstm(a["input"], a["weight_ih"], a["weight_hh"], backend="triton")
+
+
+def test_triton_that_is_missing_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    assert triton_runtime.reason() == "triton is 3.3.1, expected at least 3.4"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert re.fullmatch(r"triton cannot be imported \(.*\); pip install triton", triton_runtime.reason())
+
+
+def test_triton_takes_tf32_where_convolutions_do() -> None:
+    code = """
+import torch
+from convfast.triton.runtime import input_precision
+for setting in ("", "torch.backends.cudnn.allow_tf32 = False", "torch.backends.cudnn.allow_tf32 = True",
+                "torch.backends.cudnn.conv.fp32_precision = 'ieee'"):
+    exec(setting)
+    print(input_precision(torch.float32), input_precision(torch.float16))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["tf32 ieee", "ieee ieee", "tf32 ieee", "ieee ieee"]
+
+
+def test_triton_refuses_float64(triton_ops: Any) -> None:
+    a = BY_ID["plain"].arguments(torch.float64)
+    with pytest.raises(RuntimeError, match=r"^conv_lstm: backend 'triton' .*: tensors are torch.float64, expected"):
+        conv_lstm(a["input"], a["weight_ih"], a["weight_hh"], backend="triton")
+
+
 def test_import_builds_and_loads_nothing() -> None:
     code = """
 import sys, torch
@@ -566,7 +613,7 @@ def test_environment_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVFAST_BACKEND", "reference")
     assert torch.equal(call()[0], call(backend="reference")[0])
     monkeypatch.setenv("CONVFAST_BACKEND", "abacus")
-    with pytest.raises(ValueError, match="conv_lstm: CONVFAST_BACKEND is 'abacus', expected one of cpu, reference"):
+    with pytest.raises(ValueError, match="conv_lstm: CONVFAST_BACKEND is 'abacus', expected one of cpu, triton"):
         call()
     call(backend="reference")
 
@@ -577,8 +624,8 @@ OPCHECK = ["plain", "everything", "no_input", "input_convolved_before", "frame_1
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("save", ["none", "fast", "lean"])
 @pytest.mark.parametrize(("name", "layout"), [*itertools.product(OPCHECK, LAYOUTS), ("batch_0", "contiguous")])
-def test_native_ops_and_their_fakes_agree(
-    name: str, save: str, layout: str, dtype: torch.dtype, native_ops: Any
+def test_ops_and_their_fakes_agree(
+    name: str, save: str, layout: str, dtype: torch.dtype, kernel_ops: Any
 ) -> None:
     case = BY_ID[name]
     # The rest of opcheck takes a second a call and does not look at layouts.
@@ -602,11 +649,11 @@ def test_native_ops_and_their_fakes_agree(
         options.get("padding_mode", "zeros"), options.get("reverse", False), "auto",
     )  # fmt: skip
     operands = tuple(a[n] for n in (*TENSORS, "lengths"))
-    library.opcheck(native_ops.conv_lstm_forward.default, (*operands, *settings, save), test_utils=checks)
+    library.opcheck(kernel_ops.conv_lstm_forward.default, (*operands, *settings, save), test_utils=checks)
     if save == "none":
         return
-    h, h_n, c_n, c, gates = native_ops.conv_lstm_forward(*operands, *settings, save)
+    h, h_n, c_n, c, gates = kernel_ops.conv_lstm_forward(*operands, *settings, save)
     for wanted in ([a[n] is not None for n in TENSORS], [False] * 7):
         grads = (torch.randn_like(h), torch.randn_like(h_n), torch.randn_like(c_n))
         arguments = (*grads, *operands, h, c, gates, *settings, [int(w) for w in wanted])
-        library.opcheck(native_ops.conv_lstm_backward.default, arguments, test_utils=checks)
+        library.opcheck(kernel_ops.conv_lstm_backward.default, arguments, test_utils=checks)

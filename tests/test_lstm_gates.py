@@ -8,7 +8,7 @@ from torch import Tensor, library
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from convfast import lstm_gates
-from tests.cases import DTYPES, arrange, name_of
+from tests.cases import DTYPES, arrange, name_of, normal
 from tests.oracle import assert_close_to_oracle, with_gradients
 from tests.oracle import lstm_gates as oracle
 
@@ -40,7 +40,7 @@ def arguments(size: str, given: tuple[str, ...], dtype: torch.dtype, layout: str
     generator = torch.Generator().manual_seed(0)
 
     def made(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-        value = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+        value = 2 * normal(shape, generator)
         return laid_out(value.to(dtype), layout).requires_grad_()
 
     return {
@@ -85,9 +85,9 @@ def test_layouts_match_oracle(size: str, layout: str, dtype: torch.dtype, backen
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
-def test_outputs_have_the_layout_of_gates_and_c_is_wide(channels_last: bool, backend: str) -> None:
+def test_outputs_have_the_layout_of_gates_and_c_is_wide(channels_last: bool, backend: str, dtypes: tuple) -> None:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    for dtype in DTYPES:
+    for dtype in dtypes:
         tensors = arguments("frame_2d", ("c",), dtype, "channels_last" if channels_last else "contiguous")
         h, c = lstm_gates(**tensors, backend=backend)
         assert h.is_contiguous(memory_format=memory_format)
@@ -108,12 +108,12 @@ def test_wide_state_is_taken_and_gets_a_wide_gradient(dtype: torch.dtype, backen
 
 
 @pytest.mark.parametrize("given", GIVEN.values(), ids=GIVEN)
-def test_first_and_second_derivatives_by_finite_differences(given: tuple[str, ...], backend: str) -> None:
+def test_first_and_second_derivatives_by_finite_differences(given: tuple[str, ...], float64_backend: str) -> None:
     tensors = arguments("frame_1d", given, torch.float64)
     names = [name for name, t in tensors.items() if t is not None]
 
     def function(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        return lstm_gates(**(tensors | dict(zip(names, leaves))), backend=backend)
+        return lstm_gates(**(tensors | dict(zip(names, leaves))), backend=float64_backend)
 
     leaves = tuple(tensors[name] for name in names)
     assert torch.autograd.gradcheck(function, leaves)
@@ -158,7 +158,7 @@ def test_gradient_of_one_tensor_alone(backend: str) -> None:
         some = {name: t if name == only else t.detach() for name, t in tensors.items()}
         h, c = lstm_gates(**some, backend=backend)
         generator = torch.Generator().manual_seed(1)
-        grads = [torch.randn(v.shape, generator=generator, dtype=torch.float64).float() for v in (h, c)]
+        grads = [normal(v.shape, generator).float() for v in (h, c)]
         (found,) = torch.autograd.grad([h, c], [some[only]], grads)
         assert torch.equal(found, every[f"gradient of {only}"])
 
@@ -185,6 +185,18 @@ def test_nan_and_infinity_stay_where_they_are(backend: str) -> None:
     assert torch.equal(c_next[1, :, 2], torch.ones(3))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs the memory of a GPU")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_offsets_of_more_than_32_bits(layout: str, triton_ops: Any) -> None:
+    gates = laid_out(torch.randn(9, 256, 1024, 1024, dtype=torch.bfloat16), layout)
+    whole, alone = (triton_ops.lstm_gates_forward(g, None, None, True) for g in (gates, gates[-1:]))
+    assert all(torch.equal(a[-1:], b) for a, b in zip(whole, alone))
+    whole, alone = (
+        triton_ops.lstm_gates_backward(activated, None, c, None, h, c, [1, 0, 0]) for h, c, activated in (whole, alone)
+    )
+    assert torch.equal(whole[0][-1:], alone[0])
+
+
 BAD = {
     "gates_type": ({"gates": [1.0]}, TypeError, "gates is a list, expected a Tensor"),
     "gates_rank": ({"gates": torch.zeros(8)}, ValueError, r"gates has shape \[8\], expected \[B, 4C, \*S\]"),
@@ -204,9 +216,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_argument_is_named_with_what_was_expected(name: str, backend: str) -> None:
+def test_bad_argument_is_named_with_what_was_expected(name: str, host_backend: str) -> None:
     wrong, error, message = BAD[name]
-    good = {"gates": torch.zeros(2, 8, 3), "c": torch.zeros(2, 2, 3), "backend": backend}
+    good = {"gates": torch.zeros(2, 8, 3), "c": torch.zeros(2, 2, 3), "backend": host_backend}
     lstm_gates(**good)
     with pytest.raises(error, match=f"^lstm_gates: {message}"):
         lstm_gates(**(good | wrong))
@@ -231,8 +243,8 @@ def test_compiles_without_graph_break_or_recompilation(backend: str) -> None:
     assert counter.frame_count == 1
 
 
-def test_function_transforms(backend: str) -> None:
-    tensors = [t.detach() for t in arguments("frame_1d", ("c", "peephole"), torch.float64).values()]
+def test_function_transforms(backend: str, widest: torch.dtype) -> None:
+    tensors = [t.detach() for t in arguments("frame_1d", ("c", "peephole"), widest).values()]
 
     def function(*t: Tensor) -> Tensor:
         return loss(backend, *t)
@@ -262,7 +274,7 @@ def test_function_transforms(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 def test_autocast_equals_casting_by_hand(dtype: torch.dtype, backend: str) -> None:
     tensors = arguments("frame_2d", ("c", "peephole"), torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(torch.get_default_device().type, dtype):
         h, c = lstm_gates(**tensors, backend=backend)
     assert (h.dtype, c.dtype) == (dtype, torch.float32)
     by_hand = lstm_gates(tensors["gates"].to(dtype), tensors["c"], tensors["peephole"].to(dtype), backend=backend)
@@ -292,7 +304,7 @@ def test_memory_kept_for_backward(requires_grad: bool, backend: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", ["frame_2d", "frame_1d", "frame_3d", "no_frame", "one_pixel", "channels_1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_native_ops_and_their_fakes_agree(size: str, layout: str, dtype: torch.dtype, native_ops: Any) -> None:
+def test_ops_and_their_fakes_agree(size: str, layout: str, dtype: torch.dtype, kernel_ops: Any) -> None:
     gates, c, peephole = (t.detach() for t in arguments(size, ("c", "peephole"), dtype, layout).values())
     # The rest of opcheck takes a second a call and does not look at layouts.
     checks = ["test_schema", "test_faketensor"]
@@ -300,18 +312,18 @@ def test_native_ops_and_their_fakes_agree(size: str, layout: str, dtype: torch.d
         checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
     for given in ((c, peephole), (None, None)):
         for save in (True, False):
-            library.opcheck(native_ops.lstm_gates_forward.default, (gates, *given, save), test_utils=checks)
-        h, c_out, activated = native_ops.lstm_gates_forward(gates, *given, True)
+            library.opcheck(kernel_ops.lstm_gates_forward.default, (gates, *given, save), test_utils=checks)
+        h, c_out, activated = kernel_ops.lstm_gates_forward(gates, *given, True)
         grads = (torch.randn_like(h), torch.randn_like(c_out))
         needs = [1, int(given[0] is not None), int(given[1] is not None)]
         operands = (activated, given[0], c_out, given[1], *grads, needs)
-        library.opcheck(native_ops.lstm_gates_backward.default, operands, test_utils=checks)
+        library.opcheck(kernel_ops.lstm_gates_backward.default, operands, test_utils=checks)
 
 
 @pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1)], ids=["gates", "c", "peephole"])
-def test_native_backward_leaves_out_what_is_not_needed(needs: tuple[int, ...], native_ops: Any) -> None:
+def test_backward_leaves_out_what_is_not_needed(needs: tuple[int, ...], kernel_ops: Any) -> None:
     gates, c, peephole = (t.detach() for t in arguments("frame_2d", ("c", "peephole"), torch.float32).values())
-    h, c_out, activated = native_ops.lstm_gates_forward(gates, c, peephole, True)
+    h, c_out, activated = kernel_ops.lstm_gates_forward(gates, c, peephole, True)
     operands = (activated, c, c_out, peephole, torch.randn_like(h), torch.randn_like(c_out), list(needs))
-    library.opcheck(native_ops.lstm_gates_backward.default, operands)
-    assert [g.numel() > 0 for g in native_ops.lstm_gates_backward(*operands)] == [bool(n) for n in needs]
+    library.opcheck(kernel_ops.lstm_gates_backward.default, operands)
+    assert [g.numel() > 0 for g in kernel_ops.lstm_gates_backward(*operands)] == [bool(n) for n in needs]

@@ -175,9 +175,9 @@ CHUNKED = {
 
 @pytest.mark.parametrize("chunks", [[1] * 17, [4, 1, 1, 7, 4], [2, 15], [17]], ids=str)
 @pytest.mark.parametrize("name", CHUNKED)
-def test_chunks_equal_the_whole_sequence(name: str, chunks: list[int], backend: str) -> None:
-    module = build(dtype=torch.float64, backend=backend, **CHUNKED[name])
-    x = sequence(module, time=sum(chunks), dtype=torch.float64).requires_grad_()
+def test_chunks_equal_the_whole_sequence(name: str, chunks: list[int], backend: str, widest: torch.dtype) -> None:
+    module = build(dtype=widest, backend=backend, **CHUNKED[name])
+    x = sequence(module, time=sum(chunks), dtype=widest).requires_grad_()
     whole, last = module(x)
     parts, state = [], None
     for chunk in x.split(chunks, dim=layout(module).index("T")):
@@ -349,9 +349,9 @@ def test_empty_batch(backend: str) -> None:
     assert output.shape == (0, 6, HIDDEN) and h.shape == (1, 0, HIDDEN)
 
 
-def test_second_derivatives(backend: str) -> None:
+def test_second_derivatives(float64_backend: str) -> None:
     options = {"activation": ["tanh", "gelu"], "pool": [("avg", 2), None], "padding": ["causal", "same"]}
-    module = Conv1dLSTM(1, [2, 2], 2, 2, dtype=torch.float64, backend=backend, **options)
+    module = Conv1dLSTM(1, [2, 2], 2, 2, dtype=torch.float64, backend=float64_backend, **options)
     parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
     x = torch.randn(2, 5, 1, dtype=torch.float64, requires_grad=True)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import normal
 from modules import assert_same, flat, scripted
 from oracle import assert_close_to_oracle
 from oracle import conv_lstm as oracle_layer
@@ -86,9 +87,7 @@ def check_against_loop(module: ConvLSTM, input, states=None, lengths=None, steps
             leaves |= {f"state {name} {k}": part for k, pair in enumerate(own) for name, part in zip("hc", pair)}
         results = flat(compute(parameters, leaves.get("input"), own))
         generator = torch.Generator().manual_seed(1)
-        loss = sum(
-            (r * torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype)).sum() for r in results
-        )
+        loss = sum((r * normal(r.shape, generator).to(dtype)).sum() for r in results)
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return results, dict(zip(leaves, grads))
 

@@ -167,8 +167,9 @@ def test_output_is_contiguous(batch_first: bool, backend: str) -> None:
     assert output.is_contiguous() and h.is_contiguous() and c.is_contiguous()
 
 
-def test_second_derivatives(backend: str) -> None:
-    module = LSTM(2, 3, 2, bidirectional=True, proj_size=2, peephole=True, dtype=torch.float64, backend=backend)
+def test_second_derivatives(float64_backend: str) -> None:
+    options = {"bidirectional": True, "proj_size": 2, "peephole": True}
+    module = LSTM(2, 3, 2, dtype=torch.float64, backend=float64_backend, **options)
     parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
     x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .conv1d import Conv1d
+from .handoff import convolve_into_lstm
 from .lstm import LSTM
 from .options import check_count, kind, per_layer, shown
 from .pool1d import Pool, Pool1d
@@ -137,7 +138,9 @@ class Conv1dLSTM(nn.Module):
             `(h, c)` after each sample's last step, shaped as `state`.
         """
         x = self._batch_first(input)
-        for conv, pool in zip(self.conv, self.pools):
+        for k, (conv, pool) in enumerate(zip(self.conv, self.pools)):
+            if k + 1 == len(self.conv) and pool.kind == "none":
+                return convolve_into_lstm(conv, self.lstm, x, state, lengths)
             x = pool(conv(x, lengths))
             if lengths is not None:
                 lengths = pool.output_lengths(conv.output_lengths(lengths))
@@ -292,12 +295,11 @@ class CNN_LSTM(nn.Module):
 
         With `lengths` every sample gives what it gives alone; outputs past its end are the bias of `fc`.
         """
-        x = input
-        for conv in self.cnn.values():
-            x = conv(x, lengths)
-            if lengths is not None:
-                lengths = conv.output_lengths(lengths)
-        return self.fc(self.lstm(x, None, lengths)[0])
+        first, second = self.cnn.values()
+        x = first(input, lengths)
+        if lengths is not None:
+            lengths = first.output_lengths(lengths)
+        return self.fc(convolve_into_lstm(second, self.lstm, x, None, lengths)[0])
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedCNNLSTM(self)

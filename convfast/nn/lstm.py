@@ -1,5 +1,6 @@
 """`torch.nn.LSTM` as one op a layer, and the LSTM with a regression head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -112,10 +113,14 @@ class LSTM(nn.RNNBase):
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
             output, (h, c) = self._layers(input.unsqueeze(0), hx, None)
             return output.squeeze(0), (h.squeeze(1), c.squeeze(1))
-        if not self.batch_first:
-            input = input.transpose(0, 1)
-        self._check_state(hx, (input.shape[0],))
-        output, state = self._layers(input, hx, lengths)
+        return self.run(input if self.batch_first else input.transpose(0, 1), hx, lengths)
+
+    def run(
+        self, x: Tensor, hx: Pair | None, lengths: Tensor | None, first: Callable[..., tuple[Tensor, Pair]] = lstm
+    ) -> tuple[Tensor, Pair]:
+        """`forward` on `[B, T, I]`; `first` takes the place of `lstm` in the first layer, and may take any x."""
+        self._check_state(hx, (x.shape[0],))
+        output, state = self._layers(x, hx, lengths, first)
         return output if self.batch_first else output.transpose(0, 1), state
 
     def _packed(self, input: PackedSequence, hx: Pair | None) -> tuple[PackedSequence, Pair]:
@@ -133,9 +138,11 @@ class LSTM(nn.RNNBase):
         data = pack_padded_sequence(output, lengths, self.batch_first).data
         return PackedSequence(data, batch_sizes, order, back), (h, c)
 
-    def _layers(self, x: Tensor, hx: Pair | None, lengths: Tensor | None) -> tuple[Tensor, Pair]:
+    def _layers(
+        self, x: Tensor, hx: Pair | None, lengths: Tensor | None, first: Callable[..., tuple[Tensor, Pair]] = lstm
+    ) -> tuple[Tensor, Pair]:
         """x `[B, T, I]` in any layout → output `[B, T, D·P]` and `(h, c)`, layer after layer."""
-        if x.shape[2] != self.input_size:
+        if first is lstm and x.shape[2] != self.input_size:
             raise ValueError(
                 f"{type(self).__name__}: input has {x.shape[2]} features, expected input_size={self.input_size}"
             )
@@ -145,7 +152,7 @@ class LSTM(nn.RNNBase):
             if k > 0 and self.dropout > 0:
                 x = F.dropout(x, self.dropout, self.training)
             rows = slice(k * len(directions), (k + 1) * len(directions))
-            x, pair = lstm(
+            x, pair = (lstm if k > 0 else first)(
                 x,
                 *self.weights(k, ""),
                 self.weights(k, "_reverse") if self.bidirectional else None,

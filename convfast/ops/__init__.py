@@ -12,7 +12,8 @@ from .lstm_gates import lstm_gates
 __all__ = ["conv1d", "conv1d_lengths", "conv_lstm", "lstm", "lstm_gates", "register_fakes"]
 
 
-def register_fakes() -> None:
-    """Give the native ops their shape functions; once, after the library is loaded and before any capture."""
+def register_fakes(namespace: str, narrow: bool = False) -> None:
+    """Give the ops in `namespace` their shape functions; once, before any capture. `narrow`: what is kept for
+    the backward, but for the cell state, has the dtype of the weights instead of the state's."""
     for op in (_lstm_gates, _conv_lstm, _conv1d, _lstm):
-        op.register_fakes()
+        op.register_fakes(namespace, narrow)

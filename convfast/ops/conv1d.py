@@ -83,19 +83,9 @@ def conv1d(
             )  # fmt: skip
 
     check_given(_OP, {"weight": weight, "input": input})
-    check_tensors(_OP, {"weight": weight, "input": input, "bias": bias})
-    check_choice(_OP, "padding_mode", padding_mode, PADDING_MODES)
-    check_choice(_OP, "activation", activation, ACTIVATIONS)
-    _check_shapes(input, weight, groups, channels_first)
-    check_shape(_OP, "bias", bias, (weight.shape[0],), "[C]")
-    pads = conv1d_pads(padding, weight.shape[2], stride, dilation)
-    if channels_first:
-        input = input.transpose(1, 2)
-    batch, time = input.shape[:2]
-    output_size(_OP, "time", time, weight.shape[2], stride, pads, dilation, padding_mode)
-    lengths = check_lengths(_OP, lengths, batch, time, weight.device)
-    _check_padding_of_lengths(lengths, pads, padding_mode)
-    name = backends.select(_OP, backend, weight.device.type)
+    options = (stride, padding, dilation, groups, padding_mode, activation)
+    input, lengths, pads = check_conv1d(input, weight, bias, lengths, *options, channels_first)
+    name = backends.select(_OP, backend, weight.device.type, weight.dtype)
 
     operands, options = (input, weight, bias), (stride, pads, dilation, groups, padding_mode, activation, time_major)
     if forward_mode():
@@ -146,6 +136,35 @@ def conv1d_pads(padding: int | str, kernel: int, stride: int, dilation: int, op:
     if not isinstance(frames, int) or frames < 0:
         raise ValueError(f"{op}: padding is {padding!r}, expected an int >= 0, {', '.join(map(repr, PADDINGS))}")
     return [frames, frames]
+
+
+def check_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    stride: int,
+    padding: int | str,
+    dilation: int,
+    groups: int,
+    padding_mode: str,
+    activation: str,
+    channels_first: bool,
+) -> tuple[Tensor, Tensor | None, list[int]]:
+    """→ input `[B, T, F]`, lengths as the ops take them, padding before and behind."""
+    check_tensors(_OP, {"weight": weight, "input": input, "bias": bias})
+    check_choice(_OP, "padding_mode", padding_mode, PADDING_MODES)
+    check_choice(_OP, "activation", activation, ACTIVATIONS)
+    _check_shapes(input, weight, groups, channels_first)
+    check_shape(_OP, "bias", bias, (weight.shape[0],), "[C]")
+    pads = conv1d_pads(padding, weight.shape[2], stride, dilation)
+    if channels_first:
+        input = input.transpose(1, 2)
+    batch, time = input.shape[:2]
+    output_size(_OP, "time", time, weight.shape[2], stride, pads, dilation, padding_mode)
+    lengths = check_lengths(_OP, lengths, batch, time, weight.device)
+    _check_padding_of_lengths(lengths, pads, padding_mode)
+    return input, lengths, pads
 
 
 def _check_shapes(input: Tensor, weight: Tensor, groups: int, channels_first: bool) -> None:
@@ -218,10 +237,10 @@ class _Conv1d(torch.autograd.Function):
         return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
 
 
-def register_fakes() -> None:
-    """Shapes and strides of the native ops; csrc/ops.h has the contract."""
+def register_fakes(namespace: str, narrow: bool) -> None:
+    """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
-    @library.register_fake("convfast::conv1d_forward")
+    @library.register_fake(f"{namespace}::conv1d_forward")
     def _(
         x: Tensor,
         weight: Tensor,
@@ -237,14 +256,14 @@ def register_fakes() -> None:
         save: bool,
     ) -> tuple[Tensor, Tensor]:
         time = output_length(x.shape[1], weight.shape[2], stride, padding, dilation)
-        shape, dtype = (x.shape[0], time, weight.shape[0]), state_dtype(weight.dtype)
+        shape, dtype = (x.shape[0], time, weight.shape[0]), weight.dtype if narrow else state_dtype(weight.dtype)
         kept = save and activation in BY_INPUT
         return (
             empty_sequence(weight, shape, time_major, weight.dtype),
             empty_sequence(weight, shape, time_major, dtype) if kept else weight.new_empty(0, dtype=dtype),
         )
 
-    @library.register_fake("convfast::conv1d_backward")
+    @library.register_fake(f"{namespace}::conv1d_backward")
     def _(
         dy: Tensor,
         x: Tensor,

@@ -119,7 +119,7 @@ def conv_lstm(
     check_shape(_OP, "state h", h0, (batch, channels, *space), "[B, C, *S']")
     check_shape(_OP, "state c", c0, (batch, channels, *space), "[B, C, *S']")
     lengths = check_lengths(_OP, lengths, batch, time, weight_hh.device)
-    name = backends.select(_OP, backend, weight_hh.device.type)
+    name = backends.select(_OP, backend, weight_hh.device.type, weight_hh.dtype)
     _check_algorithm(algorithm, name)
 
     if input is not None and weight_ih is not None:
@@ -310,10 +310,10 @@ def algorithm_of(
     )
 
 
-def register_fakes() -> None:
-    """Shapes and strides of the native ops; csrc/ops.h has the contract."""
+def register_fakes(namespace: str, narrow: bool) -> None:
+    """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
-    @library.register_fake("convfast::conv_lstm_forward")
+    @library.register_fake(f"{namespace}::conv_lstm_forward")
     def _(
         x: Tensor | None,
         w_ih: Tensor | None,
@@ -342,16 +342,16 @@ def register_fakes() -> None:
             ]
         batch, channels, dtype = source.shape[0], w_hh.shape[1], state_dtype(w_hh.dtype)
         sequence, state = [batch, time, channels, *space], [batch, channels, *space]
-        gates = [batch, time, 4 * channels, *space]
+        gates, saved = [batch, time, 4 * channels, *space], w_hh.dtype if narrow else dtype
         return (
             empty_channels_last(w_hh, sequence, 2, w_hh.dtype),
             empty_channels_last(w_hh, state, 1, w_hh.dtype),
             empty_channels_last(w_hh, state, 1, dtype),
             w_hh.new_empty(0, dtype=dtype) if save == "none" else empty_channels_last(w_hh, sequence, 2, dtype),
-            empty_channels_last(w_hh, gates, 2, dtype) if save == "fast" else w_hh.new_empty(0, dtype=dtype),
+            empty_channels_last(w_hh, gates, 2, saved) if save == "fast" else w_hh.new_empty(0, dtype=saved),
         )
 
-    @library.register_fake("convfast::conv_lstm_backward")
+    @library.register_fake(f"{namespace}::conv_lstm_backward")
     def _(
         dh: Tensor | None,
         dh_n: Tensor | None,

@@ -103,7 +103,7 @@ def lstm(
     check_shape(_OP, "state h", h0, (directions, batch, size), "[D, B, P]")
     check_shape(_OP, "state c", c0, (directions, batch, hidden), "[D, B, H]")
     lengths = check_lengths(_OP, lengths, batch, time, weight_hh.device)
-    name = backends.select(_OP, backend, weight_hh.device.type)
+    name = backends.select(_OP, backend, weight_hh.device.type, weight_hh.dtype)
 
     operands = (input, *weights, *weights_r, h0, c0)
     if forward_mode():
@@ -198,10 +198,10 @@ class _LSTM(torch.autograd.Function):
         return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
 
 
-def register_fakes() -> None:
-    """Shapes and strides of the native ops; csrc/ops.h has the contract."""
+def register_fakes(namespace: str, narrow: bool) -> None:
+    """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
-    @library.register_fake("convfast::lstm_forward")
+    @library.register_fake(f"{namespace}::lstm_forward")
     def _(
         x: Tensor,
         w_ih: Tensor,
@@ -229,10 +229,10 @@ def register_fakes() -> None:
             w_hh.new_empty((directions, batch, size)),
             w_hh.new_empty((directions, batch, hidden), dtype=dtype),
             w_hh.new_empty((*sequence, hidden) if save else 0, dtype=dtype),
-            w_hh.new_empty((*sequence, 4 * hidden) if save else 0, dtype=dtype),
+            w_hh.new_empty((*sequence, 4 * hidden) if save else 0, dtype=w_hh.dtype if narrow else dtype),
         )
 
-    @library.register_fake("convfast::lstm_backward")
+    @library.register_fake(f"{namespace}::lstm_backward")
     def _(
         dy: Tensor | None,
         dh_n: Tensor | None,

@@ -56,7 +56,7 @@ def lstm_gates(
     batch, channels, space = gates.shape[0], gates.shape[1] // 4, tuple(gates.shape[2:])
     check_shape(_OP, "c", c, (batch, channels, *space), "[B, C, *S]")
     check_shape(_OP, "peephole", peephole, (3, channels, *space), "[3, C, *S]")
-    name = backends.select(_OP, backend, gates.device.type)
+    name = backends.select(_OP, backend, gates.device.type, gates.dtype)
     if forward_mode():
         return reference.lstm_gates_forward(gates, c, peephole, False)[:2]
     if needs_function(gates, c, peephole):
@@ -113,17 +113,18 @@ def _fake_like(layout: Tensor, shape: list[Any], dtype: torch.dtype) -> Tensor:
     return layout.new_empty(shape, dtype=dtype)
 
 
-def register_fakes() -> None:
-    """Shapes and strides of the native ops; csrc/ops.h has the contract."""
+def register_fakes(namespace: str, narrow: bool) -> None:
+    """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
-    @library.register_fake("convfast::lstm_gates_forward")
+    @library.register_fake(f"{namespace}::lstm_gates_forward")
     def _(gates: Tensor, c: Tensor | None, peephole: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         shape = [gates.shape[0], gates.shape[1] // 4, *gates.shape[2:]]
         dtype = state_dtype(gates.dtype)
-        activated = _fake_like(gates, list(gates.shape), dtype) if save else gates.new_empty(0, dtype=dtype)
+        saved = gates.dtype if narrow else dtype
+        activated = _fake_like(gates, list(gates.shape), saved) if save else gates.new_empty(0, dtype=saved)
         return _fake_like(gates, shape, gates.dtype), _fake_like(gates, shape, dtype), activated
 
-    @library.register_fake("convfast::lstm_gates_backward")
+    @library.register_fake(f"{namespace}::lstm_gates_backward")
     def _(
         activated: Tensor,
         c: Tensor | None,
@@ -136,6 +137,6 @@ def register_fakes() -> None:
         dtype = activated.dtype if dh is None else dh.dtype
         return (
             _fake_like(activated, list(activated.shape), dtype) if needs[0] else activated.new_empty(0, dtype=dtype),
-            _fake_like(activated, list(c_out.shape), activated.dtype) if needs[1] else activated.new_empty(0),
+            _fake_like(activated, list(c_out.shape), c_out.dtype) if needs[1] else c_out.new_empty(0),
             peephole.new_empty(peephole.shape) if needs[2] else activated.new_empty(0, dtype=dtype),
         )

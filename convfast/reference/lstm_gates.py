@@ -42,8 +42,8 @@ def cell_backward(
 
     `dactivated` is only there in a second derivative, which this function's own use of `activated` brings about.
     """
-    dtype = activated.dtype
-    i, f, g, o = activated.chunk(4, dim=1)
+    dtype = c_out.dtype
+    i, f, g, o = activated.to(dtype).chunk(4, dim=1)
     p_i, p_f, p_o = (None, None, None) if peephole is None else peephole.to(dtype).unbind(0)
     c = torch.zeros_like(c_out) if c is None else c.to(dtype)
     dh = torch.zeros_like(c_out) if dh is None else dh.to(dtype)

@@ -1,0 +1,93 @@
+"""A convolution and the LSTM on top of it, with nothing between them in memory where one kernel does both."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..ops.checks import autocast_dtype, autocast_state, autocast_to, check_tensors, forward_mode, needs_function
+from ..ops.conv1d import check_conv1d
+from ..triton import runtime
+from .state import Pair
+
+if TYPE_CHECKING:
+    from .conv1d import Conv1d
+    from .lstm import LSTM
+
+
+def convolve_into_lstm(
+    conv: "Conv1d", rnn: "LSTM", x: Tensor, state: Pair | None, lengths: Tensor | None
+) -> tuple[Tensor, Pair]:
+    """x `[B, T, F]` → what `rnn` gives on `conv(x, lengths)`."""
+    ends = None if lengths is None else conv.output_lengths(lengths)
+    if _fuses(conv, rnn, x, state):
+        return rnn.run(x, state, ends, partial(_gates_into_lstm, conv, lengths))
+    x = conv(x, lengths)
+    return rnn(x if rnn.batch_first else x.transpose(0, 1), state, ends)
+
+
+def _fuses(conv: "Conv1d", rnn: "LSTM", x: Tensor, state: Pair | None) -> bool:
+    """For inference with Triton, where the tile between the two and the LSTM's weights fit on the chip."""
+    weight = conv.weight
+    if weight.device.type not in runtime.devices() or conv.groups > 1 or forward_mode():
+        return False
+    dtype = autocast_dtype(weight) or weight.dtype
+    for op, name in (("conv1d", conv.backend), ("lstm", rnn.backend)):
+        if backends.select(op, name, weight.device.type, dtype) != "triton":
+            return False
+    if needs_function(x, *conv.parameters(), *rnn.parameters(), *(state or ())):
+        return False
+    from ..triton.conv1d import handoff_tile
+    from ..triton.lstm import fits
+
+    chip, sizes = runtime.chip(weight), (conv.out_channels, conv.in_channels, conv.kernel_size)
+    projected, size = rnn.proj_size > 0, rnn.proj_size or rnn.hidden_size
+    return handoff_tile(dtype, *sizes, chip) is not None and fits(
+        rnn.hidden_size, size, projected, dtype, runtime.input_precision(dtype), chip
+    )
+
+
+def _gates_into_lstm(
+    conv: "Conv1d",
+    lengths: Tensor | None,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    peephole: Tensor | None,
+    weight_hr: Tensor | None,
+    reverse: tuple[Tensor | None, ...] | None,
+    state: Pair | None,
+    ends: Tensor | None,
+    *,
+    time_major: bool,
+    backend: str | None,
+) -> tuple[Tensor, Pair]:
+    """`lstm` on what `conv` gives for x and lengths."""
+    h0, c0 = state or (None, None)
+    weight, conv_bias = conv.weight, conv.bias
+    w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r = reverse or (None,) * 5
+    if (dtype := autocast_dtype(weight)) is not None:
+        h0, c0 = autocast_state(dtype, weight.to(dtype), h0, c0)
+        x, weight, conv_bias, weight_ih, weight_hh, bias, peephole, weight_hr = autocast_to(
+            dtype, x, weight, conv_bias, weight_ih, weight_hh, bias, peephole, weight_hr
+        )
+        w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r = autocast_to(dtype, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r)
+    options = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, conv.activation)
+    x, lengths, pads = check_conv1d(x, weight, conv_bias, lengths, *options, conv.channels_first)
+    check_tensors("lstm", {"weight_hh": weight_hh, "input": x, "state h": h0, "state c": c0}, state="state c")
+    if w_ih_r is not None:
+        weight_ih = torch.cat([weight_ih, w_ih_r])
+        bias = None if bias is None else torch.cat([bias, bias_r])
+    gates = torch.ops.convfast_triton.conv1d_gates(
+        x, weight, conv_bias, lengths, conv.stride, pads, conv.dilation, conv.padding_mode, conv.activation, weight_ih,
+        bias,
+    )  # fmt: skip
+    if ends is not None:
+        ends = ends.to(x.device)
+    y, h, c = torch.ops.convfast_triton.lstm_from_gates(
+        gates, weight_hh, peephole, weight_hr, w_hh_r, peephole_r, w_hr_r, h0, c0, ends, time_major
+    )
+    return y, (h, c)
