@@ -140,11 +140,11 @@ struct Engine {
   // GEMM of its own, over the rows of all its steps.
   bool together() const { return most_rows(split()) >= kTogether; }
 
-  // Whether GEMMs are split into parts of bfloat16 for matrix tiles: that of a step, or, with fewer rows, the input part of a chunk.
+  // Whether the GEMM of a step is split into parts of bfloat16 for matrix tiles.
   static constexpr long kParts = kSplitParts<A>;
-  bool by_tiles() const { return !std::is_same_v<T, double> && tile_kernels() && (!together() || split().team == 1); }
+  bool by_tiles() const { return !std::is_same_v<T, double> && tile_kernels() && together() && split().team == 1; }
   long split_x() const { return round_up(inputs, kSplitDepth); }
-  long split_depth() const { return split_x() + (together() ? round_up(size, kSplitDepth) : 0); }
+  long split_depth() const { return split_x() + round_up(size, kSplitDepth); }
   // Of a step's rows of x and h, [row][part][split_depth()], with a gap for the sets of the cache.
   long split_ld() const { return kParts * split_depth() + kSplitDepth; }
 
@@ -223,7 +223,7 @@ struct Engine {
 
   struct Packed {
     const T *w_ih, *w_hh, *bias, *peephole, *w_hr;  // together(): w_ih is both, one above the other
-    const Part* split = nullptr;                     // by_tiles(): instead of w_ih, and of w_hh where together()
+    const Part* split = nullptr;                     // by_tiles(): instead of w_ih and w_hh
   };
 
   // Rows [first, first + n) of a GEMM operand of `all` rows from w [4H, n], the gates' columns in blocks: [panel][all][panel columns].
@@ -279,11 +279,9 @@ struct Engine {
       pack_split(4 * hidden, split_depth(), kParts, packed, [&](long column, float* to) {
         std::fill(to, to + split_depth(), 0.f);
         read(data(d.w_ih) + p.weight_row(column) * ih0, ih1, inputs, to);
-        if (together()) read(data(d.w_hh) + p.weight_row(column) * hh0, hh1, size, to + split_x());
+        read(data(d.w_hh) + p.weight_row(column) * hh0, hh1, size, to + split_x());
       });
-      T* w_hh = together() ? nullptr : workspace.take<T>(size * columns);
-      if (w_hh) pack_matrix(d.w_hh, size, w_hh, 0, size);
-      return {nullptr, w_hh, bias, pack_peephole(d.peephole), w_hr, packed};
+      return {nullptr, nullptr, bias, pack_peephole(d.peephole), w_hr, packed};
     }
     T* w = workspace.take<T>((inputs + size) * columns);
     const long all = together() ? inputs + size : 0;
@@ -353,14 +351,12 @@ struct Engine {
     const long rows = most_rows(s), steps = steps_of_chunk(kForwardBytes);
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
-      b.z = workspace.take<T>(round_up(steps * rows, kTileRows) * ldz);
+      b.z = workspace.take<T>(steps * round_up(rows, kTileRows) * ldz);
+      b.split = by_tiles() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
       for (T*& h : b.h) h = workspace.take<T>(rows * ldh);
       b.c = workspace.take<T>(rows * ldh);
       b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
-      for (long i = 0; i < s.team; ++i) {
-        b.x.push_back(workspace.take<T>(steps * rows * ldx));
-        b.split.push_back(by_tiles() ? workspace.take<Part>(round_up(steps * rows, kTileRows) * split_ld()) : nullptr);
-      }
+      for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(steps * rows * ldx));
     }
     for (long d = 0; d < p.directions; ++d) {
       const Packed w = pack(in.directions[d]);
@@ -371,8 +367,8 @@ struct Engine {
 
   struct Buffers {
     T *z, *h[2], *c, *m;
-    std::vector<T*> x;         // of each member
-    std::vector<Part*> split;  // of each member: x and h of a step, or x of a chunk
+    Part* split;        // x and h of a step
+    std::vector<T*> x;  // of each member
   };
 
   void run_forward(const Group& g, const Packed& w, const Buffers& b, const Member& member, const Outputs& outputs) {
@@ -383,25 +379,19 @@ struct Engine {
     const long out = w.w_hr ? 0 : ch, out_end = w.w_hr ? size : ch_end, steps = steps_of_chunk(kForwardBytes), most = g.length(0);
     const bool joint = together(), direct_x = joint && (w.split ? regular() && frames.feature == 1 : reads_x_directly(g)), direct_y = regular() && !w.w_hr;
     const auto split_rows = [&](long rows, long n, const T* from, long ld, long at) {
-      tile_kernels()->split({rows, n, kParts, reinterpret_cast<const float*>(from), ld, b.split[member.rank] + at, split_depth(), split_ld()});
+      tile_kernels()->split({rows, n, kParts, reinterpret_cast<const float*>(from), ld, b.split + at, split_depth(), split_ld()});
     };
     T* x = b.x[member.rank];
     T *c_all = save ? static_cast<T*>(c.mutable_data_ptr()) : nullptr, *gates_all = save ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
     read_state(in.c0, g, ch, ch_end, b.c, ldh);
     read_state(in.h0, g, out, out_end, b.h[0], ldh);
-    if (w.split && joint) split_rows(g.rows, size, b.h[0], ldh, split_x());
+    if (w.split) split_rows(g.rows, size, b.h[0], ldh, split_x());
     member.wait();
     for (long begin = 0; begin < most; begin += steps) {
       const Chunk chunk(g, begin, std::min(most, begin + steps));
       const A* direct = frames.at(g.sample(0), g.frame(0, begin));
       if (!direct_x) read_x(g, chunk, x);
-      if constexpr (std::is_same_v<T, float>) {
-        if (w.split && !joint) {
-          split_rows(chunk.rows(), inputs, x, ldx, 0);
-          tile_kernels()->gemm({chunk.rows(), kParts, b.split[member.rank], split_depth(), split_ld(), w.split + column * split_depth() * kParts, split_depth(), round_up(n, kSlab), w.bias + column, b.z + column, ldz});
-        }
-      }
-      if (!w.split && !joint) k.gemm({chunk.rows(), {x}, {rows_of(inputs, ldx)}, w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
+      if (!joint) k.gemm({chunk.rows(), {x}, {rows_of(inputs, ldx)}, w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
       for (long s = begin; s < chunk.end; ++s) {
         const long rows = chunk.active(s);
         T *z = b.z + chunk.at(s) * ldz, *h = b.h[(s + 1) % 2];
@@ -428,12 +418,12 @@ struct Engine {
         }
         const T* before = s > 0 || in.h0 ? b.h[s % 2] : nullptr;
         if constexpr (std::is_same_v<T, float>) {
-          if (w.split && joint) {
+          if (w.split) {
             split_rows(rows, inputs, direct_x ? reinterpret_cast<const T*>(direct) : x, direct_x ? g.stride * frames.sample : ldx, 0);
-            tile_kernels()->lstm_step({rows, kParts, b.split[member.rank], split_depth(), split_ld(), w.split, split_depth(), round_up(4 * hidden, kSlab), w.bias, z, ldz}, cells);
+            tile_kernels()->lstm_step({rows, kParts, b.split, split_depth(), split_ld(), w.split, split_depth(), round_up(4 * hidden, kSlab), w.bias, z, ldz}, cells);
           }
         }
-        if (w.split && joint) {
+        if (w.split) {
         } else if (joint) k.lstm_step({rows, {direct_x ? reinterpret_cast<const T*>(direct) : x, before},
                                 {rows_of(inputs, direct_x ? g.stride * frames.sample : ldx), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
         else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
@@ -443,7 +433,7 @@ struct Engine {
           write(h + i * ldh + out, out_end - out, to);
           if constexpr (kNarrow) read(to, 1, out_end - out, h + i * ldh + out);
         }
-        if (w.split && joint && s + 1 < most) split_rows(rows, size, h, ldh, split_x());
+        if (w.split && s + 1 < most) split_rows(rows, size, h, ldh, split_x());
         member.wait();
       }
     }
