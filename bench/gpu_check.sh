@@ -5,8 +5,9 @@
 # Each part has a time limit and the parts do not depend on each other; a part that fails is named at the end.
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
+export CONVFAST_NO_NATIVE=1  # the CPU library takes a minute to compile
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-out=${1:-$($python -c 'from bench import machine; print("bench/results/" + machine.slug(machine.describe("cuda")))')} || exit 1
+out=${1:-$("$python" -c 'from bench import machine; print("bench/results/" + machine.slug(machine.describe("cuda")))')} || exit 1
 mkdir -p "$out"
 failed=()
 
@@ -20,20 +21,21 @@ part() {  # NAME SECONDS COMMAND...: an interrupt at the limit, so that pytest s
   [ $status -eq 0 ] || failed+=("$name ($([ $status -eq 124 ] && echo "stopped after $limit s" || echo "exit status $status"), $out/$name.log)")
 }
 
-small='plain or lengths or channels_17_5 or hidden_70 or features_33'
-ops='tests/test_lstm_gates.py tests/test_conv_lstm.py tests/test_conv1d.py tests/test_lstm.py'
+ops="tests/test_lstm_gates.py tests/test_conv_lstm.py tests/test_conv1d.py tests/test_lstm.py"
+cores=$(nproc)
+workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((cores < 12 ? cores : 12))")  # compiling takes longest
 
-part info 30 "$python" -m convfast.info
-part tests 150 "$python" -m pytest -q -x $ops tests/test_triton_*.py -k "triton and not compiled" --durations 10
+part info 20 "$python" -m convfast.info
+part tests 180 "$python" -m pytest -q $workers $ops tests/test_triton_*.py -k "triton and not compiled"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    part "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 9 --kernel-name regex:. \
-      "$python" -m pytest -q -x $ops -k "triton and float32 and contiguous and ($small)"
+    part "$tool" 30 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q $ops -k "triton and float32 and contiguous and (plain or lengths-)"
   done
 else
   echo "== compute-sanitizer is not installed"
 fi
-part bench 270 "$python" -m pytest bench --device cuda --short -q --out "$out"
+part bench 220 "$python" -m pytest bench --device cuda --short -q --out "$out"
 
 if [ ${#failed[@]} -ne 0 ]; then
   printf 'FAILED: %s\n' "${failed[@]}"

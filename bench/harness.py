@@ -53,18 +53,19 @@ def errors(actual: Tensor, oracle: Tensor) -> tuple[float, float]:
     return rms.item(), (difference.abs().max() / oracle.abs().max()).item()
 
 
-def check(contestant: Contestant, oracle: dict[str, Tensor], eager: dict[str, Tensor], terms: int = 1) -> float:
+def check(
+    contestant: Contestant, oracle: dict[str, Tensor], eager: dict[str, Tensor], terms: int, unit: float
+) -> float:
     """Compare with the oracle; the worst error in units of the bound (at most 1).
 
-    Bound per tensor, for RMS and max alike: ERROR_FACTOR times the larger of eager's own error and half an ulp u.
+    Bound per tensor, for RMS and max alike: ERROR_FACTOR times the larger of eager's own error and `unit`, half an ulp.
     Gradients of weights and biases are sums of `terms` products over batch, time and space. Adding n random terms one
-    by one loses 0.28 sqrt(n) u relative to the sum, so sqrt(n) u is granted where eager happened to do better.
+    by one loses 0.28 sqrt(n) units relative to the sum, so sqrt(n) is granted where eager happened to do better.
     """
     worst = 0.0
     actual = contestant.results()
     for name in actual if contestant.kind == "part" else oracle:
         expected = oracle[name]
-        unit = torch.finfo(eager[name].dtype).eps / 2
         serial = math.sqrt(terms) * unit if "weight" in name or "bias" in name else 0.0
         pairs = zip(errors(actual[name], expected), errors(eager[name], expected), ("RMS", "max"), strict=True)
         for got, eagers, norm in pairs:

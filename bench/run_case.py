@@ -38,7 +38,7 @@ def run_case(
             absent[name] = str(reason)
     eager = contestants[0].results()
     try:
-        errors = {contestant.name: check(contestant, oracle, eager, case.terms) for contestant in contestants}
+        errors = {c.name: check(c, oracle, eager, case.terms, setting.unit) for c in contestants}
     except Disagreement as reason:
         report.rows.append(refused_row(op, case, setting.mode(train), str(reason)))
         raise

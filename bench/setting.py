@@ -25,6 +25,11 @@ class Setting:
         return torch.float32 if self.precision == "tf32" else getattr(torch, self.precision)
 
     @property
+    def unit(self) -> float:
+        """Largest relative error of one rounding."""
+        return 2.0**-11 if self.precision == "tf32" else torch.finfo(self.dtype).eps / 2
+
+    @property
     def id(self) -> str:
         return f"{self.device}_{self.precision}" + ("_graph" if self.captured else "")
 

@@ -708,6 +708,8 @@ def conv1d_gates(
         return gates
     x, chip, rows = _featured(x), runtime.chip(x), batch * time
     tile = handoff_tile(weight.dtype, channels, features, taps, chip)
+    if tile is None:
+        raise ValueError(f"conv1d_gates: {channels} channels of {weight.dtype} are more than one program can hold")
     walk = _walk(taps, stride, padding, dilation, padding_mode)
     # The gates are split where rows alone leave processors idle: each part convolves anew.
     blocks = triton.cdiv(size, _GATES)

@@ -124,7 +124,7 @@ def _rows(b, frames, frame, area, p, WIDE: tl.constexpr):
 def _forward_step(
     h_before, c_before, x, gates_x, w, bias, peephole, lengths, h, c, gates, pixels, height, width, t, T,
     t_before, T_before, t_x, T_x, x_height, x_width, x_b, x_t, x_y, x_x, x_c,
-    C: tl.constexpr, CIN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, KH_X: tl.constexpr, KW_X: tl.constexpr,
+    C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, CIN: tl.constexpr, KH_X: tl.constexpr, KW_X: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, UNIT: tl.constexpr, C_SEQUENCE: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -375,11 +375,13 @@ def candidates(pixels: int, channels: int, dtype: torch.dtype, chip: runtime.Chi
     """Tile sizes of a step, best first: the largest that gives every processor a tile, else the smallest."""
     if chip.backend == "hip":
         sizes = [(64, 32, 32, 4, 2)] if dtype.itemsize == 2 else [(64, 16, 32, 4, 2)]
-    elif dtype.itemsize == 2:
+    elif dtype.itemsize == 4 and (chip.arch < 90 or runtime.input_precision(dtype) == "ieee"):
+        sizes = [(64, 32, 32, 4, 3), (64, 16, 32, 4, 3)]
+    elif dtype.itemsize == 4:
+        sizes = [(128, 64, 32, 8, 3), (64, 32, 32, 4, 3)]
+    else:
         # Without wgmma, which reads both operands from shared memory, the wider tile has no registers to spare.
         sizes = [(128, 64 if chip.arch >= 90 else 32, 64, 8, 3), (64, 32, 64, 4, 3)]
-    else:
-        sizes = [(64, 32, 32, 4, 3), (64, 16, 32, 4, 3)]
     found = []
     for size, block, depth, warps, stages in sizes:
         block = min(block, max(16, triton.next_power_of_2(channels)))
@@ -418,6 +420,11 @@ def _pair(values: Sequence[int]) -> list[int]:
     return [1, *values] if len(values) == 1 else list(values)
 
 
+def _last(x: Tensor) -> Tensor:
+    """[B, T, C, *S] → [B, T, H, W, C]"""
+    return (x.unsqueeze(3) if x.ndim == 4 else x).movedim(2, -1)
+
+
 def _forward_weight(w_hh: Tensor, w_ih: Tensor | None, tile: Tile) -> Tensor:
     """→ [channel blocks, 4 gates, channels of a block, (tap, Cin) then (tap, C)], zero where there are none."""
     parts = []
@@ -444,6 +451,21 @@ def _recurrent(w_hh: Tensor) -> tuple[list[int], list[int], list[int], str]:
     return ones, same_padding(w_hh.shape[2:], ones), ones, "zeros"
 
 
+def _fused_input(
+    x: Tensor, w_ih: Tensor, options: tuple[Sequence[int], Sequence[int], Sequence[int], str]
+) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+    """→ x as a step reads it, (height, width and strides), (Cin, kernel, stride, padding, dilation and UNIT)."""
+    stride, padding, dilation, _ = options
+    if x.shape[2] >= 8 and x.stride(2) != 1:
+        x = channels_last(x, 2)
+    frames = _last(x)
+    unit = outer_unit(frames)
+    x_b, x_t, *inner = frames.stride()
+    pads = [0, *padding[::2]][-2:]
+    constants = (x.shape[2], *_pair(w_ih.shape[2:]), *_pair(stride), *pads, *_pair(dilation), unit)
+    return x, (*frames.shape[2:4], x_b // unit, x_t // unit, *inner), constants
+
+
 class _Forward:
     """What the forward steps of a call share, and their launch."""
 
@@ -464,55 +486,40 @@ class _Forward:
         at_once: bool,
     ) -> None:
         """`at_once`: a hoisted input convolution is computed for all frames, else for the frame of each step."""
-        chip = runtime.chip(w_hh)
         channels, self.by_library = w_hh.shape[1], w_hh.ndim == 5
         area = torch.Size(space).numel()
-        height, width = _pair(space) if not self.by_library else (1, area)
-        self.time, self.w_hh, self.input_options = time, w_hh, input_options
-        self.w_ih, self.frames, self.gates_x, x_fused = w_ih, None, None, None
-        input_kernel, stride, dilation, padding, strides, x_size = [1, 1], [1, 1], [1, 1], [0, 0], [0] * 5, [1, 1]
-        x_channels = 1
+        count = tiles(tile, batch * area, channels)
+        self.time, self.w_ih, self.w_hh, self.input_options = time, w_ih, w_hh, input_options
+        self.x, self.x_sizes, x_constants, x_columns = None, (1, 1, 0, 0, 0, 0, 0), (1, 1, 1, 1, 1, 0, 0, 1, 1, 1), 1
+        # Hoisted: the frames to convolve, or what came of them. One frame for all steps is not repeated.
+        self.frames = self.gates_x = None
         if x is not None and w_ih is None:
-            # One frame for all steps is not repeated.
             self.gates_x = channels_last(x[:, :1] if x.stride(1) == 0 else x, 2)
         elif x is not None:
-            columns = w_ih[0].numel()
-            if (
-                self.by_library
-                or input_options[3] != "zeros"
-                or hoists(tiles(tile, batch * area, channels), columns, chip.processors)
-            ):
+            x_columns = w_ih[0].numel()
+            by_library = self.by_library or input_options[3] != "zeros"
+            if by_library or hoists(count, x_columns, runtime.chip(w_hh).processors):
                 self.frames = x[:, :1] if x.stride(1) == 0 else x
                 if at_once:
                     self.gates_x, self.frames = self._convolved_input(self.frames), None
             else:
-                x_channels = x.shape[2]
-                x_fused = x if x_channels < 8 or x.stride(2) == 1 else channels_last(x, 2)
-                wide = x_fused.unsqueeze(3) if x.ndim == 4 else x_fused
-                x_size, strides = list(wide.shape[3:]), [wide.stride(d) for d in (0, 1, 3, 4, 2)]
-                input_kernel, stride, dilation = _pair(w_ih.shape[2:]), _pair(input_options[0]), _pair(input_options[2])
-                padding = _pair(input_options[1][::2]) if x.ndim == 5 else [0, input_options[1][0]]
-        # The largest tensor is as long as gates would be; an x in pieces may span more.
-        wide = batch * time * area * 4 * channels >= 2**31 or runtime.needs_wide_offsets(x_fused)
+                self.x, self.x_sizes, x_constants = _fused_input(x, w_ih, input_options)
         self.operands = (
-            None if self.by_library else _forward_weight(w_hh, None if x_fused is None else w_ih, tile),
+            None if self.by_library else _forward_weight(w_hh, None if self.x is None else w_ih, tile),
             None if bias is None else bias.contiguous(),
             None if peephole is None else peephole.movedim(1, -1).float().contiguous(),
             None if lengths is None else lengths.contiguous(),
         )
-        self.x = x_fused
-        self.sizes = (batch * area, height, width)
-        unit = 1 if x_fused is None else outer_unit(_last(x_fused))
-        self.x_sizes = (*x_size, strides[0] // unit, strides[1] // unit, *strides[2:])
-        kernel = [1, 1] if self.by_library else _pair(w_hh.shape[2:])
+        self.sizes = (batch * area, *((1, area) if self.by_library else _pair(space)))
+        # The largest tensor is as long as gates would be; an x in pieces may span more.
+        wide = batch * time * area * 4 * channels >= 2**31 or runtime.needs_wide_offsets(self.x)
         self.constants = (
-            channels, x_channels, *kernel, *input_kernel, *stride, *padding, *dilation,
-            unit, c_sequence, wide, runtime.input_precision(w_hh.dtype),
-            tile.parts, tile.pixels, tile.channels, _depth(w_hh[0].numel(), tile.depth),
-            _depth(input_kernel[0] * input_kernel[1] * x_channels, tile.depth),
+            channels, *((1, 1) if self.by_library else _pair(w_hh.shape[2:])), *x_constants, c_sequence, wide,
+            runtime.input_precision(w_hh.dtype), tile.parts, tile.pixels, tile.channels,
+            _depth(w_hh[0].numel(), tile.depth), _depth(x_columns, tile.depth),
         )  # fmt: skip
         self.options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-        self.launch = _forward_step[(tiles(tile, batch * area, channels),)]
+        self.launch = _forward_step[(count,)]
 
     def _convolved_input(self, frames: Tensor) -> Tensor:
         gates = conv(channels_last(frames, 2).flatten(0, 1), self.w_ih, None, *self.input_options)
@@ -633,11 +640,6 @@ class _WeightGrads:
             ).view_as(self.w)  # fmt: skip
         part = part.contiguous()
         self.total = part if self.total is None else self.total + part
-
-
-def _last(x: Tensor) -> Tensor:
-    """[B, T, C, *S] → [B, T, H, W, C]"""
-    return (x.unsqueeze(3) if x.ndim == 4 else x).movedim(2, -1)
 
 
 def conv_lstm_backward(
