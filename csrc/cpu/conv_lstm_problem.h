@@ -221,7 +221,7 @@ inline std::string winograd_loss(const Problem& p) {
   const double saved = double(r * r * p.out.pixels()) / ((m + r - 1) * (m + r - 1) * tiles);
   if (tiles < 4 || saved < 1.6) return "frames of " + std::to_string(p.out.h) + "x" + std::to_string(p.out.w) + " make too few whole tiles";
   const long products = ((p.convolves_x() ? p.x_channels : 0) + p.channels) * 4 * p.channels;
-  if (products < (r == 5 ? 350 : tiles < 32 ? 512 : 256)) return "too few channels";
+  if (products < (r == 5 || tiles < 32 ? 512 : 256)) return "too few channels";
   // Weights that no cache holds want more than a few tiles each time they are read.
   const bool large = products * p.winograd_planes(m) * long(sizeof(float)) > 8 << 20;
   return large && tiles < 16 ? "many channels on too few tiles" : "";
