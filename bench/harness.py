@@ -112,7 +112,7 @@ def race(
     budget: float,
     min_rounds: int = 7,
     max_rounds: int = 60,
-    at_least: float = 5e-3,
+    at_least: float = 25e-3,
     clock: Clock = wall_clock,
 ) -> dict[str, Timing]:
     """Time all contestants in turn, round after round, in about `budget` seconds; each round starts at the next one.

@@ -205,7 +205,7 @@ struct Engine {
     Team* team;
     long rank;
     long* turn;
-    void wait() const { team->wait(*turn); }
+    void wait() const { team->wait(rank, *turn); }
     // This member's share of n.
     long begin(long n) const { return n * rank / team->size(); }
     long end(long n) const { return n * (rank + 1) / team->size(); }
@@ -417,6 +417,9 @@ struct Engine {
           cells.ldy = g.stride * results.sample;
         }
         const T* before = s > 0 || in.h0 ? b.h[s % 2] : nullptr;
+        if (before && member.team->size() > 1)  // what others wrote: all lines at once, not as the sum comes to each
+          for (long i = 0; i < rows; ++i)
+            for (long j = 0; j < size; j += 64 / long(sizeof(T))) __builtin_prefetch(before + i * ldh + j);
         if constexpr (std::is_same_v<T, float>) {
           if (w.split) {
             split_rows(rows, inputs, direct_x ? reinterpret_cast<const T*>(direct) : x, direct_x ? g.stride * frames.sample : ldx, 0);

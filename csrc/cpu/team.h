@@ -2,6 +2,7 @@
 #pragma once
 #include <atomic>
 #include <thread>
+#include <vector>
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -14,7 +15,7 @@ namespace cpu {
 // a pool that grants fewer threads than asked for, or runs them one after another, cannot hang it.
 class Team {
  public:
-  explicit Team(long wanted) : wanted_(wanted) {}
+  explicit Team(long wanted) : wanted_(wanted), slots_(wanted) {}
 
   // → this thread's rank, or -1 where the others have begun without it; the work is theirs then.
   long join() {
@@ -33,20 +34,24 @@ class Team {
 
   long size() const { return members_.load(std::memory_order_relaxed) & ~kClosed; }
 
-  // Until every member has come here as often as this one: `turn` is its own count, zero at first.
-  void wait(long& turn) {
-    const long all = size();
-    if (all == 1) return;
-    const long target = all * ++turn;
-    arrived_.fetch_add(1, std::memory_order_acq_rel);
-    for (long spins = 0; arrived_.load(std::memory_order_acquire) < target; ++spins) {
-      if (spins < kStep) pause();
-      else std::this_thread::yield();  // the other one may want this core
-    }
+  // Until every member has come here as often as the one of this rank: `turn` is its own count, zero at first.
+  void wait(long rank, long& turn) {
+    slots_[rank].turn.store(++turn, std::memory_order_release);
+    for (long i = 0, all = size(); i < all; ++i)
+      for (long spins = 0; slots_[i].turn.load(std::memory_order_acquire) < turn; ++spins) {
+        if (spins < kSpins) continue;
+        if (spins < kSpins + kStep) pause();
+        else std::this_thread::yield();  // the other one may want this core
+      }
   }
 
  private:
-  static constexpr long kClosed = 1l << 40, kMoment = 4000, kStep = 100;  // the last two in pauses, some 50 ns each
+  static constexpr long kClosed = 1l << 40, kMoment = 4000, kStep = 100, kSpins = 100;  // kMoment and kStep in pauses, some 50 ns each
+
+  // A line of its own: who comes must not wait for the others' caches.
+  struct alignas(64) Slot {
+    std::atomic<long> turn{0};
+  };
 
   static void pause() {
 #if defined(__SSE2__)
@@ -58,7 +63,7 @@ class Team {
 
   const long wanted_;
   alignas(64) std::atomic<long> members_{0};
-  alignas(64) std::atomic<long> arrived_{0};
+  std::vector<Slot> slots_;
 };
 
 }  // namespace cpu

@@ -200,7 +200,7 @@ static void lstm_step(const SplitGemm& g, const LstmCells<float>& p) {
   _tile_loadconfig(&config);
   for (long block = p.begin; block < p.end; ++block) {
     columns(g, block * kSlab, (block + 1) * kSlab);
-    lstm_cells_forward(p, block);
+    lstm_cells_forward(p, block, block + 1);
   }
   _tile_release();
 }

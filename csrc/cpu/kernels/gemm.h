@@ -183,15 +183,16 @@ static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, con
     for (int n = 0; n < NV; ++n) S::store(out + m * ldo + n * S::W, acc[m][n]);
 }
 
+// Columns [begin, end) of M rows.
 template <class T, int M>
-static void few_rows_columns(const Gemm<T>& g, long row) {
+static void few_rows_columns(const Gemm<T>& g, long row, long begin, long end) {
   enum { W = Simd<T>::W, kMost = vectors_for<T>(M) };
   const T* a[2] = {g.a[0] ? g.a[0] + row * g.runs[0].stride : 0, g.a[1] ? g.a[1] + row * g.runs[1].stride : 0};
-  const T *b = g.b, *init = g.init ? g.init + row * g.ld_init : 0;
-  T* out = g.out + row * g.ldo;
+  const T *b = g.b + begin * g.k, *init = g.init ? g.init + row * g.ld_init + begin : 0;
+  T* out = g.out + row * g.ldo + begin;
   const long panel = g.k * 2 * W;
-  for (long n = 0; n < g.columns;) {
-    const long left = (g.columns - n + W - 1) / W, step = left >= kMost ? (long)kMost : left >= 2 ? 2 : 1;
+  for (long n = begin; n < end;) {
+    const long left = (end - n + W - 1) / W, step = left >= kMost ? (long)kMost : left >= 2 ? 2 : 1;
     if (step == kMost) few_rows_gemm<T, M, kMost>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
     else if (step == 2) few_rows_gemm<T, M, 2>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
     else few_rows_gemm<T, M, 1>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
@@ -202,9 +203,11 @@ static void few_rows_columns(const Gemm<T>& g, long row) {
   }
 }
 
+// Columns [begin, end), from the first of a panel on. Nothing of g is copied: its fields may still be on their way to the cache, behind
+// stores that wait for another core.
 template <class T>
-static void gemm(const Gemm<T>& g) {
-  typedef void (*Columns)(const Gemm<T>&, long);
+static void gemm_columns(const Gemm<T>& g, long begin, long end) {
+  typedef void (*Columns)(const Gemm<T>&, long, long, long);
   static const Columns table[] = {
       few_rows_columns<T, 1>, few_rows_columns<T, 2>, few_rows_columns<T, 3>, few_rows_columns<T, 4>, few_rows_columns<T, 5>, few_rows_columns<T, 6>,
 #if CONVFAST_BYTES == 64
@@ -215,18 +218,17 @@ static void gemm(const Gemm<T>& g) {
   enum { kPanel = Tile<T>::kPanel };
   const Cut cut(g.rows, Tile<T>::kPixels);
   if (cut.tiles <= 1) {
-    if (g.rows) table[g.rows - 1](g, 0);
+    if (g.rows) table[g.rows - 1](g, 0, begin, end);
     return;
   }
   // One panel after another stays in L1 while the rows pass by.
-  for (long n = 0; n < g.columns; n += kPanel) {
-    Gemm<T> part = g;
-    part.columns = g.columns - n < kPanel ? g.columns - n : (long)kPanel;
-    part.b = g.b + n * g.k;
-    part.init = g.init ? g.init + n : 0;
-    part.out = g.out + n;
-    for (long i = 0; i < cut.tiles; ++i) table[cut.at(i + 1) - cut.at(i) - 1](part, cut.at(i));
-  }
+  for (long n = begin; n < end; n += kPanel)
+    for (long i = 0; i < cut.tiles; ++i) table[cut.at(i + 1) - cut.at(i) - 1](g, cut.at(i), n, n + kPanel < end ? n + kPanel : end);
+}
+
+template <class T>
+static void gemm(const Gemm<T>& g) {
+  gemm_columns(g, 0, g.columns);
 }
 
 // dw[k, n] += sum over rows of window(row)[k] g[row, n]

@@ -10,63 +10,91 @@ static INLINE void store_lanes(T* p, typename Simd<T>::V v, long lanes) {
   kWhole ? Simd<T>::store(p, v) : Simd<T>::storen(p, v, lanes);
 }
 
-// kWhole: the block is.
-template <class T, bool kPeephole, bool kWhole>
+// From one vector of cells to the next: rows of a block, or blocks of a row.
+struct CellStep {
+  long z, c_prev, c, h, y, gates;
+};
+
+// N times a row of a whole block, from `row` and `block` on.
+template <class T, int N>
+static INLINE void lstm_cells_together(const LstmCells<T>& p, long row, long block, const CellStep& next) {
+  typedef Several<T, N> S;
+  for (long j = 0; j < kBlock; j += Simd<T>::W) {
+    const long at = block * kBlock + j, gate_at = 4 * block * kBlock + j;
+    const T* z = p.z + row * p.ldz + gate_at;
+    const S c_prev = p.c_prev ? S::load(p.c_prev + row * p.ldc_prev + at, next.c_prev) : S::set1(0);
+    const CellForward<S> cell = lstm_cell_forward<FloatMath<S>, false>(S::load(z, next.z), S::load(z + kBlock, next.z), S::load(z + 2 * kBlock, next.z),
+                                                                       S::load(z + 3 * kBlock, next.z), c_prev, Peephole<S>{});
+    cell.c.store(p.c + row * p.ldc + at, next.c);
+    cell.h.store(p.h + row * p.ldh + at, next.h);
+    if (p.y) cell.h.store(p.y + row * p.ldy + at, next.y);
+    if (!p.gates) continue;
+    T* gates = p.gates + row * p.ldg + gate_at;
+    cell.i.store(gates, next.gates);
+    cell.f.store(gates + kBlock, next.gates);
+    cell.g.store(gates + 2 * kBlock, next.gates);
+    cell.o.store(gates + 3 * kBlock, next.gates);
+  }
+}
+
+// All rows of a block.
+template <class T, bool kPeephole>
 static INLINE void lstm_block_forward(const LstmCells<T>& p, long block) {
   typedef Simd<T> S;
   typedef typename S::V V;
-  const long ch = block * kBlock, n = kWhole || p.channels - ch > kBlock ? (long)kBlock : p.channels - ch;
+  const long ch = block * kBlock, n = p.channels - ch > kBlock ? (long)kBlock : p.channels - ch;
   for (long j = 0; j < n; j += S::W) {
-    const long lanes = kWhole || n - j > S::W ? (long)S::W : n - j, at = ch + j;
+    const long lanes = n - j > S::W ? (long)S::W : n - j, at = ch + j;
     const Peephole<V> pe = kPeephole ? load_peephole(p.peephole + at, p.channels, lanes) : Peephole<V>{};
-    const T *z = p.z + 4 * ch + j, *c_prev = p.c_prev ? p.c_prev + at : 0;
-    T *c = p.c + at, *h = p.h + at, *y = p.y ? p.y + at : 0, *gates = p.gates ? p.gates + 4 * ch + j : 0;
     for (long r = 0; r < p.rows; ++r) {
+      const T* z = p.z + r * p.ldz + 4 * ch + j;
       const CellForward<V> cell = lstm_cell_forward<VectorMath<T>, kPeephole>(S::load(z), S::load(z + n), S::load(z + 2 * n), S::load(z + 3 * n),
-                                                                              c_prev ? load_lanes<T, kWhole>(c_prev, lanes) : V{}, pe);
-      store_lanes<T, kWhole>(c, cell.c, lanes);
-      store_lanes<T, kWhole>(h, cell.h, lanes);
-      z += p.ldz;
-      c += p.ldc;
-      h += p.ldh;
-      if (c_prev) c_prev += p.ldc_prev;
-      if (y) {
-        store_lanes<T, kWhole>(y, cell.h, lanes);
-        y += p.ldy;
-      }
-      if (gates) {
-        store_lanes<T, kWhole>(gates, cell.i, lanes);
-        store_lanes<T, kWhole>(gates + n, cell.f, lanes);
-        store_lanes<T, kWhole>(gates + 2 * n, cell.g, lanes);
-        store_lanes<T, kWhole>(gates + 3 * n, cell.o, lanes);
-        gates += p.ldg;
-      }
+                                                                              p.c_prev ? S::loadn(p.c_prev + r * p.ldc_prev + at, lanes) : V{}, pe);
+      S::storen(p.c + r * p.ldc + at, cell.c, lanes);
+      S::storen(p.h + r * p.ldh + at, cell.h, lanes);
+      if (p.y) S::storen(p.y + r * p.ldy + at, cell.h, lanes);
+      if (!p.gates) continue;
+      T* gates = p.gates + r * p.ldg + 4 * ch + j;
+      S::storen(gates, cell.i, lanes);
+      S::storen(gates + n, cell.f, lanes);
+      S::storen(gates + 2 * n, cell.g, lanes);
+      S::storen(gates + 3 * n, cell.o, lanes);
     }
   }
 }
 
+// Blocks [begin, end). A cell is a chain of operations that wait for each other: where nothing is in the way four of them go together.
 template <class T>
-static void lstm_cells_forward(const LstmCells<T>& p, long block) {
-  if (p.peephole) lstm_block_forward<T, true, false>(p, block);
-  else if (p.channels - block * kBlock >= kBlock) lstm_block_forward<T, false, true>(p, block);
-  else lstm_block_forward<T, false, false>(p, block);
+static void lstm_cells_forward(const LstmCells<T>& p, long begin, long end) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (!p.peephole) {
+      const long whole = p.channels / kBlock < end ? p.channels / kBlock : end;
+      const CellStep row_step = {p.ldz, p.ldc_prev, p.ldc, p.ldh, p.ldy, p.ldg}, block_step = {4 * kBlock, kBlock, kBlock, kBlock, kBlock, 4 * kBlock};
+      if (p.rows == 1)
+        for (; begin + 4 <= whole; begin += 4) lstm_cells_together<T, 4>(p, 0, begin, block_step);
+      for (; begin < whole; ++begin) {
+        long row = 0;
+        if (!p.gates)  // kept, they would be too many streams of stores at once
+          for (; row + 4 <= p.rows; row += 4) lstm_cells_together<T, 4>(p, row, begin, row_step);
+        for (; row < p.rows; ++row) lstm_cells_together<T, 1>(p, row, begin, row_step);
+      }
+    }
+  }
+  for (; begin < end; ++begin) {
+    if (p.peephole) lstm_block_forward<T, true>(p, begin);
+    else lstm_block_forward<T, false>(p, begin);
+  }
 }
 
-// Pre-activations by GEMM into p.z, then the cell, block by block while they are in cache.
+// Pre-activations by GEMM into p.z, then the cell, block by block while they are in cache; one row stays there, and its cells wait for
+// nothing but each other.
 template <class T>
 static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
-  const long together = sum.rows <= 2 ? 2 : 1, columns = sum.columns;
+  const long together = sum.rows == 1 ? p.end - p.begin : sum.rows == 2 ? 2 : 1, columns = sum.columns;
   for (long block = p.begin; block < p.end; block += together) {
     const long end = block + together < p.end ? block + together : p.end, first = block * kSlab, last = end * kSlab < columns ? end * kSlab : columns;
-    if (sum.a[0] || sum.a[1] || sum.init != sum.out) {
-      Gemm<T> g = sum;
-      g.b += first * g.k;
-      g.columns = last - first;
-      g.init = g.init ? g.init + first : 0;
-      g.out += first;
-      gemm(g);
-    }
-    for (long b = block; b < end; ++b) lstm_cells_forward(p, b);
+    if (sum.a[0] || sum.a[1] || sum.init != sum.out) gemm_columns(sum, first, last);
+    lstm_cells_forward(p, block, end);
   }
 }
 

@@ -3,10 +3,10 @@
 template <class T>
 struct VectorMath;
 
-template <>
-struct VectorMath<float> {
-  typedef Simd<float> S;
-  typedef S::V Number;
+// S: Simd<float>, or Several of its vectors.
+template <class S>
+struct FloatMath {
+  typedef typename S::V Number;
   static INLINE Number one() { return S::set1(1.f); }
   static INLINE Number zero() { return Number{}; }
 
@@ -26,7 +26,7 @@ struct VectorMath<float> {
     p = p * r + S::set1(.5f);
     p = p * r + S::set1(1.f);
     p = p * r + S::set1(1.f);
-    return p * (Number)(((S::I)t << 23) + 0x3f800000);
+    return p * S::power_of_two(t);
   }
 
   static INLINE Number sigmoid(Number x) { return S::divide(one(), one() + exp(-x)); }
@@ -69,6 +69,9 @@ struct VectorMath<float> {
     return S::max(S::set1(-1.f), S::min(S::set1(1.f), r));
   }
 };
+
+template <>
+struct VectorMath<float> : FloatMath<Simd<float>> {};
 
 template <>
 struct VectorMath<double> {

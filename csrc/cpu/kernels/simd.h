@@ -31,6 +31,8 @@ struct Simd<float> {
   enum { W = CONVFAST_BYTES / 4 };
   static INLINE V load(const float* p) { return *(const U*)p; }
   static INLINE void store(float* p, V v) { *(U*)p = v; }
+  // 2^n of the integer n in the low bits of t.
+  static INLINE V power_of_two(V t) { return (V)(((I)t << 23) + 0x3f800000); }
   static INLINE void stream(float* p, V v) { stream_vector((V*)p, v); }
   static INLINE void fence() { stream_fence(); }
 #if CONVFAST_BYTES == 64
@@ -94,4 +96,31 @@ struct Simd<double> {
     if (n >= W) return store(p, v);
     for (long i = 0; i < n; ++i) p[i] = v[i];
   }
+};
+
+// N vectors at once, each operation for all of them before the next: what depends on itself alone would leave the processor waiting.
+template <class T, int N>
+struct Several {
+#define CONVFAST_EACH(expression)                                        \
+  Several result;                                                        \
+  _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) result.v[i] = expression; \
+  return result
+  typename Simd<T>::V v[N];
+  friend INLINE Several operator+(Several a, Several b) { CONVFAST_EACH(a.v[i] + b.v[i]); }
+  friend INLINE Several operator-(Several a, Several b) { CONVFAST_EACH(a.v[i] - b.v[i]); }
+  friend INLINE Several operator*(Several a, Several b) { CONVFAST_EACH(a.v[i] * b.v[i]); }
+  friend INLINE Several operator-(Several a) { CONVFAST_EACH(-a.v[i]); }
+  friend INLINE void operator+=(Several& a, Several b) { a = a + b; }
+  static INLINE Several set1(T x) { CONVFAST_EACH(Simd<T>::set1(x)); }
+  static INLINE Several min(Several a, Several b) { CONVFAST_EACH(Simd<T>::min(a.v[i], b.v[i])); }
+  static INLINE Several max(Several a, Several b) { CONVFAST_EACH(Simd<T>::max(a.v[i], b.v[i])); }
+  static INLINE Several divide(Several n, Several d) { CONVFAST_EACH(Simd<T>::divide(n.v[i], d.v[i])); }
+  static INLINE Several power_of_two(Several t) { CONVFAST_EACH(Simd<T>::power_of_two(t.v[i])); }
+  // Of N places, `apart` elements from one to the next.
+  static INLINE Several load(const T* p, long apart) { CONVFAST_EACH(Simd<T>::load(p + i * apart)); }
+  INLINE void store(T* p, long apart) const {
+    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::store(p + i * apart, v[i]);
+  }
+  typedef Several V;
+#undef CONVFAST_EACH
 };
