@@ -148,12 +148,19 @@ struct Engine {
   // Of a step's rows of x and h, [row][part][split_depth()], with a gap for the sets of the cache.
   long split_ld() const { return kParts * split_depth() + kSplitDepth; }
 
-  // Rows of a part that are run together, and steps of a chunk: their gates stay in L2.
-  static constexpr long kTogether = 8, kMostRows = 32, kForwardBytes = 256 << 10, kBackwardBytes = 512 << 10;
-  long most_rows(const Split& s) const { return std::clamp<long>((p.batch + s.parts - 1) / s.parts, 1, kMostRows); }
-  long steps_of_chunk(long bytes) const {
-    if (bytes == kForwardBytes && together()) return 1;
-    return std::min(p.time, std::max<long>(1, bytes / (most_rows(split()) * ldz * long(sizeof(T)))));
+  // Rows of a part that are run together, and bytes of a chunk's gates, which stay in L2. Twice the rows read the weights half as
+  // often, but what is saved of them would leave the cache.
+  struct Pass {
+    bool forward;
+    long most_rows, bytes;
+  };
+  static constexpr Pass kInference = {true, 64, 256 << 10}, kTraining = {true, 32, 256 << 10}, kBackward = {false, 32, 512 << 10};
+  static constexpr long kTogether = 8;
+  Pass pass = kInference;
+  long most_rows(const Split& s) const { return std::clamp<long>((p.batch + s.parts - 1) / s.parts, 1, pass.most_rows); }
+  long steps_of_chunk() const {
+    if (pass.forward && together()) return 1;
+    return std::min(p.time, std::max<long>(1, pass.bytes / (most_rows(split()) * ldz * long(sizeof(T)))));
   }
 
   // Rows `first + i * stride` of the order; those that take part in a step come first.
@@ -347,8 +354,9 @@ struct Engine {
                 empty_cpu({p.directions, p.batch, hidden}, wide), save ? empty_cpu({p.directions, p.batch, p.time, hidden}, wide) : empty_cpu({0}, wide),
                 save ? empty_cpu({p.directions, p.batch, p.time, 4 * hidden}, wide) : empty_cpu({0}, wide)};
     if (p.batch == 0) return all;
+    pass = save ? kTraining : kInference;
     const Split s = split();
-    const long rows = most_rows(s), steps = steps_of_chunk(kForwardBytes);
+    const long rows = most_rows(s), steps = steps_of_chunk();
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
       b.z = workspace.take<T>(steps * round_up(rows, kTileRows) * ldz);
@@ -376,7 +384,7 @@ struct Engine {
     const SequenceOf<A> results(y);
     const bool save = gates.numel() > 0;
     const auto [first, last, ch, ch_end, column, n] = share(member);
-    const long out = w.w_hr ? 0 : ch, out_end = w.w_hr ? size : ch_end, steps = steps_of_chunk(kForwardBytes), most = g.length(0);
+    const long out = w.w_hr ? 0 : ch, out_end = w.w_hr ? size : ch_end, steps = steps_of_chunk(), most = g.length(0);
     const bool joint = together(), direct_x = joint && (w.split ? regular() && frames.feature == 1 : reads_x_directly(g)), direct_y = regular() && !w.w_hr;
     const auto split_rows = [&](long rows, long n, const T* from, long ld, long at) {
       tile_kernels()->split({rows, n, kParts, reinterpret_cast<const float*>(from), ld, b.split + at, split_depth(), split_ld()});
@@ -545,6 +553,7 @@ struct Backward : Engine<A> {
   }
 
   std::vector<Tensor> backward(const Given& given, const std::vector<int64_t>& needs) {
+    Base::pass = Base::kBackward;
     const ScalarType narrow = scalar_type<A>(), wide = scalar_type<T>();
     std::vector<Tensor> grads;
     for (long i = 0; i < kNeeds; ++i) grads.push_back(empty_cpu({0}, narrow));
@@ -559,7 +568,7 @@ struct Backward : Engine<A> {
     T* dx_sum = needs[kX] && p.directions == 2 ? workspace.template take<T>(p.batch * p.time * inputs) : nullptr;
 
     const auto s = Base::split();
-    const long rows = Base::most_rows(s), steps = Base::steps_of_chunk(Base::kBackwardBytes);
+    const long rows = Base::most_rows(s), steps = Base::steps_of_chunk();
     for (long d = 0; d < p.directions; ++d) {
       const Weights w = pack(d, needs);
       std::vector<Buffers> parts(s.parts);
@@ -591,7 +600,7 @@ struct Backward : Engine<A> {
   void run_backward(const Group& g, const Weights& w, const Buffers& b, const Member& member, const Given& given, const Tensor& dx, T* dx_sum,
                     const Tensor& dh0, const Tensor& dc0) {
     const auto [first, last, ch, ch_end, column, n] = Base::share(member);
-    const long h_begin = w.w_hr ? 0 : ch, h_end = w.w_hr ? size : ch_end, most = g.length(0), steps = Base::steps_of_chunk(Base::kBackwardBytes);
+    const long h_begin = w.w_hr ? 0 : ch, h_end = w.w_hr ? size : ch_end, most = g.length(0), steps = Base::steps_of_chunk();
     const T *c_all = static_cast<const T*>(given.c.const_data_ptr()), *gates_all = static_cast<const T*>(given.gates.const_data_ptr());
     const T one = 1;
     Base::read_state(given.dh_n, g, h_begin, h_end, b.dh, ldh);

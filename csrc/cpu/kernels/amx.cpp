@@ -174,12 +174,11 @@ static INLINE void one_by_four(const SplitGemm& g, long row, long n) {
 
 template <int kParts>
 static void tiles(const SplitGemm& g, long begin, long end) {
-  for (long row = 0; row < g.rows; row += 32) {
-    if (g.rows - row > 16)
-      for (long n = begin; n < end; n += 32) two_by_two<kParts>(g, row, n);
-    else
-      for (long n = begin; n < end; n += 64) one_by_four<kParts>(g, row, n);
-  }
+  const long pairs = g.rows % 32 == 0 || g.rows % 32 > 16 ? g.rows : g.rows - g.rows % 32;
+  for (long n = begin; n < end; n += 32)  // its weights stay in L1 while the rows pass by
+    for (long row = 0; row < pairs; row += 32) two_by_two<kParts>(g, row, n);
+  if (pairs < g.rows)
+    for (long n = begin; n < end; n += 64) one_by_four<kParts>(g, pairs, n);
 }
 
 static INLINE void columns(const SplitGemm& g, long begin, long end) {
