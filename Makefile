@@ -43,6 +43,7 @@ demo: $(STAMP)-demo
 test: $(STAMP)-test
 	$(PY) -m pytest -n 2 $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) $(if $(ARGS),|| test $$? -eq 5  # 5: ARGS chose nothing of Triton's)
+	CONVFAST_EMULATE_CUDA=1 $(PY) -m pytest -n 2 $(ARGS) $(if $(ARGS),|| test $$? -eq 5)
 
 bench: $(STAMP)-test
 	$(PY) -m pytest bench $(ARGS)

@@ -1,7 +1,8 @@
-"""Builds ahead of time the library that convfast/native.py would build just in time; metadata: pyproject.toml.
+"""Builds ahead of time the libraries that convfast/native.py would build just in time; metadata: pyproject.toml.
 
-`pip install --no-build-isolation .` builds with the torch that is there; with CONVFAST_NO_NATIVE=1 it needs no compiler
-and installs the Python part only.
+`pip install --no-build-isolation .` builds with the torch that is there, and for CUDA too where torch has it and there
+is nvcc; TORCH_CUDA_ARCH_LIST says for which GPUs. With CONVFAST_NO_NATIVE=1 it needs no compiler and installs the
+Python part only.
 """
 
 import importlib.util
@@ -20,30 +21,42 @@ if os.environ.get("CONVFAST_NO_NATIVE", "0") not in ("", "0"):
     setup()
 else:
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         raise SystemExit(
             f"convfast is built against the torch that is installed ({error}):"
             " install torch >= 2.10 first, then pip install --no-build-isolation ."
         ) from error
 
-    build = native.read_build(ROOT / "csrc" / "build.json")
+    try:
+        architectures = native.architectures(native.nvcc()[1])
+    except native.NativeUnavailable as error:
+        print(f"convfast: without its CUDA library: {error}", file=sys.stderr)
+        kinds = {"cpu": CppExtension}
+    else:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
+        kinds = {"cpu": CppExtension, "cuda": CUDAExtension}
+    builds = {name: native.read_build(ROOT / "csrc" / "build.json", name) for name in kinds}
 
     class Library(BuildExtension):
-        """Names the library after its sources: native.py refuses one that was built from others."""
+        """Names each library after its sources: native.py refuses one that was built from others."""
 
         def get_ext_filename(self, fullname: str) -> str:
-            return str(Path(*fullname.split(".")[:-1], build.prebuilt_name))
+            *package, name = fullname.split(".")
+            return str(Path(*package, builds[name.removeprefix("_")].prebuilt_name))
 
-    library = CppExtension(
-        "convfast._native",
-        [str(Path(source).relative_to(ROOT)) for source in build.sources],
-        extra_compile_args=list(build.cflags),
-        extra_link_args=list(build.ldflags),
-        py_limited_api=True,  # only to keep libtorch_python out: the library uses no Python API at all
-    )
+    libraries = [
+        kind(
+            f"convfast._{name}",
+            [str(Path(source).relative_to(ROOT)) for source in builds[name].sources],
+            extra_compile_args={"nvcc" if name == "cuda" else "cxx": list(builds[name].cflags)},
+            extra_link_args=list(builds[name].ldflags),
+            py_limited_api=True,  # only to keep libtorch_python out: the libraries use no Python API at all
+        )
+        for name, kind in kinds.items()
+    ]
     setup(
-        ext_modules=[library],
+        ext_modules=libraries,
         cmdclass={"build_ext": Library},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

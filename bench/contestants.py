@@ -139,11 +139,10 @@ def deciding_op(op: str) -> str:
 
 
 def usable_backends(op: str, setting: Setting) -> list[str]:
-    """On a GPU only the one that is chosen: the reference there is eager, which takes part already."""
-    op = deciding_op(op)
-    if setting.device == "cuda":
-        return [backends.select(op, None, "cuda", setting.dtype)]
-    return [name for name in reversed(backends.BACKENDS) if backends.why_not(op, name, "cpu", setting.dtype) is None]
+    """On a GPU those with kernels, where there are any: the reference there is eager, which takes part already."""
+    op, device = deciding_op(op), setting.device
+    usable = [name for name in reversed(backends.BACKENDS) if backends.why_not(op, name, device, setting.dtype) is None]
+    return [name for name in usable if name != "reference"] or usable if device == "cuda" else usable
 
 
 def modes_of_compile(setting: Setting, short: bool) -> dict[str, dict[str, object]]:

@@ -45,6 +45,7 @@ def _describe_gpu() -> dict[str, object]:
         "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
         "cudnn": torch.backends.cudnn.version(),
         "triton": _triton_version(),
+        "cuda_library": native.origin("cuda") or f"none: {native.reason('cuda')}",
     }
 
 

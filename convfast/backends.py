@@ -16,6 +16,10 @@ from . import native, reference
 from .triton import runtime as triton_runtime
 
 OPS = ("lstm_gates", "conv_lstm", "conv1d", "lstm")
+# Where the ops of the compiled libraries are in `torch.ops`.
+NAMESPACES = {"cpu": "convfast", "cuda": "convfast", "emulated": "convfast_emulated"}
+# The library of the backend "cuda" in this process.
+CUDA_LIBRARY = "emulated" if native.emulated() else "cuda"
 
 
 @dataclass(frozen=True)
@@ -30,20 +34,28 @@ class Backend:
 
 
 _fakes_lock = threading.Lock()
-_fakes_registered = False
+_with_fakes: set[str] = set()
 
 
-def _native_reason() -> str | None:
-    global _fakes_registered
-    reason = native.reason()
-    if reason is None and not _fakes_registered:
+def _native_reason(library: str = "cpu") -> str | None:
+    """Why a compiled library cannot be had; where it can, its ops are there, with their fakes."""
+    reason = native.reason(library)
+    if reason is None and library not in _with_fakes:
         from . import ops
 
         with _fakes_lock:
-            if not _fakes_registered:
-                ops.register_fakes("convfast")
-                _fakes_registered = True
+            if library not in _with_fakes:
+                ops.register_fakes(NAMESPACES[library], narrow=library == "emulated")
+                _with_fakes.add(library)
     return reason
+
+
+def _cuda_reason() -> str | None:
+    if CUDA_LIBRARY == "emulated":
+        return _native_reason("emulated")
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    return triton_runtime.gpu_reason() or _native_reason() or native.reason("cuda")
 
 
 def _triton_reason() -> str | None:
@@ -53,15 +65,30 @@ def _triton_reason() -> str | None:
     return reason
 
 
-# Best first: an automatic choice takes the first that can run the call.
+# Best first: an automatic choice takes the first that can run the call. Batch, time and frame have no say in it, so
+# that a graph with dynamic shapes stays one graph.
 BACKENDS = {
     "cpu": Backend(("cpu",), None, OPS, _native_reason, lambda name: getattr(torch.ops.convfast, name)),
     "triton": Backend(
         triton_runtime.devices(), triton_runtime.DTYPES, OPS, _triton_reason,
         lambda name: getattr(torch.ops.convfast_triton, name),
     ),
+    "cuda": Backend(
+        ("cpu",) if CUDA_LIBRARY == "emulated" else ("cuda",), triton_runtime.DTYPES, OPS, _cuda_reason,
+        lambda name: getattr(getattr(torch.ops, NAMESPACES[CUDA_LIBRARY]), name),
+    ),
     "reference": Backend(None, None, OPS, lambda: None, lambda name: getattr(reference, name)),
 }  # fmt: skip
+# Why triton comes before cuda, for `convfast.explain`.
+_BUILD = "triton needs no nvcc and no minutes of building"
+GPU_ORDER = {
+    "lstm_gates": f"not measured against it: both are one pass over memory, and {_BUILD}",
+    "conv_lstm": f"not measured against it: {_BUILD}, and its products run as wgmma on sm_90, those of cuda as "
+    "mma.sync; but cuda has no Python between the steps, which should pay where they are short",
+    "conv1d": f"not measured against it: {_BUILD}, and it multiplies by the weights of an LSTM on the same tile",
+    "lstm": f"not measured against it: both are one kernel over all steps, and {_BUILD}; "
+    "but cuda spreads a large hidden size over a cluster of blocks",
+}
 
 
 def available(op: str) -> dict[str, bool | str]:

@@ -1,19 +1,19 @@
 """Which backend and which algorithm a call takes, and why."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from . import backends
-from .nn import ConvLSTM, ConvLSTMCell
+from .nn import LSTM, Conv1d, Conv1dLSTM, ConvLSTM, ConvLSTMCell
 from .ops.conv_lstm import algorithm_of
 
-_OP = "conv_lstm"
 
-
-def explain(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> str:
+def explain(module: ConvLSTM | ConvLSTMCell | LSTM | Conv1d | Conv1dLSTM, input: Tensor) -> str:
     """What a call of `module` on `input` runs, one line a layer and direction. Nothing is computed.
 
     Args:
-        module: a ConvLSTM (of 1 to 3 dims) or a ConvLSTMCell.
+        module: a ConvLSTM (of 1 to 3 dims), a ConvLSTMCell, LSTM, Conv1d or Conv1dLSTM.
         input: as for its call; only its shape is looked at, so it may be on the meta device.
 
     Raises:
@@ -23,23 +23,33 @@ def explain(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> str:
     """
     if not isinstance(input, Tensor):
         raise TypeError(f"explain: input is a {type(input).__name__}, expected a Tensor")
+    if isinstance(module, ConvLSTM | ConvLSTMCell):
+        lines = _conv_lstm(module, input)
+    elif isinstance(module, Conv1d):
+        lines = iter([_line("conv", "conv1d", module, module.weight)])
+    elif isinstance(module, LSTM):
+        lines = _lstm(module)
+    elif isinstance(module, Conv1dLSTM):
+        lines = _conv1d_lstm(module)
+    else:
+        raise TypeError(
+            f"explain: module is a {type(module).__name__}, expected a ConvLSTM, ConvLSTMCell, LSTM, Conv1d or "
+            "Conv1dLSTM"
+        )
+    return "\n".join(lines)
+
+
+def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> Iterator[str]:
     if isinstance(module, ConvLSTMCell):
         module._check(input, None, None)
         frames, steps = input.unsqueeze(1), 1
-    elif isinstance(module, ConvLSTM):
+    else:
         frames, steps, _ = module._frames(input)
         steps = frames.shape[1] if steps is None else steps
-    else:
-        raise TypeError(f"explain: module is a {type(module).__name__}, expected a ConvLSTM or a ConvLSTMCell")
     batch, size = frames.shape[0], frames.shape[3:]
-    lines = []
     for index, (layer, suffixes) in enumerate(zip(module._layers, module._suffixes)):
         for suffix in suffixes:
             weight_ih, weight_hh = (getattr(module, f"weight_{name}{suffix}") for name in ("ih", "hh"))
-            device, dtype = weight_hh.device.type, weight_hh.dtype
-            name = backends.select(_OP, module.backend, device, dtype)
-            better = list(backends.BACKENDS)[: list(backends.BACKENDS).index(name)] if module.backend is None else []
-            passed = [f"{other}: {why}" for other in better if (why := backends.why_not(_OP, other, device, dtype))]
             # One element, seen in the shape of the frames: the choice depends on nothing else.
             like = weight_hh.detach().new_empty(1)
             repeated = index == 0 and frames.shape[1] < steps
@@ -47,9 +57,40 @@ def explain(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> str:
             if layer.groups > 1 or repeated:
                 x, weight_ih = like.expand(batch, steps, weight_hh.shape[0], *layer.state_size(size)), None
             options = (layer.stride, layer.pads, layer.dilation, layer.padding_mode, module.algorithm)
-            how = algorithm_of(name, x, weight_ih, weight_hh, *options)
-            where = f"layer {index}{suffix.removeprefix(f'_l{index}')}"
+            how = algorithm_of(_backend("conv_lstm", module, weight_hh), x, weight_ih, weight_hh, *options)
             hoisted = ", input convolution by the library" if weight_ih is None else ""
-            lines.append(f"{where}: backend {name}, {how}{hoisted}" + "".join(f" ({reason})" for reason in passed))
+            where = f"layer {index}{suffix.removeprefix(f'_l{index}')}"
+            yield _line(where, "conv_lstm", module, weight_hh, f", {how}{hoisted}")
         size = layer.state_size(size)
-    return "\n".join(lines)
+
+
+def _lstm(module: LSTM) -> Iterator[str]:
+    for layer in range(module.num_layers):
+        for direction in module._directions():
+            weight = getattr(module, f"weight_hh_l{layer}{direction}")
+            yield _line(f"layer {layer}{direction}", "lstm", module, weight)
+
+
+def _conv1d_lstm(module: Conv1dLSTM) -> Iterator[str]:
+    for index, conv in enumerate(module.conv):
+        yield _line(f"conv {index}", "conv1d", conv, conv.weight)
+    yield from _lstm(module.lstm)
+
+
+def _backend(op: str, module: ConvLSTM | ConvLSTMCell | LSTM | Conv1d, weight: Tensor) -> str:
+    return backends.select(op, module.backend, weight.device.type, weight.dtype)
+
+
+def _line(
+    where: str, op: str, module: ConvLSTM | ConvLSTMCell | LSTM | Conv1d, weight: Tensor, how: str = ""
+) -> str:
+    """The backend, how it computes, and why no other was chosen."""
+    name, reasons = _backend(op, module, weight), []
+    if module.backend is None:
+        device, dtype = weight.device.type, weight.dtype
+        for other in list(backends.BACKENDS)[: list(backends.BACKENDS).index(name)]:
+            if why := backends.why_not(op, other, device, dtype):
+                reasons.append(f"{other}: {why}")
+        if device == "cuda" and name == "triton":
+            reasons.append(f"cuda: {backends.GPU_ORDER[op]}")
+    return f"{where}: backend {name}{how}" + "".join(f" ({reason})" for reason in reasons)

@@ -12,10 +12,10 @@ from . import backends, native
 
 
 def report() -> str:
-    """Versions, the compiled library, and the backends of each op. Builds the library if that is still to be done."""
-    why = native.reason()
+    """Versions, the compiled libraries, and the backends of each op. Builds the libraries where they are not yet."""
+    why, why_cuda = native.reason(), native.reason("cuda")
     try:
-        compiler = native.compiler()
+        compiler = native.toolchain("cpu" if torch.version.cuda is None else "cuda")
     except native.NativeUnavailable as error:
         compiler = str(error)
     cuda = torch.version.cuda or "none"
@@ -26,6 +26,7 @@ def report() -> str:
         f"compiler     {compiler}",
         f"cache        {native.cache_dir()}",
         f"library      {native.origin() or 'not available: ' + str(why)}",
+        f"for CUDA     {native.origin('cuda') or 'not available: ' + str(why_cuda)}",
     ]
     if why is None:
         lines.append(f"instructions {torch.ops.convfast.cpu_capability()}")

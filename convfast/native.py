@@ -1,4 +1,8 @@
-"""The compiled library: found ahead of time or built just in time, so that `torch.ops.convfast.*` exists.
+"""The compiled libraries: found ahead of time or built just in time, so that `torch.ops.convfast.*` exists.
+
+- "cpu" has every schema, and the kernels for CPU tensors;
+- "cuda" has those for CUDA tensors, and is loaded after it;
+- "emulated" is the source of "cuda" as C++, its ops in `torch.ops.convfast_emulated`: tests run it on the CPU.
 
 In this order: a library that setup.py built next to this file, a library in the cache, a build into the cache by
 `torch.utils.cpp_extension`. Nothing is looked for, built or loaded at import; torch itself is imported by `load()`, so
@@ -12,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,22 +25,31 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ENVIRONMENT = {
-    "CONVFAST_BACKEND": "backend taken where a call names none: reference, triton or cpu",
-    "CONVFAST_NO_NATIVE": "1: neither build nor load the compiled library",
+    "CONVFAST_BACKEND": "backend taken where a call names none: reference, cuda, triton or cpu",
+    "CONVFAST_NO_NATIVE": "1: neither build nor load a compiled library",
     "CONVFAST_CACHE": "directory for libraries built just in time (else TORCH_EXTENSIONS_DIR, else torch's own)",
     "CONVFAST_AUTOTUNE": "1: on a GPU time a few tile sizes, once per shape, and keep the fastest in CONVFAST_CACHE",
     "CONVFAST_POISON": "1: fill fresh memory with NaN, to find values that are read before they are written",
     "ATEN_CPU_CAPABILITY": "default, avx2 or avx512: instruction set, where there is it; unset: and matrix tiles",
+    "CONVFAST_EMULATE_CUDA": "1: the cuda backend runs on CPU tensors, thread by thread, for tests",
     "CXX": "C++ compiler of a just-in-time build (else c++)",
+    "CUDA_HOME": "CUDA toolkit of a just-in-time build (else that of the nvcc on PATH, else /usr/local/cuda)",
+    "TORCH_CUDA_ARCH_LIST": "architectures of a CUDA build, as 8.0;9.0+PTX (else those of the GPUs here)",
 }
 PACKAGE = Path(__file__).resolve().parent
 BUILD_FILE = PACKAGE.parent / "csrc" / "build.json"
 OLDEST_TORCH = (2, 10)
+OLDEST_CUDA = (12, 0)  # thread-block clusters
+OLDEST_GPU = (8, 0)  # asynchronous copies, matrix products in bfloat16
 WAIT_SECONDS = 600.0
 
 log = logging.getLogger("convfast")
@@ -47,35 +61,46 @@ class NativeUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Build:
-    """What csrc/build.json says, and a digest of everything that goes into the library."""
+    """What csrc/build.json says of one library, and a digest of the files and flags that go into it."""
 
+    name: str
     sources: tuple[str, ...]
+    files: tuple[Path, ...]
     cflags: tuple[str, ...]
     ldflags: tuple[str, ...]
     digest: str
 
     @property
     def prebuilt_name(self) -> str:
-        return f"_native_{self.digest}.so"
+        return f"_{self.name}_{self.digest}.so"
 
 
-def read_build(path: Path) -> Build:
-    """Read a build file; its sources are relative to the folder above its own, and come back absolute."""
-    listed = json.loads(path.read_text())
-    root = path.parent.parent
+def read_build(path: Path, name: str = "cpu") -> Build:
+    """Read a library's part of a build file; what it lists is relative to the folder above, and comes back absolute."""
+    libraries = json.loads(path.read_text())
+    listed, root = libraries[name], path.parent.parent
+    for key in ("sources", "headers") if "extends" in listed else ():
+        listed[key] += libraries[listed["extends"]][key]
     sources = [root / source for source in listed["sources"]]
-    digest = hashlib.sha256()
-    included = (file for file in path.parent.rglob("*") if file.suffix in (".h", ".inc"))
-    for file in sorted({path, *sources, *included}):
+    headers = (file for pattern in listed["headers"] for file in root.glob(pattern))
+    digest = hashlib.sha256(json.dumps(listed).encode())
+    files = tuple(sorted({*sources, *headers}))
+    for file in files:
         if not file.is_file():
             raise NativeUnavailable(f"source file {file} is missing")
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
-    return Build(tuple(map(str, sources)), tuple(listed["cflags"]), tuple(listed["ldflags"]), digest.hexdigest()[:16])
+    flags = tuple(listed["cflags"]), tuple(listed["ldflags"])
+    return Build(name, tuple(map(str, sources)), files, *flags, digest.hexdigest()[:16])
+
+
+def emulated() -> bool:
+    """Whether the cuda backend is its kernels compiled as C++, on CPU tensors."""
+    return os.environ.get("CONVFAST_EMULATE_CUDA") == "1"
 
 
 _lock = threading.Lock()
-_origin: str | None = None
-_failure: str | None = None
+_origins: dict[str, str] = {}
+_failures: dict[str, str] = {}
 
 
 def _after_fork() -> None:
@@ -88,44 +113,50 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def load() -> None:
-    """Make `torch.ops.convfast.*` exist. Safe to call again, from any thread and any number of processes.
+def load(name: str = "cpu") -> None:
+    """Make the ops of a library exist. Safe to call again, from any thread and any number of processes.
 
     Raises:
         NativeUnavailable: with the reason. It is found once per process and then repeated.
     """
-    global _origin, _failure
-    if _origin is not None:
+    if name in _origins:
         return
+    if name == "cuda":
+        load("cpu")  # it has the schemas
     with _lock:
-        if _origin is not None:
+        if name in _origins:
             return
-        if _failure is None:
+        if name not in _failures:
             try:
-                _origin = _load()
+                _origins[name] = _load(name)
                 return
             except NativeUnavailable as error:
-                _failure = str(error)
+                _failures[name] = str(error)
             except Exception as error:
-                _failure = f"{type(error).__name__}: {_first_line(str(error))}"
-        raise NativeUnavailable(_failure)
+                _failures[name] = f"{type(error).__name__}: {_first_line(str(error))}"
+        raise NativeUnavailable(_failures[name])
 
 
-def reason() -> str | None:
-    """None when the library is loaded or can be, else why not, in one line. Loads it (and may build it) to find out."""
+def load_for(tensor: Tensor) -> None:
+    """Make the ops exist for tensors where `tensor` is, as `load`."""
+    load("cuda" if tensor.device.type == "cuda" else "cpu")
+
+
+def reason(name: str = "cpu") -> str | None:
+    """None when a library is loaded or can be, else why not, in one line. Loads it (and may build it) to find out."""
     try:
-        load()
+        load(name)
     except NativeUnavailable as error:
         return str(error)
     return None
 
 
-def origin() -> str | None:
-    """Where the loaded library came from, None while none is."""
-    return _origin
+def origin(name: str = "cpu") -> str | None:
+    """Where a loaded library came from, None while it is not loaded."""
+    return _origins.get(name)
 
 
-def _load() -> str:
+def _load(name: str) -> str:
     if os.environ.get("CONVFAST_NO_NATIVE", "0") not in ("", "0"):
         raise NativeUnavailable("disabled by CONVFAST_NO_NATIVE")
     import torch
@@ -133,17 +164,18 @@ def _load() -> str:
     if torch.__version__ < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise NativeUnavailable(f"built for torch >= {oldest}, you have {torch.__version__}")
-    # To register the ops twice ends the process, from a static initializer where nothing can be caught.
-    if hasattr(torch.ops.convfast, "cpu_capability"):
+    if name == "cuda" and torch.version.cuda is None:
+        raise NativeUnavailable("torch is built without CUDA")
+    if _registered(name):
         return "loaded by someone else"
 
-    prebuilt = sorted(PACKAGE.glob("_native_*.so"))
+    prebuilt = sorted(PACKAGE.glob(f"_{name}_*.so"))
     if not BUILD_FILE.is_file():
         if not prebuilt:
             raise NativeUnavailable(f"no prebuilt library in {PACKAGE} and no sources at {BUILD_FILE.parent}")
         _dlopen(prebuilt[0])
         return f"{prebuilt[0]} (prebuilt)"
-    build = read_build(BUILD_FILE)
+    build = read_build(BUILD_FILE, name)
     for path in prebuilt:
         if path.name == build.prebuilt_name:
             _dlopen(path)
@@ -157,6 +189,15 @@ def _load() -> str:
         raise NativeUnavailable(f"{error}; not taken: {refused}") from error
 
 
+def _registered(name: str) -> bool:
+    # To register ops twice ends the process, from a static initializer where nothing can be caught.
+    import torch
+
+    if name == "cuda":
+        return torch._C._dispatch_has_kernel_for_dispatch_key("convfast::lstm_gates_forward", "CUDA")
+    return hasattr(torch.ops.convfast if name == "cpu" else torch.ops.convfast_emulated, "cpu_capability")
+
+
 def _dlopen(path: Path) -> None:
     import torch
 
@@ -167,7 +208,7 @@ def _dlopen(path: Path) -> None:
 
 
 def _load_cached(build: Build) -> str:
-    folder = cache_dir() / f"convfast-{_key(build, compiler())}"
+    folder = cache_dir() / f"convfast-{_key(build, toolchain(build.name))}"
     try:
         if library := _cached_library(folder):
             _dlopen(library)
@@ -214,6 +255,54 @@ def compiler() -> str:
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
         raise NativeUnavailable(f"no C++ compiler: cannot run '{command}' (install g++, or set CXX)") from None
     return f"{command}: {_first_line(shown)}"
+
+
+def nvcc() -> tuple[str, tuple[int, int]]:
+    """nvcc's path and version; NativeUnavailable where there is none that can build for this torch."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise NativeUnavailable("torch is built without CUDA")
+    from torch.utils import cpp_extension
+
+    command = str(Path(cpp_extension.CUDA_HOME or "/usr/local/cuda", "bin", "nvcc"))
+    try:
+        shown = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise NativeUnavailable(
+            f"no nvcc: cannot run {command} (install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME)"
+        ) from None
+    found = re.search(r"release (\d+)\.(\d+)", shown)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    if version < OLDEST_CUDA:
+        raise NativeUnavailable(f"{command} is {_dotted(version)}, expected at least {_dotted(OLDEST_CUDA)}")
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        raise NativeUnavailable(f"{command} is {_dotted(version)}, torch is built for CUDA {torch.version.cuda}")
+    return command, version
+
+
+def architectures(version: tuple[int, int]) -> str:
+    """What a CUDA build is for, as torch reads it: what TORCH_CUDA_ARCH_LIST says, else the GPUs that are here, else a
+    GPU of each generation that nvcc of that version knows; with PTX of the newest for those to come."""
+    import torch
+
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return asked
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    taken = sorted(a for a in here if a >= OLDEST_GPU) or [(8, 0), (9, 0), *[(10, 0)] * (version >= (12, 8))]
+    return ";".join(map(_dotted, taken)) + "+PTX"
+
+
+def toolchain(name: str) -> str:
+    """Everything that a library is compiled with; NativeUnavailable where something is missing."""
+    if name != "cuda":
+        return compiler()
+    command, version = nvcc()
+    return f"{compiler()}, {command}: {_dotted(version)} for {architectures(version)}"
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _key(build: Build, made_by: str) -> str:
@@ -263,14 +352,17 @@ def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
     """Compile into the empty `folder`, load the library from there and return its path."""
     from torch.utils import cpp_extension
 
-    log.warning("convfast: compiling the CPU library, once, for %s", folder.parent if log_file else "this process")
-    with _ninja_on_path():
+    cuda = build.name == "cuda"
+    library = {"cpu": "CPU", "cuda": "CUDA"}.get(build.name, build.name)
+    log.warning("convfast: compiling the %s library, once, for %s", library, folder.parent if log_file else "this call")
+    with _ninja_on_path(), _architectures_set() if cuda else nullcontext():
         try:
             # In a folder of its own: torch's lock file there outlives its process and would block all others for ever.
             cpp_extension.load(
-                "convfast_native",
+                f"convfast_{build.name}",
                 list(build.sources),
-                extra_cflags=list(build.cflags),
+                with_cuda=cuda,
+                **{"extra_cuda_cflags" if cuda else "extra_cflags": list(build.cflags)},
                 extra_ldflags=list(build.ldflags),
                 build_directory=str(folder),
                 is_python_module=False,
@@ -300,6 +392,20 @@ def _ninja_on_path() -> Iterator[None]:
         yield
     finally:
         os.environ["PATH"] = path
+
+
+@contextmanager
+def _architectures_set() -> Iterator[None]:
+    """Let torch build for what the library's key says."""
+    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(nvcc()[1])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+        else:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = before
 
 
 def _first_line(text: str) -> str:

@@ -1,7 +1,14 @@
 // Every schema; no kernel code. The contracts are in ops.h.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(convfast, m) {
+// The emulated CUDA library of the tests has the same schemas in a namespace of its own.
+#ifdef CONVFAST_EMULATE
+#define CONVFAST_LIBRARY(m) STABLE_TORCH_LIBRARY(convfast_emulated, m)
+#else
+#define CONVFAST_LIBRARY(m) STABLE_TORCH_LIBRARY(convfast, m)
+#endif
+
+CONVFAST_LIBRARY(m) {
   m.def(
       "lstm_gates_forward(Tensor gates, Tensor? c, Tensor? peephole, bool save)"
       " -> (Tensor h, Tensor c_out, Tensor activated)");

@@ -1,7 +1,7 @@
 """Fixtures of every test: the backends, a seed, and fresh memory that shows when it is read unwritten.
 
-Triton has tests where there is a GPU; a process with TRITON_INTERPRET=1 in its environment runs them without one, and
-nothing else.
+The backends triton and cuda have tests where there is a GPU. Without one a process with TRITON_INTERPRET=1 in its
+environment runs those of triton, one with CONVFAST_EMULATE_CUDA=1 those of cuda, and nothing else.
 """
 
 import os
@@ -16,16 +16,18 @@ import hypothesis
 import pytest
 import torch
 
-from convfast import backends
+from convfast import backends, native
 from convfast.triton.runtime import interpreted
 from tests.cases import DTYPES, NAMESPACES
 
-PRESENT = ("triton",) if interpreted() else tuple(
-    name for name in reversed(backends.BACKENDS) if name != "triton" or torch.cuda.is_available()
+ON_GPU = ("triton", "cuda")
+ALONE = "triton" if interpreted() else "cuda" if native.emulated() else None
+PRESENT = (ALONE,) if ALONE else tuple(
+    name for name in reversed(backends.BACKENDS) if name not in ON_GPU or torch.cuda.is_available()
 )  # fmt: skip
 
-# Tests that are slow in the interpreter: it runs those whose id has one of these.
-INTERPRETED = {
+# Tests that are slow where the GPU is a CPU: there those run whose id has one of these.
+FEW = {
     "test_any_number_of_threads": ("everything-2",),
     "test_ops_and_their_fakes_agree": ("everything", "frame_2d", "batch_0"),
     "test_chunks_equal_the_whole_sequence": ("4, 1, 1",),
@@ -33,7 +35,7 @@ INTERPRETED = {
 }
 
 hypothesis.settings.register_profile(
-    "convfast", max_examples=5 if interpreted() else 60, deadline=None, derandomize=True, database=None
+    "convfast", max_examples=5 if ALONE else 60, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("convfast")
 
@@ -51,10 +53,10 @@ def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
 def can_run(item: pytest.Item) -> bool:
     """Whether the backend that a test is parametrized with, or made for, is here and takes what the test gives it."""
     params: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
-    only = "triton" if "triton_ops" in item.fixturenames else None
+    only = next((name for name in ON_GPU if f"{name}_ops" in item.fixturenames), None)
     backend = params.get("backend", params.get("kernel_backend", only))
-    few = INTERPRETED.get(item.originalname, ("",))
-    if interpreted() and (backend != "triton" or not any(text in item.name for text in few)):
+    few = FEW.get(item.originalname, ("",))
+    if ALONE and (backend != ALONE or not any(text in item.name for text in few)):
         return False
     if backend is None:
         return True
@@ -63,7 +65,7 @@ def can_run(item: pytest.Item) -> bool:
         backend in PRESENT
         and params.get("dtype", dtypes[0]) in dtypes
         and ("float64_backend" not in item.fixturenames or torch.float64 in dtypes)
-        and ("host_backend" not in item.fixturenames or backend != "triton")
+        and ("host_backend" not in item.fixturenames or backend not in ON_GPU)
     )
 
 
@@ -147,6 +149,13 @@ def triton_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
     """`torch.ops.convfast_triton` with its fakes, for a test of Triton alone."""
     with usable(request, "triton"):
         yield torch.ops.convfast_triton
+
+
+@pytest.fixture
+def cuda_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The ops of the backend cuda with their fakes, for a test of it alone."""
+    with usable(request, "cuda"):
+        yield getattr(torch.ops, NAMESPACES["cuda"])
 
 
 @pytest.fixture(autouse=True)

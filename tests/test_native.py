@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,8 @@ else:
 
 
 def write_stub(folder: Path, number: int = 42, source: str = STUB) -> Path:
-    listed = json.loads(native.BUILD_FILE.read_text()) | {"sources": ["csrc/stub.cpp"]}
+    listed = json.loads(native.BUILD_FILE.read_text())
+    listed["cpu"]["sources"] = ["csrc/stub.cpp"]
     csrc = folder / "csrc"
     csrc.mkdir(parents=True, exist_ok=True)
     (csrc / "stub.cpp").write_text(source)
@@ -293,17 +295,105 @@ def test_prebuilt_library_is_taken_or_refused(tmp_path: Path, filled_cache: Path
 def test_failure_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def fail() -> str:
+    def fail(name: str) -> str:
         calls.append(threading.get_ident())
         raise OSError("a surprise\nin two lines")
 
     monkeypatch.setattr(native, "_load", fail)
-    monkeypatch.setattr(native, "_origin", None)
-    monkeypatch.setattr(native, "_failure", None)
+    monkeypatch.setattr(native, "_origins", {})
+    monkeypatch.setattr(native, "_failures", {})
     assert native.reason() == native.reason() == "OSError: a surprise"
     with pytest.raises(native.NativeUnavailable, match="a surprise"):
         native.load()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "libraries"),
+    [
+        ("csrc/cpu/kernels/gemm.h", {"cpu"}),
+        ("csrc/cuda/mma.h", {"cuda", "emulated"}),
+        ("csrc/cuda/lstm.cu", {"cuda", "emulated"}),
+        ("csrc/testing/simt.h", {"emulated"}),
+        ("csrc/testing/bindings.cpp", set()),
+        ("csrc/library.cpp", {"cpu", "emulated"}),
+        ("csrc/common/cell.h", {"cpu", "cuda", "emulated"}),
+    ],
+)
+def test_a_change_builds_again_what_it_goes_into(changed: str, libraries: set[str], tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    build_file, file = tmp_path / "csrc" / "build.json", tmp_path / changed
+    before = {name: native.read_build(build_file, name).digest for name in ("cpu", "cuda", "emulated")}
+    file.write_text(file.read_text() + "// changed\n")
+    assert {name for name in before if native.read_build(build_file, name).digest != before[name]} == libraries
+
+
+def test_every_include_is_in_the_digest() -> None:
+    for name in ("cpu", "cuda", "emulated"):
+        listed = native.read_build(native.BUILD_FILE, name).files
+        for file in listed:
+            for included in re.findall(r'^#include "(.*)"', file.read_text(), re.MULTILINE):
+                path = (file.parent / included).resolve()
+                emulator = name == "cuda" and path.parent.name == "testing"
+                assert path in listed or emulator, f"{name}: {file}, {included}"
+
+
+@pytest.fixture
+def cuda_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A torch for CUDA 13.0 with its toolkit in the folder; nvcc is the caller's to make."""
+    import torch
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    return tmp_path
+
+
+def write_nvcc(home: Path, version: str) -> Path:
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_nvcc_that_is_missing_too_old_or_of_another_version_is_named(cuda_torch: Path) -> None:
+    def why() -> str:
+        with pytest.raises(native.NativeUnavailable) as found:
+            native.toolchain("cuda")
+        return str(found.value)
+
+    nvcc = cuda_torch / "bin" / "nvcc"
+    assert why() == f"no nvcc: cannot run {nvcc} (install the CUDA toolkit 13.0, or set CUDA_HOME)"
+    write_nvcc(cuda_torch, "11.8")
+    assert why() == f"{nvcc} is 11.8, expected at least 12.0"
+    write_nvcc(cuda_torch, "12.9")
+    assert why() == f"{nvcc} is 12.9, torch is built for CUDA 13.0"
+
+
+@needs_compiler
+def test_architectures_of_a_cuda_build(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    nvcc = write_nvcc(cuda_torch, "13.0")
+    here = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: here[index])
+    assert native.architectures((12, 0)) == "8.0;9.0+PTX"
+    assert native.architectures((13, 0)) == "8.0;9.0;10.0+PTX"
+    here += [(9, 0), (7, 5), (8, 6), (9, 0)]
+    assert native.toolchain("cuda") == f"{native.compiler()}, {nvcc}: 13.0 for 8.6;9.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;10.0+PTX")
+    assert native.toolchain("cuda").endswith(" for 8.0;10.0+PTX")
+
+
+def test_cuda_library_without_cuda_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(native.NativeUnavailable, match=r"^torch is built without CUDA$"):
+        native._load("cuda")
 
 
 @pytest.mark.parametrize("asked, name", [("default", "baseline"), ("avx2", "avx2"), ("avx512", "avx512")])

@@ -100,7 +100,7 @@ class _Stack(nn.Module):
 
     def __init__(self, module: "ConvLSTM") -> None:
         super().__init__()
-        native.load()
+        native.load_for(next(module.parameters()))
         if module._is_lazy():
             raise RuntimeError("ConvLSTM: peepholes have no size yet, expected a call (or image_size) before scripting")
         self.dims = module.dims

@@ -22,7 +22,7 @@ class ScriptedConv1d(nn.Module):
 
     def __init__(self, module: "Conv1d") -> None:
         super().__init__()
-        native.load()
+        native.load_for(next(module.parameters()))
         self.register_buffer("weight", module.weight.detach())
         self.register_buffer("bias", None if module.bias is None else module.bias.detach())
         self.kernel_size, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
@@ -85,7 +85,7 @@ class _LSTMLayer(nn.Module):
 class ScriptedLSTM(nn.Module):
     def __init__(self, module: "LSTM") -> None:
         super().__init__()
-        native.load()
+        native.load_for(next(module.parameters()))
         self.input_size = module.input_size
         self.batch_first = module.batch_first
         self.directions = 2 if module.bidirectional else 1

@@ -14,6 +14,6 @@ __all__ = ["conv1d", "conv1d_lengths", "conv_lstm", "lstm", "lstm_gates", "regis
 
 def register_fakes(namespace: str, narrow: bool = False) -> None:
     """Give the ops in `namespace` their shape functions; once, before any capture. `narrow`: what is kept for
-    the backward, but for the cell state, has the dtype of the weights instead of the state's."""
+    the backward has the dtype of the weights also on CPU tensors (`ops.checks.kept_dtype`)."""
     for op in (_lstm_gates, _conv_lstm, _conv1d, _lstm):
         op.register_fakes(namespace, narrow)

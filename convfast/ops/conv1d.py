@@ -7,7 +7,6 @@ from torch import Tensor, library
 
 from .. import backends, reference
 from ..reference.conv1d import ACTIVATIONS, BY_INPUT, output_length, output_lengths
-from ..reference.lstm_gates import state_dtype
 from ..reference.padded_conv import same_padding
 from ..reference.sequence import ordered
 from .checks import (
@@ -22,6 +21,7 @@ from .checks import (
     check_tensors,
     empty_sequence,
     forward_mode,
+    kept_dtype,
     most_padding,
     needs_function,
     output_size,
@@ -256,7 +256,7 @@ def register_fakes(namespace: str, narrow: bool) -> None:
         save: bool,
     ) -> tuple[Tensor, Tensor]:
         time = output_length(x.shape[1], weight.shape[2], stride, padding, dilation)
-        shape, dtype = (x.shape[0], time, weight.shape[0]), weight.dtype if narrow else state_dtype(weight.dtype)
+        shape, dtype = (x.shape[0], time, weight.shape[0]), kept_dtype(weight, narrow)
         kept = save and activation in BY_INPUT
         return (
             empty_sequence(weight, shape, time_major, weight.dtype),

@@ -20,6 +20,7 @@ from .checks import (
     check_tensors,
     empty_channels_last,
     forward_mode,
+    kept_dtype,
     needs_function,
     output_size,
     unpack_state,
@@ -303,9 +304,11 @@ def algorithm_of(
 ) -> str:
     """What a backend makes of `algorithm`, and why. Only shapes and dtypes are looked at."""
     _check_algorithm(algorithm, backend)
-    if backend not in WITH_WINOGRAD:
+    if backend == "reference" or (backend == "triton" and weight_hh.ndim == 5):
         return "convolutions by the library"
-    return torch.ops.convfast.conv_lstm_algorithm(
+    if backend == "triton":
+        return "direct: implicit GEMM and cell in one launch a step"
+    return backends.function(backend, "conv_lstm_algorithm")(
         input, weight_ih, weight_hh, None, None, input.shape[1], stride, pads, dilation, padding_mode, algorithm
     )
 
@@ -342,7 +345,7 @@ def register_fakes(namespace: str, narrow: bool) -> None:
             ]
         batch, channels, dtype = source.shape[0], w_hh.shape[1], state_dtype(w_hh.dtype)
         sequence, state = [batch, time, channels, *space], [batch, channels, *space]
-        gates, saved = [batch, time, 4 * channels, *space], w_hh.dtype if narrow else dtype
+        gates, saved = [batch, time, 4 * channels, *space], kept_dtype(w_hh, narrow)
         return (
             empty_channels_last(w_hh, sequence, 2, w_hh.dtype),
             empty_channels_last(w_hh, state, 1, w_hh.dtype),

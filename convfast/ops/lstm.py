@@ -18,6 +18,7 @@ from .checks import (
     check_tensors,
     empty_sequence,
     forward_mode,
+    kept_dtype,
     needs_function,
     unpack_state,
     without_autocast,
@@ -229,7 +230,7 @@ def register_fakes(namespace: str, narrow: bool) -> None:
             w_hh.new_empty((directions, batch, size)),
             w_hh.new_empty((directions, batch, hidden), dtype=dtype),
             w_hh.new_empty((*sequence, hidden) if save else 0, dtype=dtype),
-            w_hh.new_empty((*sequence, 4 * hidden) if save else 0, dtype=w_hh.dtype if narrow else dtype),
+            w_hh.new_empty((*sequence, 4 * hidden) if save else 0, dtype=kept_dtype(w_hh, narrow)),
         )
 
     @library.register_fake(f"{namespace}::lstm_backward")

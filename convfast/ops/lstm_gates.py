@@ -14,6 +14,7 @@ from .checks import (
     check_tensors,
     empty_channels_last,
     forward_mode,
+    kept_dtype,
     needs_function,
 )
 
@@ -119,8 +120,7 @@ def register_fakes(namespace: str, narrow: bool) -> None:
     @library.register_fake(f"{namespace}::lstm_gates_forward")
     def _(gates: Tensor, c: Tensor | None, peephole: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         shape = [gates.shape[0], gates.shape[1] // 4, *gates.shape[2:]]
-        dtype = state_dtype(gates.dtype)
-        saved = gates.dtype if narrow else dtype
+        dtype, saved = state_dtype(gates.dtype), kept_dtype(gates, narrow)
         activated = _fake_like(gates, list(gates.shape), saved) if save else gates.new_empty(0, dtype=saved)
         return _fake_like(gates, shape, gates.dtype), _fake_like(gates, shape, dtype), activated
 

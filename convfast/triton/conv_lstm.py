@@ -375,13 +375,12 @@ def candidates(pixels: int, channels: int, dtype: torch.dtype, chip: runtime.Chi
     """Tile sizes of a step, best first: the largest that gives every processor a tile, else the smallest."""
     if chip.backend == "hip":
         sizes = [(64, 32, 32, 4, 2)] if dtype.itemsize == 2 else [(64, 16, 32, 4, 2)]
-    elif dtype.itemsize == 4 and (chip.arch < 90 or runtime.input_precision(dtype) == "ieee"):
-        sizes = [(64, 32, 32, 4, 3), (64, 16, 32, 4, 3)]
-    elif dtype.itemsize == 4:
-        sizes = [(128, 64, 32, 8, 3), (64, 32, 32, 4, 3)]
+    elif runtime.input_precision(dtype) == "ieee" and dtype.itemsize == 4:
+        sizes = [(64, 32, 32, 4, 3), (64, 16, 32, 4, 3)][0 if chip.arch >= 90 else 1 :]
     else:
-        # Without wgmma, which reads both operands from shared memory, the wider tile has no registers to spare.
-        sizes = [(128, 64 if chip.arch >= 90 else 32, 64, 8, 3), (64, 32, 64, 4, 3)]
+        # Where the tensor cores do not read both operands from shared memory, the wider tile has no registers to spare.
+        depth = 128 // dtype.itemsize
+        sizes = [(128, 64 if chip.arch >= 90 else 32, depth, 8, 3), (64, 32, depth, 4, 3)]
     found = []
     for size, block, depth, warps, stages in sizes:
         block = min(block, max(16, triton.next_power_of_2(channels)))

@@ -34,6 +34,11 @@ def reason() -> str | None:
         return f"triton is {triton.__version__}, expected at least {'.'.join(map(str, OLDEST))}"
     if interpreted():
         return None
+    return gpu_reason()
+
+
+def gpu_reason() -> str | None:
+    """Why there is no GPU that kernels can run on, None where there is one."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     major, minor = torch.cuda.get_device_capability()

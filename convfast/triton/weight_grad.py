@@ -93,14 +93,15 @@ class Tile(NamedTuple):
     stages: int
 
 
-def candidates(rows: int, columns: int, dtype: torch.dtype, chip: runtime.Chip) -> list[Tile]:
-    """Tile sizes for `rows` × `columns` of (tap, channel), best first: the largest that the sizes fill and that shared
-    memory and registers hold."""
+def candidates(rows: int, channels: int, taps: int, dtype: torch.dtype, chip: runtime.Chip) -> list[Tile]:
+    """Tile sizes for rows × (tap, channel), best first: the largest that the sizes fill and that shared memory and
+    registers hold; channels that cannot be read 16 bytes at a time pass through registers."""
     wide = dtype.itemsize == 4
+    narrow = wide or chip.backend == "hip" or (channels > 1 and channels % 8 != 0)
     pixels, stages = (32, 2) if chip.backend == "hip" else (32, 3) if wide else (64, 3)
     found = []
-    for most in (64, 32) if wide or chip.backend == "hip" else (128, 64):
-        tile_rows, tile_columns = (min(most, max(16, triton.next_power_of_2(n))) for n in (rows, columns))
+    for most in (64, 32) if narrow else (128, 64):
+        tile_rows, tile_columns = (min(most, max(16, triton.next_power_of_2(n))) for n in (rows, taps * channels))
         tile = Tile(tile_rows, tile_columns, pixels, 8 if tile_rows * tile_columns == 128 * 128 else 4, stages)
         if tile not in found:
             found.append(tile)
@@ -132,7 +133,7 @@ def weight_grad(
         grad = grad.narrow(1, min(max(-time_shift, 0), grad.shape[1]), size)
         source = source.narrow(1, min(max(time_shift, 0), source.shape[1]), size)
     rows, channels = grad.shape[4], source.shape[4]
-    columns = kernel[0] * kernel[1] * channels
+    taps = kernel[0] * kernel[1]
     if grad.numel() == 0:
         return grad.new_zeros((rows, channels, *kernel), dtype=torch.float32)
     if grad.shape[2] == grad.shape[3] == source.shape[2] == source.shape[3] == 1:
@@ -151,10 +152,10 @@ def weight_grad(
 
     def sums(tile: Tile) -> Tensor:
         blocks = batch * time * triton.cdiv(height * width, tile.pixels)
-        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+        tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(taps * channels, tile.columns)
         share = triton.cdiv(blocks, min(blocks, max(1, 2 * chip.processors // tiles)))
         splits = triton.cdiv(blocks, share)
-        partial = grad.new_empty((splits, rows, kernel[0] * kernel[1], channels), dtype=torch.float32)
+        partial = grad.new_empty((splits, rows, taps, channels), dtype=torch.float32)
         _partial_sums[(tiles, splits)](
             grad, source, partial, time, height, width, grad_b, grad_t, *grad.stride()[2:4], *source.shape[2:4],
             source_b, source_t, *source.stride()[2:4], blocks, share,
@@ -167,5 +168,6 @@ def weight_grad(
 
     key = (rows, channels, *kernel, *stride, *dilation, grad.dtype, precision)
     with runtime.on_device_of(grad):
-        total = sums(tune.best("weight_grad", key, grad, candidates(rows, columns, grad.dtype, chip), sums))
+        tile = tune.best("weight_grad", key, grad, candidates(rows, channels, taps, grad.dtype, chip), sums)
+        total = sums(tile)
     return total.transpose(1, 2).reshape(rows, channels, *kernel)
