@@ -1,10 +1,12 @@
 """Paper floors: what each kernel of a case must compute and move, and the least time of it: `python -m bench.floors`
-rewrites the table of docs/gpu.md."""
+rewrites the table of docs/gpu.md. On a CPU of Conv1d → LSTM only, with L2 in the place of shared memory."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from bench.cases import GPU, Case, Conv1dLSTMCase, ConvLSTMCase, GatesCase
 from bench.readme import rewrite
@@ -17,12 +19,21 @@ STATE = 4  # bytes of a cell state
 
 @dataclass(frozen=True)
 class Chip:
-    """Rates of a GPU: two that were measured, and one processor's shared memory."""
+    """Rates: two that were measured, and one processor's shared memory."""
 
     name: str
     flops: float  # a second, in a matrix product
     bytes: float  # a second, read + written by a copy
     shared: float  # bytes a second of one processor
+
+
+def measured(peaks: dict[str, float], peak: str, device: str, case: Case) -> Chip:
+    """From `machine.peaks()`, `peak` being the matmul's key."""
+    if device == "cuda":
+        return Chip("measured", 1e9 * peaks[peak], 1e9 * peaks["GB/s"], H200.shared)
+    # Activations may stay in caches. Threads that share a sample's hidden units share the reading of weights.
+    threads = torch.get_num_threads() if case.batch == 1 else 1
+    return Chip("measured", 1e9 * peaks[peak], float("inf"), 1e9 * threads * peaks["L2 GB/s"])
 
 
 H200 = Chip("H200, bfloat16", 790e12, 4.3e12, 128 * 1.98e9)

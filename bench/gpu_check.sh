@@ -4,6 +4,7 @@
 #                                   hypothesis and matplotlib; FOLDER gets the logs and the report (else
 #                                   bench/results/<gpu>-<date>). Without nvcc the parts of the cuda backend fail.
 # Each part has a time limit and the parts do not depend on each other; a part that fails is named at the end.
+# ONLY='build|tests' runs the parts whose names match, for machines that are lent for less time.
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -14,6 +15,7 @@ failed=()
 part() {  # NAME SECONDS COMMAND...: an interrupt at the limit, so that pytest still reports
   local name=$1 limit=$2
   shift 2
+  [[ $name =~ ${ONLY:-.} ]] || return 0
   echo "== $name"
   timeout -k 20 -s INT "$limit" "$@" >"$out/$name.log" 2>&1
   local status=$?

@@ -67,8 +67,8 @@ def slug(machine: dict[str, object]) -> str:
 
 
 def peaks(seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
-    """Best float32 matmul (GFLOP/s) and copy (GB/s, bytes read + written) seen, with torch's thread count; on a GPU the
-    matmul in each precision."""
+    """Best float32 matmul (GFLOP/s) and copy (GB/s, bytes read + written) seen, with torch's thread count, and what one
+    core reads from its L2 cache (GB/s); on a GPU the matmul in each precision."""
     if device == "cuda":
         return _gpu_peaks(seconds)
     matmul = 0.0
@@ -78,7 +78,17 @@ def peaks(seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
     source = torch.zeros(1 << 26)
     target = torch.empty_like(source)
     copy = 2e-9 * source.nbytes / _best(lambda: target.copy_(source), seconds)
-    return {"GFLOP/s": matmul, "GB/s": copy}
+    return {"GFLOP/s": matmul, "GB/s": copy, "L2 GB/s": _l2_rate(seconds)}
+
+
+def _l2_rate(seconds: float) -> float:
+    a, b = torch.randn(2, 1 << 17)  # 1 MiB: more than an L1 cache holds
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return 2e-9 * a.nbytes / _best(lambda: torch.dot(a, b), seconds)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _gpu_peaks(seconds: float) -> dict[str, float]:

@@ -123,7 +123,8 @@ class Report:
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {isa}; torch {m['torch']}, "
             f"convfast {m['convfast']} ({m['commit'] or 'no commit'}), Python {m['python']}, "
             f"{m['system']}; {m['date']}; `{m['command']}`. Measured peaks: "
-            f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul, {m['peaks']['GB/s']:.1f} GB/s copy."
+            f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul, {m['peaks']['GB/s']:.1f} GB/s copy, "
+            f"{m['peaks']['L2 GB/s']:.0f} GB/s from a core's L2."
         )
 
     def summary(self) -> str:
@@ -153,7 +154,7 @@ class Report:
         return markdown_table(["case", "contestant", "peak MB", "of eager", "saved tensors per step"], lines)
 
     def details(self) -> str:
-        lines, on_gpu = [], "gpu" in self.machine
+        lines = []
         for row in self.rows:
             start = [row["case"], row["mode"]]
             for name, f in row.get("contestants", {}).items():
@@ -162,14 +163,12 @@ class Report:
                     f"{f['ratio']:.2f}",
                     f"{f['rate']:.1f} {row['unit']}",
                     f"{f['of_peak']:.0%}",
-                    *([f"{f['of_floor']:.0%}"] if on_gpu else []),
+                    f"{f['of_floor']:.0%}" if "of_floor" in f else "",
                 ]
                 lines.append([*start, name, *figures, f"{f['frames_per_s']:.0f}", f"{f['error_of_bound']:.2f}"])
-            empty = [""] * (6 if on_gpu else 5)
-            lines += [[*start, name, reason, *empty] for name, reason in row.get("absent", {}).items()]
-        head = ["case", "mode", "contestant", "ms", "best/this", "rate", "of peak", "frames/s", "error/bound"]
-        head[7:7] = ["floor/this"] if on_gpu else []
-        return markdown_table(head, lines)
+            lines += [[*start, name, reason, *[""] * 6] for name, reason in row.get("absent", {}).items()]
+        rates = ["rate", "of peak", "floor/this", "frames/s"]
+        return markdown_table(["case", "mode", "contestant", "ms", "best/this", *rates, "error/bound"], lines)
 
     def picture(self, op: str, path: Path) -> None:
         """Bars of time (log) per case, inference and training; the ratio to the best opponent beside ours."""
@@ -229,6 +228,8 @@ def _summary_table(races: list[Row]) -> str:
     direct = races[0]["headline"] + " direct"
     has_direct = all(direct in row["contestants"] for row in races)
     columns += ["direct ms", "direct ratio"] if has_direct else []
+    has_floor = all("of_floor" in row["contestants"][row["headline"]] for row in races)
+    columns += ["floor ms"] if has_floor else []
     lines = []
     for row in races:
         best, ours = row["contestants"][row["best_opponent"]], row["contestants"][row["headline"]]
@@ -245,6 +246,8 @@ def _summary_table(races: list[Row]) -> str:
         if has_direct:
             figures = row["contestants"][direct]
             line += [f"{figures['ms']:.3f}", f"{figures['ratio']:.2f}×"]
+        if has_floor:
+            line.append(f"{ours['ms'] * ours['of_floor']:.3f}")
         lines.append([*line, f"{ours['rate']:.1f}", f"{ours['of_peak']:.0%}", f"{ours['frames_per_s']:.0f}"])
     return markdown_table([*columns, races[0]["unit"], "of peak", "frames/s"], lines)
 

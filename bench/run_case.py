@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.cases import Case
 from bench.contestants import deciding_op
-from bench.floors import H200, Chip, floor
+from bench.floors import floor, measured
 from bench.harness import Contestant, Disagreement, GpuClock, check, race, wall_clock
 from bench.report import Report, race_row, refused_row
 from bench.runtimes import Absent
@@ -48,9 +48,8 @@ def run_case(
     headline = chosen if chosen in timings else f"{chosen} fast"
     peaks, size = report.machine["peaks"], setting.dtype.itemsize
     least = None
-    if on_gpu:
-        rates = 1e9 * peaks[setting.peak("GFLOP/s")], 1e9 * peaks["GB/s"]
-        least = floor(case, train, Chip("measured", *rates, H200.shared), size)
+    if on_gpu or op == "conv1d_lstm":
+        least = floor(case, train, measured(peaks, setting.peak("GFLOP/s"), setting.device, case), size)
     work, peak = case.work(train, size), peaks[setting.peak(case.unit)]
     mode = setting.mode(train)
     row = race_row(op, case, mode, contestants, timings, errors, work, peak, least, headline, absent)

@@ -28,7 +28,9 @@ REGISTERS = 65536  # of a processor
 # Kernels that move 16 bytes at a time (the others of that name are for sizes that do not allow it), and kernels that
 # multiply 16-bit numbers.
 MOVING = r"gates_(for|back)ward_kernelI(fLi4|N3c10(4Half|8BFloat16)ELi8)E"
-MULTIPLYING = r"(forward_step|backward_step|recurrence_forward|recurrence_backward)I.*(4Half|8BFloat16)E"
+MULTIPLYING = (
+    r"(forward_step|forward_sequence|backward_step|recurrence_(for|back)ward|conv1d_kernel)I.*(4Half|8BFloat16)E"
+)
 
 
 def find_nvcc() -> str | None:
@@ -142,5 +144,5 @@ def test_resources_and_instructions(file: Path, target: str) -> None:
             assert "LDG.E.128" in kernel.instructions and "STG.E.128" in kernel.instructions, kernel
         if re.search(MULTIPLYING, kernel.name):
             assert "HMMA" in kernel.instructions, kernel
-    for pattern, files in ((MOVING, ["lstm_gates"]), (MULTIPLYING, ["conv_lstm", "lstm"])):
+    for pattern, files in ((MOVING, ["lstm_gates"]), (MULTIPLYING, ["conv_lstm", "conv1d", "lstm"])):
         assert file.stem not in files or any(re.search(pattern, kernel.name) for kernel in kernels)

@@ -86,11 +86,11 @@ struct Problem {
   }
 
   // Whether the library pads as it has to be done here.
-  bool library_pads() const {
+  bool pads_by_library() const {
     return !walk.lengths && (walk.before + walk.behind == 0 || (walk.mode == Mode::kZeros && walk.before == walk.behind));
   }
   int64_t padded_time() const { return int64_t(walk.before) + walk.time + walk.behind; }
-  Sizes library_padding() const { return {library_pads() ? walk.before : 0}; }
+  Sizes padding_by_library() const { return {pads_by_library() ? walk.before : 0}; }
 };
 
 dim3 grid_of(int64_t threads) { return dim3(unsigned((threads + kThreads - 1) / kThreads)); }
@@ -176,8 +176,8 @@ void forward_by_gemm(const Problem& p, const Tensor& x, const Tensor& weight, co
 template <class A>
 void forward_by_library(const Problem& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& y,
                         const OptionalTensor& pre, cudaStream_t stream) {
-  const Tensor read = p.library_pads() ? x : padded_copy<A>(x, p.walk, p.features, stream);
-  const Tensor z = call<1>("aten::convolution", "", torch::stable::transpose(read, 1, 2), weight, bias, Sizes{p.walk.stride}, p.library_padding(),
+  const Tensor read = p.pads_by_library() ? x : padded_copy<A>(x, p.walk, p.features, stream);
+  const Tensor z = call<1>("aten::convolution", "", torch::stable::transpose(read, 1, 2), weight, bias, Sizes{p.walk.stride}, p.padding_by_library(),
                            Sizes{p.walk.dilation}, false, Sizes{0}, p.groups)[0];
   Finish<A> f{};
   f.walk = p.walk;
@@ -312,12 +312,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_by_library(const Problem& p, const T
   const auto nothing = [&] { return torch::stable::new_empty(weight, {0}); };
   const bool plain = p.activation == Activation::kNone && !p.walk.lengths;
   const Tensor dpre = plain ? dy : derivative_of<A>(p, dy, saved, p.walk.out_time, p.channels, stream);
-  const Tensor read = p.library_pads() ? x : padded_copy<A>(x, p.walk, p.features, stream);
+  const Tensor read = p.pads_by_library() ? x : padded_copy<A>(x, p.walk, p.features, stream);
   const auto found = call<3>("aten::convolution_backward", "", torch::stable::transpose(dpre, 1, 2), torch::stable::transpose(read, 1, 2), weight,
-                             std::optional<Sizes>(Sizes{p.channels}), Sizes{p.walk.stride}, p.library_padding(), Sizes{p.walk.dilation}, false,
+                             std::optional<Sizes>(Sizes{p.channels}), Sizes{p.walk.stride}, p.padding_by_library(), Sizes{p.walk.dilation}, false,
                              Sizes{0}, p.groups, torch::headeronly::HeaderOnlyArrayRef<bool>(wanted, 3));
   Tensor dx = wanted[0] ? torch::stable::empty_like(x) : nothing();
-  if (wanted[0] && p.library_pads()) torch::stable::copy_(dx, torch::stable::transpose(found[0], 1, 2));
+  if (wanted[0] && p.pads_by_library()) torch::stable::copy_(dx, torch::stable::transpose(found[0], 1, 2));
   else if (wanted[0]) fold<A>(p, found[0], dx, stream);
   return {dx, wanted[1] ? torch::stable::contiguous(found[1]) : nothing(), wanted[2] ? found[2] : nothing()};
 }
