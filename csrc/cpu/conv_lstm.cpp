@@ -463,8 +463,8 @@ struct Backward : Engine<A> {
   // What a call wants, how dx comes about, and what all groups share: packed weights, and sums over samples.
   struct Plan {
     bool lean, dx, w_ih, w_hh, bias, peephole, h0, c0;
-    // dh is a GEMM over the taps of dgates. Where the convolutions are alike and Cin fills vectors, dx is more columns of it:
-    // [sample][pixel][dh | dx]. Else dx is a GEMM over dgates alone with all taps as columns, and a gather over them.
+    // dh is a GEMM over the taps of dgates. Where the convolutions are alike and Cin fills vectors, or the rest of dh's, dx is more
+    // columns of it: [sample][pixel][dh | dx]. Else dx is a GEMM over dgates alone with all taps as columns, and a gather over them.
     bool dx_like_dh;
     typename Base::Packed packed;
     const T *w_back = nullptr, *w_dx = nullptr;
@@ -481,7 +481,9 @@ struct Backward : Engine<A> {
 
   long kx() const { return p.convolves_x() ? p.x_conv.taps() * p.x_channels : 0; }
   long kh() const { return p.h_conv.taps() * c1; }
-  long c1_padded() const { return round_up(c1, k.lanes); }
+  // Where dx begins beside dh.
+  long dx_column() const { return fills_dh() ? c1 : round_up(c1, k.lanes); }
+  bool fills_dh() const { return c1 + p.x_channels <= round_up(c1, k.lanes); }
 
   Plan make_plan(bool lean, const std::vector<int64_t>& needs) {
     Plan plan{};
@@ -494,7 +496,7 @@ struct Backward : Engine<A> {
     plan.h0 = needs[5] && defined(in.h0);
     plan.c0 = needs[6] && defined(in.c0);
     plan.dx_like_dh = plan.dx && kx() && p.padding_mode == "zeros" && p.x_conv == p.h_conv &&
-                      4 * p.x_channels >= 3 * round_up(p.x_channels, k.lanes);
+                      (fills_dh() || 4 * p.x_channels >= 3 * round_up(p.x_channels, k.lanes));
     if (lean) plan.packed = Base::pack_weights();
     else plan.packed.peephole = Base::pack_peephole();
     if (tiling && (p.time > 1 || plan.h0 || plan.dx_like_dh)) {
@@ -502,7 +504,7 @@ struct Backward : Engine<A> {
     } else if (p.time > 1 || plan.h0 || plan.dx_like_dh) {
       DgatesOperand back;
       dgates_operand(nullptr, true, back);
-      plan.w_back = pack_taps(back, c1_padded(), plan.dx_like_dh);
+      plan.w_back = pack_taps(back, plan.dx_like_dh);
     }
     if (plan.dx && kx() && !plan.dx_like_dh) {
       DgatesOperand here;
@@ -579,7 +581,7 @@ struct Backward : Engine<A> {
     const T* gates_all = plan.lean ? nullptr : static_cast<const T*>(gates.const_data_ptr());
     T* dgates = workspace.template take<T>(4 * p.batch * padded_pixels * c1);
     Base::clear(dgates, 4 * p.batch * padded_pixels * c1);
-    const long dh_ld = c1_padded() + (plan.dx_like_dh ? round_up(p.x_channels, k.lanes) : 0);
+    const long dh_ld = round_up(plan.dx_like_dh ? dx_column() + p.x_channels : c1, k.lanes);
     T* dh_rec = workspace.template take<T>(p.batch * pixels * dh_ld);
     T* dc = workspace.template take<T>(p.batch * state);
     if (defined(dh_n)) Base::pack_state(*dh_n, Base::plain_maps(), dh_rec, dh_ld);
@@ -691,8 +693,8 @@ struct Backward : Engine<A> {
 
       if (!first || plan.h0 || plan.dx_like_dh) {
         // Nobody wants dh before the first step; its columns can be left out where they are whole panels.
-        const long unit = tiling ? long(kSlab) : k.panel, from = first && !plan.h0 && c1_padded() % unit == 0 ? c1_padded() : 0;
-        const long columns = (plan.dx_like_dh ? c1_padded() + p.x_channels : c1) - from, depth = back.column.size();
+        const long unit = tiling ? long(kSlab) : k.panel, from = first && !plan.h0 && dx_column() % unit == 0 ? dx_column() : 0;
+        const long columns = (plan.dx_like_dh ? dx_column() + p.x_channels : c1) - from, depth = back.column.size();
         if (tiling) {
           const RowsGemm<T> gemm{r, {}, nullptr, columns, 0, dh_rec + from, dh_ld};
           const Winograd<T> w = dgates_tiles(r, dgates, plan.w_back + tiling.kernels->planes * 4 * c1 * from);
@@ -713,7 +715,7 @@ struct Backward : Engine<A> {
       add_weight_grads(region, wgrads, r, has_h, plan.w_hh ? h_frames : nullptr);
       if (plan.sums) add_winograd_sums(region, plan, r, dgates, has_h ? h_frames : nullptr);
       region.run();
-      if (plan.dx_like_dh) unpack_dx(region, active, step, dh_rec + c1_padded(), dh_ld, dx);
+      if (plan.dx_like_dh) unpack_dx(region, active, step, dh_rec + dx_column(), dh_ld, dx);
       if (dx_rows) gather_dx(region, active, step, dx_rows, dx_padded, plan.gather, dx);
     }
     region.run();
@@ -749,7 +751,7 @@ struct Backward : Engine<A> {
 
   // w_hh, and w_ih behind it, turned round: from gates' gradients to those of h and x.
   T* pack_winograd_back(bool with_x) {
-    const long taps = p.h_conv.taps(), split = c1_padded(), ci = p.x_channels;
+    const long taps = p.h_conv.taps(), split = dx_column(), ci = p.x_channels;
     const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = with_x ? torch::stable::contiguous(*in.w_ih) : w_hh;
     return tiling.pack_filters(k, workspace, 4 * c1, with_x ? split + ci : c1, true, [&](long i, long n) -> const A* {
       const long row = p.weight_row(i);
@@ -791,8 +793,8 @@ struct Backward : Engine<A> {
 
   // w_hh, and w_ih behind it, as GEMM operand over the taps of dgates. Both are [4C, channels, *K] over the same taps, so one is
   // packed into the columns before `split` and the other after.
-  T* pack_taps(const DgatesOperand& over, long split, bool with_x) {
-    const long taps = p.h_conv.taps(), columns = with_x ? split + p.x_channels : c1;
+  T* pack_taps(const DgatesOperand& over, bool with_x) {
+    const long taps = p.h_conv.taps(), split = dx_column(), columns = with_x ? split + p.x_channels : c1;
     const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = with_x ? torch::stable::contiguous(*in.w_ih) : w_hh;
     T* packed = workspace.template take<T>(over.column.size() * round_up(columns, k.lanes));
     pack_panels(k, over.column.size(), columns, packed, [&](long i, long n) {
