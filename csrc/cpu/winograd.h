@@ -26,21 +26,27 @@ struct Tiling {
   // Tiles transformed together: few enough that a block's transforms leave room in L2. Where they do not anyway, more of them, so
   // that the weights are read less often; and more for sums, which are read and written once a block.
   long most_tiles(long channels, bool sums) const {
-    constexpr long kFew = 24, kMany = 72;
-    const long bytes = sums ? 2500 << 10 : 400 << 10, fit = bytes / (kernels->planes * std::max<long>(1, channels) * long(sizeof(T)));
-    return fit < kFew ? kMany : std::min<long>(fit, sums ? 2 * kMany : 96);
+    constexpr long kMany = 72;
+    if (leaves_cache(channels, sums)) return kMany;
+    return std::min<long>(tiles_that_fit(channels, sums), sums ? 2 * kMany : 96);
   }
+  bool leaves_cache(long channels, bool sums) const { return tiles_that_fit(channels, sums) < 24; }
+  long tiles_that_fit(long channels, bool sums) const {
+    return (sums ? 5400 << 10 : 400 << 10) / (kernels->planes * std::max<long>(1, channels) * long(sizeof(T)));
+  }
+  // Slabs that go through the planes together, where reading the block's transforms once for each would be reading them from afar.
+  long group(long channels, bool sums) const { return !sums && leaves_cache(channels, false) ? 2 : 1; }
 
   // Enough for inputs of any of these numbers of channels.
   void take_scratch(Workspace& workspace, std::initializer_list<long> channels) {
     if (!kernels) return;
     for (long n : channels)
-      for (bool sums : {false, true}) scratch_size = std::max(scratch_size, round_up(winograd_scratch(kernels->planes, n, most_tiles(n, sums)), 16));
+      for (bool sums : {false, true}) scratch_size = std::max(scratch_size, round_up(winograd_scratch(kernels->planes, n, most_tiles(n, sums), group(n, sums)), 16));
     scratch = workspace.take<T>(scratch_size * torch::stable::get_num_threads());
   }
 
   Winograd<T> problem(const Rows& rows, const WinogradInput<T>& a, const WinogradInput<T>& b, long channels, const T* weights) const {
-    return {rows, down, across, 0, {a, b}, channels, weights};
+    return {rows, down, across, 0, {a, b}, channels, weights, group(channels, !weights)};
   }
 
   long weights_size(long channels, long columns) const { return kernels->planes * channels * columns; }

@@ -275,9 +275,10 @@ struct Tiles {
     w.down = down;
     w.across = across;
     w.block = 5;
+    w.group = 2;
     w.a[0] = {frames.data(), h * line, line, channels, 1, 0, channels};
     w.k = channels;
-    scratch.resize(winograd_scratch(kernels.planes, channels, w.block));
+    scratch.resize(winograd_scratch(kernels.planes, channels, w.block, w.group));
   }
   long tiles() const { return samples * down * across; }
 };

@@ -147,6 +147,7 @@ struct Winograd {
   WinogradInput<T> a[2];
   long k;                  // channels of both inputs, the absent second one too
   const T* weights;        // [slab][plane][panel][k][panel columns]
+  long group;              // slabs whose products are in scratch together
 };
 
 // What one thread does of a step.
@@ -165,9 +166,9 @@ struct GateFrames {
 static inline long winograd_ld(long channels) { return channels % 32 ? channels : channels + 16; }
 static inline long winograd_plane(long tiles, long ld) { return tiles * ld + 16; }
 
-// Scratch of one thread: both transforms of a block.
-static inline long winograd_scratch(long planes, long channels, long block) {
-  return planes * (winograd_plane(block, winograd_ld(channels)) + winograd_plane(block, kSlab));
+// Scratch of one thread: both transforms of a block, the second for `group` slabs.
+static inline long winograd_scratch(long planes, long channels, long block, long group) {
+  return planes * (winograd_plane(block, winograd_ld(channels)) + group * winograd_plane(block, kSlab));
 }
 
 template <class T>

@@ -199,35 +199,6 @@ static INLINE long winograd_depth(const Winograd<T>& w) {
   return k;
 }
 
-// One slab: products [plane][tile][ld] of `tiles` tiles with its weights. Long sums are taken in parts: what a running sum of n terms
-// loses grows with sqrt(n), and the output transform would multiply it.
-template <class T>
-static void winograd_products(const Winograd<T>& w, long planes, long tiles, const T* v, const T* weights, long columns, long ld, T* products) {
-  enum { kPanel = Tile<T>::kPanel, W = Simd<T>::W, kLongest = 256 };
-  const long ldv = winograd_ld(w.k), plane_v = winograd_plane(w.block, ldv), plane = winograd_plane(w.block, ld), zero = 0;
-  const Cut cut(tiles, Tile<T>::kPixels), depth(winograd_depth(w), kLongest);
-  for (long j = 0; j == 0 || j < depth.tiles; ++j) {
-    const long first = j ? depth.at(j) : 0;
-    const Runs run = {&zero, 1, depth.tiles ? depth.at(j + 1) - first : 0, ldv};
-    const Runs* runs[2] = {&run, &run};
-    alignas(64) T part[Tile<T>::kPixels * kPanel];
-    for (long p = 0; p < planes; ++p)
-      for (long n = 0; n < columns; n += kPanel) {
-        const long width = columns - n > W ? (long)kPanel : (long)W;
-        const T* b = weights + (p * ld + n) * w.k + first * width;
-        for (long i = 0; i < cut.tiles; ++i) {
-          const long x = cut.at(i), m = cut.at(i + 1) - x;
-          const T* a[2] = {v + p * plane_v + x * ldv + first, 0};
-          T* out = products + p * plane + x * ld + n;
-          tile_all_columns<T, true>(m, a, runs, b, w.k, 0, width, first ? part : out, first ? width : ld);
-          if (!first) continue;
-          for (long row = 0; row < m; ++row)
-            for (long c = 0; c < width; c += W) Simd<T>::store(out + row * ld + c, Simd<T>::load(out + row * ld + c) + Simd<T>::load(part + row * width + c));
-        }
-      }
-  }
-}
-
 // Slab s of `all` columns: its n columns, ld of them with those that fill the last vector.
 template <class T>
 struct Slab {
@@ -237,6 +208,41 @@ struct Slab {
   }
 };
 
+// Products [slab][plane][tile][ld] of `tiles` tiles with the weights of slabs [first, last): plane by plane, so that its transforms are
+// read once for all of them. Long sums are taken in parts: what a running sum of n terms loses grows with sqrt(n), and the output
+// transform would multiply it.
+template <class T>
+static void winograd_products(const Winograd<T>& w, long planes, long tiles, const T* v, long columns, long first_slab, long last_slab, T* products) {
+  enum { kPanel = Tile<T>::kPanel, W = Simd<T>::W, kLongest = 256 };
+  const long ldv = winograd_ld(w.k), plane_v = winograd_plane(w.block, ldv), zero = 0;
+  const Cut cut(tiles, Tile<T>::kPixels), depth(winograd_depth(w), kLongest);
+  for (long p = 0; p < planes; ++p)
+    for (long s = first_slab; s < last_slab; ++s) {
+      const Slab<T> slab(s, columns);
+      const long ld = slab.ld, plane = winograd_plane(w.block, ld);
+      T* to = products + (s - first_slab) * planes * winograd_plane(w.block, kSlab) + p * plane;
+      for (long j = 0; j == 0 || j < depth.tiles; ++j) {
+        const long first = j ? depth.at(j) : 0;
+        const Runs run = {&zero, 1, depth.tiles ? depth.at(j + 1) - first : 0, ldv};
+        const Runs* runs[2] = {&run, &run};
+        alignas(64) T part[Tile<T>::kPixels * kPanel];
+        for (long n = 0; n < slab.n; n += kPanel) {
+          const long width = slab.n - n > W ? (long)kPanel : (long)W;
+          const T* b = w.weights + (slab.first * planes + p * ld + n) * w.k + first * width;
+          for (long i = 0; i < cut.tiles; ++i) {
+            const long x = cut.at(i), m = cut.at(i + 1) - x;
+            const T* a[2] = {v + p * plane_v + x * ldv + first, 0};
+            T* out = to + x * ld + n;
+            tile_all_columns<T, true>(m, a, runs, b, w.k, 0, width, first ? part : out, first ? width : ld);
+            if (!first) continue;
+            for (long row = 0; row < m; ++row)
+              for (long c = 0; c < width; c += W) Simd<T>::store(out + row * ld + c, Simd<T>::load(out + row * ld + c) + Simd<T>::load(part + row * width + c));
+          }
+        }
+      }
+    }
+}
+
 // All slabs of a range for all its tiles, block by block. finish(tile, slab, products, plane) takes each result: [plane][slab.ld].
 template <class T, int kM, int kR, class Finish>
 static INLINE void winograd_convolution(const Winograd<T>& w, long columns, const WinogradRange& range, T* scratch, const Finish& finish) {
@@ -245,10 +251,14 @@ static INLINE void winograd_convolution(const Winograd<T>& w, long columns, cons
   for (long begin = range.tile; begin < range.tile_end; begin += w.block) {
     const long end = begin + w.block < range.tile_end ? begin + w.block : range.tile_end;
     winograd_input<T, kM, kR>(w, begin, end, scratch);
-    for (long s = range.slab; s < range.slab_end; ++s) {
-      const Slab<T> slab(s, columns);
-      winograd_products(w, kPlanes, end - begin, scratch, w.weights + slab.first * kPlanes * w.k, slab.n, slab.ld, products);
-      for (long i = begin; i < end; ++i) finish(i, slab, products + (i - begin) * slab.ld, winograd_plane(w.block, slab.ld));
+    for (long first = range.slab; first < range.slab_end; first += w.group) {
+      const long last = first + w.group < range.slab_end ? first + w.group : range.slab_end;
+      winograd_products(w, kPlanes, end - begin, scratch, columns, first, last, products);
+      for (long s = first; s < last; ++s) {
+        const Slab<T> slab(s, columns);
+        const T* of_slab = products + (s - first) * kPlanes * winograd_plane(w.block, kSlab);
+        for (long i = begin; i < end; ++i) finish(i, slab, of_slab + (i - begin) * slab.ld, winograd_plane(w.block, slab.ld));
+      }
     }
   }
 }
