@@ -359,7 +359,7 @@ struct Engine {
     const long rows = most_rows(s), steps = steps_of_chunk();
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
-      b.z = workspace.take<T>(steps * round_up(rows, kTileRows) * ldz);
+      b.z = workspace.take<T>(steps * (by_tiles() ? round_up(rows, kTileRows) : rows) * ldz);
       b.split = by_tiles() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
       for (T*& h : b.h) h = workspace.take<T>(rows * ldh);
       b.c = workspace.take<T>(rows * ldh);
