@@ -32,18 +32,6 @@ constexpr ScalarType scalar_type() {
   return std::is_same_v<A, float> ? ScalarType::Float : std::is_same_v<A, Half> ? ScalarType::Half : ScalarType::BFloat16;
 }
 
-template <class F>
-auto switch_dtype(const char* op, const Tensor& w_hh, const F& f) {
-  switch (w_hh.scalar_type()) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Half: return f(Half());
-    case ScalarType::BFloat16: return f(BFloat16());
-    default: break;
-  }
-  CONVFAST_CHECK(false, op, "w_hh", "float32, bfloat16 or float16", torch::headeronly::toString(w_hh.scalar_type()));
-  return f(float());
-}
-
 Extent extent(const Sizes& dims, int leading = 1) {
   int v[3] = {leading, leading, leading};
   for (size_t i = 0; i < dims.size(); ++i) v[3 - dims.size() + i] = int(dims[i]);
@@ -59,15 +47,6 @@ Sizes joined(Sizes leading, const Sizes& space, int64_t last) {
 }
 
 Tensor empty(const Tensor& like, const Sizes& shape, ScalarType dtype) { return torch::stable::new_empty(like, shape, dtype); }
-
-template <class A>
-const A* data(const Tensor& t) {
-  return static_cast<const A*>(t.const_data_ptr());
-}
-template <class A>
-A* out_data(const Tensor& t) {
-  return static_cast<A*>(t.mutable_data_ptr());
-}
 
 unsigned blocks(int64_t n, int64_t of) {
   const int64_t count = (n + of - 1) / of;
@@ -103,9 +82,9 @@ struct FrameConvolution {
     Tensor found = frames;
     if (pads || lengths) {
       found = empty(frames, joined({frames.size(0), frames.size(1)}, padded, channels), scalar_type<A>());
-      const PadFrames<A> p{data<A>(frames), out_data<A>(found), found.numel(), int(frames.size(1)), int(channels), extent(in),
+      const PadFrames<A> p{pointer<A>(frames), writable<A>(found), found.numel(), int(frames.size(1)), int(channels), extent(in),
                            pads ? extent(before, 0) : Extent{0, 0, 0}, extent(padded), mode, t0,
-                           lengths ? data<int64_t>(*lengths) : nullptr};
+                           lengths ? pointer<int64_t>(*lengths) : nullptr};
       launch(pad_frames<A>, blocks(found.numel(), 256), 256, 0, stream, p);
     }
     return movedim(torch::stable::flatten(found, 0, 1), -1, 1);
@@ -122,7 +101,7 @@ struct FrameConvolution {
     const Tensor grads = dense_last(found[0], 1);
     const int64_t channels = source.size(1);
     Tensor frames = empty(grads, joined({source.size(0)}, in, channels), scalar_type<A>());
-    const UnpadFrames<A> p{data<A>(grads), out_data<A>(frames), frames.numel(), int(channels), extent(in), extent(before, 0),
+    const UnpadFrames<A> p{pointer<A>(grads), writable<A>(frames), frames.numel(), int(channels), extent(in), extent(before, 0),
                            extent(padded), mode};
     launch(unpad_frames<A>, blocks(frames.numel(), 256), 256, 0, stream, p);
     found[0] = movedim(frames, -1, 1);
@@ -278,7 +257,7 @@ Tensor packed_weights(const Problem& p, const Tensor& w_hh, cudaStream_t stream)
   const int64_t width = channels_of<T>(kBackward), total = (p.channels + width - 1) / width * conv.k_blocks * T::kColumns * T::kDepth;
   Tensor packed = empty(w_hh, {total}, scalar_type<A>());
   const Tensor w = torch::stable::contiguous(w_hh);
-  const PackWeights<A> s{data<A>(w), out_data<A>(packed), total, int(p.channels), int(p.taps()), conv.k_blocks};
+  const PackWeights<A> s{pointer<A>(w), writable<A>(packed), total, int(p.channels), int(p.taps()), conv.k_blocks};
   launch(pack_weights<A, T, kBackward>, blocks(total, 256), 256, 0, stream, s);
   return packed;
 }
@@ -334,9 +313,9 @@ struct Forward {
     step.pixels = p.pixels();
     step.area = int(p.area());
     step.channels = int(p.channels);
-    step.bias = bias ? data<A>(*bias) : nullptr;
-    step.peephole = peephole ? data<float>(*peephole) : nullptr;
-    step.lengths = lengths ? data<int64_t>(*lengths) : nullptr;
+    step.bias = bias ? pointer<A>(*bias) : nullptr;
+    step.peephole = peephole ? pointer<float>(*peephole) : nullptr;
+    step.lengths = lengths ? pointer<int64_t>(*lengths) : nullptr;
     if constexpr (sizeof(A) == 2) {
       if (by == Engine::kImplicitGemm)
         with_tile<ForwardTiles>(p, false, [&](auto tile) { weights = packed_weights<A, decltype(tile), false>(p, in.w_hh, stream); });
@@ -357,7 +336,7 @@ struct Forward {
       const Tensor chunk = dense_last(count == p.time ? x : torch::stable::narrow(x, 1, begin, count), 2);
       gates_x = defined(in.w_ih) ? dense_last(p.of_x(p.of_x.source<A>(chunk, OptionalTensor(), begin, stream)), 1) : chunk;
     }
-    step.gates_x = data<A>(gates_x) + (t - begin) * gates_frame;
+    step.gates_x = pointer<A>(gates_x) + (t - begin) * gates_frame;
     step.gates_x_sample = count * gates_frame;
   }
 
@@ -369,9 +348,9 @@ struct Forward {
       ForwardSequence<A> s{};
       step.t = p.at(0);
       input_frame(step.t);
-      step.h_before = h_before ? data<A>(*h_before) : nullptr;
+      step.h_before = h_before ? pointer<A>(*h_before) : nullptr;
       step.conv.sample = p.frame();
-      step.weights = data<A>(*weights);
+      step.weights = pointer<A>(*weights);
       s.step = step;
       s.steps = p.time;
       s.direction = down ? -1 : 1;
@@ -393,12 +372,12 @@ struct Forward {
     input_frame(t);
     step.h_before = nullptr;
     if (h_before) {
-      step.h_before = data<A>(*h_before) + t_before * p.frame();
+      step.h_before = pointer<A>(*h_before) + t_before * p.frame();
       step.conv.sample = h_before->size(1) * p.frame();
     }
     if constexpr (sizeof(A) == 2) {
       if (h_before && by == Engine::kImplicitGemm) {
-        step.weights = data<A>(*weights);
+        step.weights = pointer<A>(*weights);
         with_tile<ForwardTiles>(p, false, [&](auto tile) {
           using T = decltype(tile);
           const int64_t across = (p.channels + kForwardChannels<T> - 1) / kForwardChannels<T>;
@@ -413,7 +392,7 @@ struct Forward {
       Tensor sequence = *h_before;
       const Tensor frame = torch::stable::contiguous(torch::stable::narrow(sequence, 1, t_before, 1));
       gates_h = dense_last(p.of_h(p.of_h.source<A>(frame, OptionalTensor(), 0, stream)), 1);
-      step.gates_h = data<A>(gates_h);
+      step.gates_h = pointer<A>(gates_h);
     }
     launch_cell<A>(forward_cell<A, 16 / sizeof(A)>, forward_cell<A, 1>, step, stream);
   }
@@ -437,15 +416,15 @@ Outputs forward(const Problem& p, const Inputs& in, const std::string& save) {
     if (h0) h_before = torch::stable::unsqueeze(*h0, 1);
     int64_t t_before = 0;
     ForwardStep<A>& s = f.step;
-    s.c_before = c0 ? data<float>(*c0) : nullptr;
+    s.c_before = c0 ? pointer<float>(*c0) : nullptr;
     s.c_before_sample = p.frame();
     s.h_sample = p.time * p.frame();
     s.c_sample = saved ? s.h_sample : p.frame();
     s.gates_sample = 4 * s.h_sample;
     const auto place = [&](int64_t t) {
-      s.h = out_data<A>(h) + t * p.frame();
-      s.c = out_data<float>(c) + (saved ? t * p.frame() : 0);
-      s.gates = keeps_gates ? out_data<A>(gates) + 4 * t * p.frame() : nullptr;
+      s.h = writable<A>(h) + t * p.frame();
+      s.c = writable<float>(c) + (saved ? t * p.frame() : 0);
+      s.gates = keeps_gates ? writable<A>(gates) + 4 * t * p.frame() : nullptr;
     };
     place(p.at(0));
     const bool done = f.run_sequence(h_before);
@@ -462,7 +441,7 @@ Outputs forward(const Problem& p, const Inputs& in, const std::string& save) {
   const Tensor h_n = copy_of_frame(h, p.at(p.time - 1)), c_n = saved ? copy_of_frame(c, p.at(p.time - 1)) : c;
   if (defined(in.lengths) && p.pixels() > 0) {
     const Tensor lengths = torch::stable::contiguous(*in.lengths);
-    const ClearFrames<A> s{out_data<A>(h), data<int64_t>(lengths), p.frame(), h.numel(), int(p.time)};
+    const ClearFrames<A> s{writable<A>(h), pointer<int64_t>(lengths), p.frame(), h.numel(), int(p.time)};
     launch(clear_past_lengths<A>, blocks(h.numel(), 256), 256, 0, device.stream, s);
   }
   return {movedim(h, -1, 2), movedim(h_n, -1, 1), movedim(c_n, -1, 1), saved ? movedim(c, -1, 2) : empty(c, {0}, ScalarType::Float),
@@ -499,14 +478,14 @@ struct Backward {
   // dgates_after: as above, undefined where there is no successor; then dh_after, undefined for zero, takes the place of their GEMM.
   void run(const OptionalTensor& dgates_after, OptionalTensor dh_after) {
     if (by == Engine::kLibrary && dgates_after) dh_after = recurrent_backward(*dgates_after, step.t_after);
-    step.dh_after = dh_after ? data<A>(*dh_after) : nullptr;
+    step.dh_after = dh_after ? pointer<A>(*dh_after) : nullptr;
     if constexpr (sizeof(A) == 2) {
       if (by == Engine::kImplicitGemm && dgates_after) {
-        step.dgates_after = data<A>(*dgates_after) + 4 * step.t_after * p.frame();
+        step.dgates_after = pointer<A>(*dgates_after) + 4 * step.t_after * p.frame();
         with_tile<BackwardTiles>(p, true, [&](auto tile) {
           using T = decltype(tile);
           if (!weights) weights = packed_weights<A, T, true>(p, in.w_hh, device.stream);
-          step.weights = data<A>(*weights);
+          step.weights = pointer<A>(*weights);
           const int64_t across = (p.channels + T::kColumns - 1) / T::kColumns;
           launch(backward_step<A, T>, blocks(p.pixels(), T::kPixels) * unsigned(across), T::kThreads, T::kShared, device.stream, step);
         });
@@ -549,7 +528,7 @@ struct Backward {
     if (need_peephole) sums = torch::stable::new_zeros(in.w_hh, joined({p.batch, 3}, p.space, p.channels), ScalarType::Float);
     if (needs[2] || lean) {
       h_before = empty(in.w_hh, sequence, kDtype);
-      const PreviousFrames<A> s{data<A>(h), h0 ? data<A>(*h0) : nullptr, out_data<A>(*h_before), h.numel(), p.frame(), int(p.time),
+      const PreviousFrames<A> s{pointer<A>(h), h0 ? pointer<A>(*h0) : nullptr, writable<A>(*h_before), h.numel(), p.frame(), int(p.time),
                                 p.reverse ? -1 : 1, again.step.lengths};
       launch(previous_frames<A>, blocks(h.numel(), 256), 256, 0, device.stream, s);
     }
@@ -562,27 +541,27 @@ struct Backward {
     step.channels = int(p.channels);
     step.peephole = again.step.peephole;
     step.lengths = again.step.lengths;
-    step.carry = carry ? out_data<float>(*carry) : nullptr;
-    step.dpeephole = sums ? out_data<float>(*sums) : nullptr;
-    step.dc = out_data<float>(dc);
-    step.dc_after = dc_last ? data<float>(*dc_last) : nullptr;
+    step.carry = carry ? writable<float>(*carry) : nullptr;
+    step.dpeephole = sums ? writable<float>(*sums) : nullptr;
+    step.dc = writable<float>(dc);
+    step.dc_after = dc_last ? pointer<float>(*dc_last) : nullptr;
     step.dh_sample = step.c_sample = p.time * p.frame();
     step.dgates_sample = 4 * p.time * p.frame();
     step.gates_sample = lean ? 4 * p.frame() : step.dgates_sample;
     step.t_after = -1;
     for (int64_t i = p.time; i-- > 0;) {
       const int64_t t = step.t = p.at(i);
-      step.dh = dh_all ? data<A>(*dh_all) + t * p.frame() : nullptr;
-      step.c = data<float>(c) + t * p.frame();
-      if (i > 0) step.c_before = data<float>(c) + p.at(i - 1) * p.frame();
-      else step.c_before = c0 ? data<float>(*c0) : nullptr;
+      step.dh = dh_all ? pointer<A>(*dh_all) + t * p.frame() : nullptr;
+      step.c = pointer<float>(c) + t * p.frame();
+      if (i > 0) step.c_before = pointer<float>(c) + p.at(i - 1) * p.frame();
+      else step.c_before = c0 ? pointer<float>(*c0) : nullptr;
       step.c_before_sample = i > 0 ? step.c_sample : p.frame();
-      step.gates = lean ? data<A>(*gates_now) : data<A>(gates) + 4 * t * p.frame();
-      step.dgates = out_data<A>(dgates) + 4 * t * p.frame();
+      step.gates = lean ? pointer<A>(*gates_now) : pointer<A>(gates) + 4 * t * p.frame();
+      step.dgates = writable<A>(dgates) + 4 * t * p.frame();
       if (lean) {
         again.step.c_before = step.c_before;
         again.step.c_before_sample = step.c_before_sample;
-        again.step.gates = out_data<A>(*gates_now);
+        again.step.gates = writable<A>(*gates_now);
         again.step.gates_sample = step.gates_sample;
         again.run(t, i > 0 || h0 ? h_before : OptionalTensor(), t);
       }
@@ -592,7 +571,7 @@ struct Backward {
       step.dc_after = step.dc;
     }
     if (need_h0) {
-      step.dh0 = out_data<A>(dh0);
+      step.dh0 = writable<A>(dh0);
       run(dgates, OptionalTensor());
     }
 
@@ -623,7 +602,7 @@ Outputs conv_lstm_forward(OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, Op
                           std::string padding_mode, bool reverse, std::string algorithm, std::string save) {
   const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
   const Problem p(kForward, in, time, stride, padding, dilation, padding_mode, reverse);
-  return switch_dtype(kForward, w_hh, [&](auto a) { return forward<decltype(a)>(p, in, save); });
+  return switch_dtype(kForward, "w_hh", w_hh.scalar_type(), [&](auto a) { return forward<decltype(a)>(p, in, save); });
 }
 
 Gradients conv_lstm_backward(OptionalTensor dh, OptionalTensor dh_n, OptionalTensor dc_n, OptionalTensor x, OptionalTensor w_ih, Tensor w_hh,
@@ -633,7 +612,9 @@ Gradients conv_lstm_backward(OptionalTensor dh, OptionalTensor dh_n, OptionalTen
   const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
   const Problem p(kBackward, in, time, stride, padding, dilation, padding_mode, reverse);
   CONVFAST_CHECK(needs.size() == 7, kBackward, "needs", "7 flags", needs.size());
-  return switch_dtype(kBackward, w_hh, [&](auto a) { return Backward<decltype(a)>(p, in).backward(dh, dh_n, dc_n, h, c, gates, needs); });
+  return switch_dtype(kBackward, "w_hh", w_hh.scalar_type(), [&](auto a) {
+    return Backward<decltype(a)>(p, in).backward(dh, dh_n, dc_n, h, c, gates, needs);
+  });
 }
 
 std::string conv_lstm_algorithm(OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor h0, OptionalTensor c0, int64_t time, Sizes stride,
