@@ -67,7 +67,7 @@ def slug(machine: dict[str, object]) -> str:
 
 
 def peaks(seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
-    """Best float32 matmul (GFLOP/s) and copy (GB/s, bytes read + written) seen, with torch's thread count, and what one
+    """Best float32 matmul or convolution (GFLOP/s) and copy (GB/s, bytes read + written) seen, with torch's thread count, and what one
     core reads from its L2 cache (GB/s); on a GPU the matmul in each precision."""
     if device == "cuda":
         return _gpu_peaks(seconds)
@@ -75,10 +75,19 @@ def peaks(seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
     for n in (512, 1024, 2048):
         a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
         matmul = max(matmul, 2e-9 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds))
+    matmul = max(matmul, _convolution_rate(seconds))
     source = torch.zeros(1 << 26)
     target = torch.empty_like(source)
     copy = 2e-9 * source.nbytes / _best(lambda: target.copy_(source), seconds)
     return {"GFLOP/s": matmul, "GB/s": copy, "L2 GB/s": _l2_rate(seconds)}
+
+
+def _convolution_rate(seconds: float) -> float:
+    """oneDNN's; some processors' matrix products come from a library that leaves half of them idle."""
+    image = torch.randn(8, 256, 32, 32).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        return 2e-9 * 8 * 32 * 32 * 9 * 256**2 / _best(lambda: torch.conv2d(image, weight, padding=1), seconds)
 
 
 def _l2_rate(seconds: float) -> float:

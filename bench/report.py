@@ -123,7 +123,7 @@ class Report:
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {isa}; torch {m['torch']}, "
             f"convfast {m['convfast']} ({m['commit'] or 'no commit'}), Python {m['python']}, "
             f"{m['system']}; {m['date']}; `{m['command']}`. Measured peaks: "
-            f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul, {m['peaks']['GB/s']:.1f} GB/s copy, "
+            f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul or convolution, {m['peaks']['GB/s']:.1f} GB/s copy, "
             f"{m['peaks']['L2 GB/s']:.0f} GB/s from a core's L2."
         )
 

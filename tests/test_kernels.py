@@ -196,6 +196,8 @@ def test_gemm_over_rows(kernels: ModuleType, isa: str, dtype: type, k: int, colu
         for rows in range(1, 16):
             part = kernels.gemm(isa, a[:rows], b, None if start is None else start[:rows])
             np.testing.assert_array_equal(part, whole[:rows])
+        if columns % (64 // a.itemsize) == 0:  # whole vectors of any instruction set: b can be read as it lies
+            np.testing.assert_array_equal(kernels.gemm(isa, a, b, start, pack_b=False), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,7 +207,11 @@ def test_outer_sum(kernels: ModuleType, isa: str, dtype: type, rows: int, k: int
     a, g = (random.normal(size=size).astype(dtype) for size in ((rows, k), (rows, columns)))
     wide_a, wide_g = a.astype(np.float64), g.astype(np.float64)
     size = np.abs(wide_a).T @ np.abs(wide_g)
-    assert np.all(np.abs(kernels.outer_sum(isa, a, g) - wide_a.T @ wide_g) <= (rows + 1) * np.finfo(dtype).eps * size)
+    whole = kernels.outer_sum(isa, a, g)
+    assert np.all(np.abs(whole - wide_a.T @ wide_g) <= (rows + 1) * np.finfo(dtype).eps * size)
+    if k % 3 == 0:
+        turned = kernels.outer_sum(isa, a, g, runs=3).reshape(3, k // 3, columns)[::-1]
+        np.testing.assert_array_equal(turned.reshape(k, columns), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

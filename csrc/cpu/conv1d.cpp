@@ -231,10 +231,12 @@ struct Engine {
     for (long i = 0; i < n; ++i) to[i * stride] = static_cast<A>(from[i]);
   }
 
+  static long chunks_of(long rows) { return (rows + kRows - 1) / kRows; }
+
   // call(sample, first row, rows) over chunks of each sample's `rows_of` rows, the thread's own.
   template <class F>
   void add_chunks(Region& region, long rows_each, const F& call) const {
-    const long chunks = (rows_each + kRows - 1) / kRows;
+    const long chunks = chunks_of(rows_each);
     region.add(p.batch * chunks, [=](long begin, long end, long thread) {
       for (long i = begin; i < end; ++i) call(i / chunks, i % chunks * kRows, std::min(kRows, rows_each - i % chunks * kRows), thread);
     });
@@ -386,10 +388,10 @@ struct Engine {
     Region region;
 
     T* sums = nullptr;
-    const long sums_size = depth * ldg + ldc;
+    const long sums_size = depth * ldg + ldc, adders = std::min(threads, p.batch * chunks_of(p.out_time));
     if (needs[1] || need_bias) {
-      sums = workspace.take<T>(threads * sums_size);
-      std::fill(sums, sums + threads * sums_size, T(0));
+      sums = workspace.take<T>(adders * sums_size);
+      std::fill(sums, sums + adders * sums_size, T(0));
       const long size = packed_rows(kRows) * width + 64 + kRows * ldc + ldc;
       T* scratch = workspace.take<T>(threads * size);
       add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
@@ -464,7 +466,7 @@ struct Engine {
         for (long f = 0; f < fg; ++f)
           for (long j = 0; j < p.taps; ++j) {
             T total = 0;
-            for (long i = 0; i < threads; ++i)
+            for (long i = 0; i < adders; ++i)
               total += sums[i * sums_size + (p.depthwise() ? j * width + c : ((c / cg * p.taps + j) * fg + f) * ldg + c % cg)];
             *to++ = static_cast<A>(total);
           }
@@ -474,7 +476,7 @@ struct Engine {
       A* to = out_data(dbias);
       for (long c = 0; c < p.channels; ++c) {
         T total = 0;
-        for (long i = 0; i < threads; ++i) total += sums[i * sums_size + depth * ldg + c];
+        for (long i = 0; i < adders; ++i) total += sums[i * sums_size + depth * ldg + c];
         to[c] = static_cast<A>(total);
       }
     }

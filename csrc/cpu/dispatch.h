@@ -111,7 +111,7 @@ inline FromBlob from_blob_function() {
 
 // Uninitialised, with strides that leave no gaps. Large tensors live in the pool, and go back to it with their last reference.
 inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
-  constexpr int64_t kLarge = 1 << 20;
+  constexpr int64_t kLarge = 1 << 17;
   int64_t elements = 1;
   for (int64_t n : shape) elements *= n;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), cpu = aoti_torch_device_type_cpu();
@@ -171,7 +171,8 @@ void parallel(long n, const F& f) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { f(long(begin), long(end)); });
 }
 
-// Pieces of work that do not wait for each other, in one parallel region: every thread takes its share of each, in order.
+// Pieces of work that do not wait for each other, in one parallel region: every thread takes its share of each, in order. Pieces too
+// small for all threads go to one thread after another, from the first on.
 class Region {
  public:
   // f(begin, end, thread) over [0, n).
@@ -183,9 +184,15 @@ class Region {
   void run() {
     const long threads = pieces_.empty() ? 0 : torch::stable::get_num_threads();
     parallel(threads, [&](long first, long last) {
-      for (long i = first; i < last; ++i)
-        for (const auto& [n, f] : pieces_)
-          if (const long begin = n * i / threads, end = n * (i + 1) / threads; begin < end) f(begin, end, i);
+      for (long i = first; i < last; ++i) {
+        long taken = 0;
+        for (const auto& [n, f] : pieces_) {
+          const bool all = n >= threads;
+          const long turn = all ? i : (i + threads - taken % threads) % threads, shares = all ? threads : n;
+          if (turn < shares) f(n * turn / shares, n * (turn + 1) / shares, i);
+          if (!all) taken += n;
+        }
+      }
     });
     pieces_.clear();
   }

@@ -290,9 +290,9 @@ struct Engine {
       });
       return {nullptr, nullptr, bias, pack_peephole(d.peephole), w_hr, packed};
     }
-    T* w = workspace.take<T>((inputs + size) * columns);
+    // One above the other, or two buffers, which the backward will take for its own.
     const long all = together() ? inputs + size : 0;
-    T* w_hh = w + (all ? 0 : inputs * columns);
+    T *w = workspace.take<T>((all ? all : inputs) * columns), *w_hh = all ? w : workspace.take<T>(size * columns);
     pack_matrix(d.w_ih, inputs, w, 0, all ? all : inputs);
     pack_matrix(d.w_hh, size, w_hh, all ? inputs : 0, all ? all : size);
     return {w, w_hh, bias, pack_peephole(d.peephole), w_hr};
@@ -495,15 +495,28 @@ struct Backward : Engine<A> {
   // One direction's weights as the kernels read them, [4H] or [P] long in K, and which of its gradients are wanted.
   struct Weights {
     const T *w_ih, *w_hh, *w_hr, *peephole;
+    long ld_ih, ld_hh;  // 0: packed
     bool need_ih, need_hh, need_bias, need_peephole, need_hr;
   };
 
   // Of a part of the rows: scratch, and sums over its rows.
   struct Buffers {
     T *z, *dh, *dc, *c0, *dm, *m;
-    T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [I][ldz], [P][ldz], [ldz], [3][H], [P][ldh]; null = not wanted
+    T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [4H][I], [4H][P], whole vectors, [ldz], [3][H], [P][ldh]; null = not wanted
     std::vector<T*> x, h, dx, dy;                  // of each member
   };
+
+  static const T* wide(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+
+  // From row to row of a weight where it is read as it lies, else 0: few rows would take about as long as the packing.
+  long reads_directly(const Tensor& w) const {
+    const bool whole = hidden % kBlock == 0 && w.size(1) % k.lanes == 0 && w.stride(1) == 1;
+    return !Base::kNarrow && Base::split().team > 1 && whole ? w.stride(0) : 0;
+  }
+
+  // Gradients of gates as an operand for weights with rows in the order of blocks or, unpacked, of gates.
+  std::vector<long> gates_first;
+  Runs gates_of(long ld) const { return ld ? Runs{gates_first.data(), long(gates_first.size()), kBlock, ldz} : rows_of(4 * hidden, ldz); }
 
   // w [4H, n] with its rows in the order of blocks: [panel][4H][panel columns].
   const T* pack_back(const Tensor& w, long n) {
@@ -534,8 +547,10 @@ struct Backward : Engine<A> {
     w.need_bias = need(kBias) && from.bias;
     w.need_peephole = need(kPeephole) && from.peephole;
     w.need_hr = need(kWhr) && from.w_hr;
-    if (needs[kX]) w.w_ih = pack_back(from.w_ih, inputs);
-    w.w_hh = pack_back(from.w_hh, size);
+    w.ld_ih = reads_directly(from.w_ih);
+    w.ld_hh = reads_directly(from.w_hh);
+    if (needs[kX]) w.w_ih = w.ld_ih ? wide(from.w_ih) : pack_back(from.w_ih, inputs);
+    w.w_hh = w.ld_hh ? wide(from.w_hh) : pack_back(from.w_hh, size);
     w.peephole = Base::pack_peephole(from.peephole);
     if (from.w_hr) {
       T* packed = workspace.template take<T>(size * round_up(hidden, k.lanes));
@@ -550,6 +565,33 @@ struct Backward : Engine<A> {
     T* sum = workspace.template take<T>(n);
     std::fill(sum, sum + n, T(0));
     return sum;
+  }
+
+  // A part's sum of a weight's gradient, [4H][rounded up to vectors]: the gradient itself where it can be.
+  bool sums_in_place(long channels) const { return !Base::kNarrow && channels % k.lanes == 0; }
+
+  T* weight_sum(const Tensor& gradient, long channels, bool first) {
+    if (!first || !sums_in_place(channels)) return cleared(4 * hidden * round_up(channels, k.lanes));
+    T* sum = static_cast<T*>(gradient.mutable_data_ptr());
+    std::fill(sum, sum + gradient.numel(), T(0));
+    return sum;
+  }
+
+  // Adds rows of z (columns of blocks [begin, end)) times rows of x or h to the gradient of a weight.
+  void add_weight_gradient(long rows, const T* z, long begin, long end, const T* other, long ld, long channels, T* sum) const {
+    std::vector<long> from, to;
+    const long ldw = round_up(channels, k.lanes);
+    for (long block = begin; block < end; ++block) {
+      const long width = std::min<long>(kBlock, hidden - block * kBlock);
+      for (long gate = 0; gate < 4; ++gate) {
+        from.push_back(block * kSlab + gate * width);
+        to.push_back(p.weight_row(from.back()) * ldw);
+      }
+      if (block + 1 < end && hidden - (block + 1) * kBlock >= kBlock) continue;
+      k.outer_sum({rows, z, {from.data(), long(from.size()), width, ldz}, other, ld, channels, sum, ldw, to.data()});
+      from.clear();
+      to.clear();
+    }
   }
 
   std::vector<Tensor> backward(const Given& given, const std::vector<int64_t>& needs) {
@@ -567,10 +609,15 @@ struct Backward : Engine<A> {
     // With two directions the sum of their dx, before it is rounded.
     T* dx_sum = needs[kX] && p.directions == 2 ? workspace.template take<T>(p.batch * p.time * inputs) : nullptr;
 
+    for (long gate = 0; gate < 4; ++gate)
+      for (long block = 0; block < hidden / kBlock; ++block) gates_first.push_back(block * kSlab + gate * kBlock);
     const auto s = Base::split();
     const long rows = Base::most_rows(s), steps = Base::steps_of_chunk();
     for (long d = 0; d < p.directions; ++d) {
       const Weights w = pack(d, needs);
+      Tensor* to = grads.data() + (d ? kReverse - kWih : 0);
+      if (w.need_ih) to[kWih] = empty_cpu({4 * hidden, inputs}, narrow);
+      if (w.need_hh) to[kWhh] = empty_cpu({4 * hidden, size}, narrow);
       std::vector<Buffers> parts(s.parts);
       for (Buffers& b : parts) {
         b.z = workspace.template take<T>(steps * rows * ldz);
@@ -579,8 +626,8 @@ struct Backward : Engine<A> {
         b.c0 = in.c0 ? workspace.template take<T>(rows * ldh) : nullptr;
         b.dm = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
         b.m = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
-        b.dw_ih = w.need_ih ? cleared(inputs * ldz) : nullptr;
-        b.dw_hh = w.need_hh ? cleared(size * ldz) : nullptr;
+        b.dw_ih = w.need_ih ? weight_sum(to[kWih], inputs, &b == parts.data()) : nullptr;
+        b.dw_hh = w.need_hh ? weight_sum(to[kWhh], size, &b == parts.data()) : nullptr;
         b.dbias = w.need_bias ? cleared(ldz) : nullptr;
         b.dpeephole = w.need_peephole ? cleared(3 * hidden) : nullptr;
         b.dw_hr = w.need_hr ? cleared(size * ldh) : nullptr;
@@ -592,7 +639,7 @@ struct Backward : Engine<A> {
         }
       }
       Base::run(d, [&](const Group& g, long part, const Member& member) { run_backward(g, w, parts[part], member, given, dx, dx_sum, grads[kH0], grads[kC0]); });
-      finish(d, w, parts, grads);
+      finish(w, parts, to);
     }
     return grads;
   }
@@ -638,24 +685,23 @@ struct Backward : Engine<A> {
         k.lstm_cells_backward(cells);
         member.wait();
         if (s > 0 || dh0.numel())
-          k.gemm({rows, {cells.z}, {rows_of(4 * hidden, ldz)}, w.w_hh + h_begin * 4 * hidden, 4 * hidden, h_end - h_begin, nullptr, 0, b.dh + h_begin, ldh});
+          k.gemm({rows, {cells.z}, {gates_of(w.ld_hh)}, w.w_hh + h_begin * (w.ld_hh ? 1 : 4 * hidden), 4 * hidden, h_end - h_begin, nullptr, 0, b.dh + h_begin, ldh, w.ld_hh});
       }
-      const T* z = b.z + column;
       if (w.need_ih) {
         T* x = b.x[member.rank];
         Base::read_x(g, chunk, x);
-        k.outer_sum({chunk.rows(), x, rows_of(inputs, ldx), z, ldz, n, b.dw_ih + column, ldz});
+        add_weight_gradient(chunk.rows(), b.z, first, last, x, ldx, inputs, b.dw_ih);
       }
       if (w.need_hh) {
         T* h = b.h[member.rank];
         read_h(g, chunk, ys, h);
-        k.outer_sum({chunk.rows(), h, rows_of(size, ldh), z, ldz, n, b.dw_hh + column, ldz});
+        add_weight_gradient(chunk.rows(), b.z, first, last, h, ldh, size, b.dw_hh);
       }
-      if (w.need_bias) k.outer_sum({chunk.rows(), &one, rows_of(1, 0), z, ldz, n, b.dbias + column, ldz});
+      if (w.need_bias) k.outer_sum({chunk.rows(), &one, rows_of(1, 0), b.z + column, ldz, n, b.dbias + column, ldz});
       if (w.w_ih) {
         const long from = member.begin(chunk.rows()), rows = member.end(chunk.rows()) - from;
         T* out = b.dx[member.rank];
-        k.gemm({rows, {b.z + from * ldz}, {rows_of(4 * hidden, ldz)}, w.w_ih, 4 * hidden, inputs, nullptr, 0, out, ldx});
+        k.gemm({rows, {b.z + from * ldz}, {gates_of(w.ld_ih)}, w.w_ih, 4 * hidden, inputs, nullptr, 0, out, ldx, w.ld_ih});
         write_dx(g, chunk, from, from + rows, out, dxs, dx_sum);
       }
       member.wait();
@@ -732,48 +778,38 @@ struct Backward : Engine<A> {
     cells.dh = b.dm;
   }
 
-  // Sums over the parts, [channel][ldz] in columns of blocks, to [4H][channels].
-  Tensor gates_gradient(const std::vector<Buffers>& parts, T* Buffers::*sum, long channels, const std::vector<int64_t>& shape) const {
-    Tensor out = empty_cpu(shape, scalar_type<A>());
-    constexpr long kTogether = 16;
-    parallel((channels + kTogether - 1) / kTogether, [&](long begin, long end) {
-      std::vector<T> total(kTogether * ldz);
+  // Sums over the parts, [rows][ld], to a gradient [rows][channels], which may be the first of them.
+  void add_parts(const std::vector<Buffers>& parts, T* Buffers::*sum, long ld, const Tensor& gradient) const {
+    const long channels = gradient.size(1);
+    if (parts.size() == 1 && parts[0].*sum == gradient.const_data_ptr()) return;
+    parallel(gradient.size(0), [&](long begin, long end) {
+      std::vector<T> total(channels);
       std::vector<const T*> terms(parts.size());
-      for (long first = begin * kTogether; first < std::min(channels, end * kTogether); first += kTogether) {
-        const long n = std::min(kTogether, channels - first);
-        for (long i = 0; i < n; ++i) {
-          for (size_t j = 0; j < parts.size(); ++j) terms[j] = parts[j].*sum + (first + i) * ldz;
-          k.sum_rows(terms.size(), terms.data(), 4 * hidden, total.data() + i * ldz);
-        }
-        for (long column = 0; column < 4 * hidden; ++column) {
-          A* row = out_data(out) + p.weight_row(column) * channels + first;
-          for (long i = 0; i < n; ++i) row[i] = static_cast<A>(total[i * ldz + column]);
-        }
+      for (long i = begin; i < end; ++i) {
+        for (size_t j = 0; j < parts.size(); ++j) terms[j] = parts[j].*sum + i * ld;
+        k.sum_rows(terms.size(), terms.data(), channels, total.data());
+        Base::write(total.data(), channels, out_data(gradient) + i * channels);
       }
     });
-    return out;
   }
 
-  // The same for sums that are in plain order, rows ld apart.
-  Tensor plain_gradient(const std::vector<Buffers>& parts, T* Buffers::*sum, long rows, long ld) const {
-    Tensor out = empty_cpu({rows, hidden}, scalar_type<A>());
-    std::vector<T> total(hidden);
-    std::vector<const T*> terms(parts.size());
-    for (long i = 0; i < rows; ++i) {
-      for (size_t j = 0; j < parts.size(); ++j) terms[j] = parts[j].*sum + i * ld;
-      k.sum_rows(terms.size(), terms.data(), hidden, total.data());
-      Base::write(total.data(), hidden, out_data(out) + i * hidden);
+  // The same for [ldz] in columns of blocks.
+  Tensor bias_gradient(const std::vector<Buffers>& parts) const {
+    Tensor out = empty_cpu({4 * hidden}, scalar_type<A>());
+    for (long column = 0; column < 4 * hidden; ++column) {
+      T total = 0;
+      for (const Buffers& b : parts) total += b.dbias[column];
+      out_data(out)[p.weight_row(column)] = static_cast<A>(total);
     }
     return out;
   }
 
-  void finish(long d, const Weights& w, const std::vector<Buffers>& parts, std::vector<Tensor>& grads) const {
-    Tensor* to = grads.data() + (d ? kReverse - kWih : 0);
-    if (w.need_ih) to[kWih] = gates_gradient(parts, &Buffers::dw_ih, inputs, {4 * hidden, inputs});
-    if (w.need_hh) to[kWhh] = gates_gradient(parts, &Buffers::dw_hh, size, {4 * hidden, size});
-    if (w.need_bias) to[kBias] = gates_gradient(parts, &Buffers::dbias, 1, {4 * hidden});
-    if (w.need_peephole) to[kPeephole] = plain_gradient(parts, &Buffers::dpeephole, 3, hidden);
-    if (w.need_hr) to[kWhr] = plain_gradient(parts, &Buffers::dw_hr, size, ldh);
+  void finish(const Weights& w, const std::vector<Buffers>& parts, Tensor* to) const {
+    if (w.need_ih) add_parts(parts, &Buffers::dw_ih, round_up(inputs, k.lanes), to[kWih]);
+    if (w.need_hh) add_parts(parts, &Buffers::dw_hh, round_up(size, k.lanes), to[kWhh]);
+    if (w.need_bias) to[kBias] = bias_gradient(parts);
+    if (w.need_peephole) add_parts(parts, &Buffers::dpeephole, hidden, to[kPeephole] = empty_cpu({3, hidden}, scalar_type<A>()));
+    if (w.need_hr) add_parts(parts, &Buffers::dw_hr, ldh, to[kWhr] = empty_cpu({size, hidden}, scalar_type<A>()));
   }
 };
 

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -18,6 +19,8 @@ namespace {
 // Past this much idle memory the least recently used buffers are freed.
 constexpr size_t kMostIdle = size_t(1) << 30;
 constexpr size_t kHugePage = size_t(1) << 21;
+// An idle buffer is taken where no more than this, or a quarter, of it would lie idle again.
+constexpr size_t kSlack = size_t(1) << 17;
 
 struct Pool {
   std::mutex mutex;
@@ -46,7 +49,7 @@ std::pair<void*, size_t> borrow(size_t bytes) {
     size_t best = p.idle.size();
     for (size_t i = 0; i < p.idle.size(); ++i) {
       const size_t size = p.idle[i].second;
-      if (size >= bytes && size <= bytes + bytes / 4 && (best == p.idle.size() || size < p.idle[best].second)) best = i;
+      if (size >= bytes && size <= bytes + std::max(bytes / 4, kSlack) && (best == p.idle.size() || size < p.idle[best].second)) best = i;
     }
     if (best != p.idle.size()) {
       buffer = p.idle[best];

@@ -148,31 +148,39 @@ static std::vector<T> pack(const Kernels<T>& table, const T* b, long k, long col
 
 static const long kZero = 0;
 
-// a [rows, k] b [k, columns] + init [rows, columns] -> [rows, columns]
+// a [rows, k] b [k, columns] + init [rows, columns] -> [rows, columns]; b packed first or, whole vectors of it, read as it lies.
 template <class T>
-static Array<T> gemm(const std::string& isa, const Array<T>& a, const Array<T>& b, const OptionalArray<T>& init) {
+static Array<T> gemm(const std::string& isa, const Array<T>& a, const Array<T>& b, const OptionalArray<T>& init, bool pack_b) {
   const Kernels<T>& table = kernels<T>(isa);
   const long rows = a.shape(0), k = a.shape(1), columns = b.shape(1), ld = columns + table.lanes;
   check<T>(b, "b", {k, columns});
   check(init, "init", {rows, columns});
-  const std::vector<T> packed = pack(table, b.data(), k, columns);
+  if (!pack_b && columns % table.lanes) throw py::value_error("b: expected whole vectors of columns");
+  const std::vector<T> packed = pack_b ? pack(table, b.data(), k, columns) : std::vector<T>();
   std::vector<T> out(rows * ld);
   for (long r = 0; init && r < rows; ++r) std::memcpy(&out[r * ld], init->data() + r * columns, columns * sizeof(T));
-  table.gemm({rows, {a.data()}, {{&kZero, 1, k, k}}, packed.data(), k, columns, init ? out.data() : nullptr, ld, out.data(), ld});
+  table.gemm({rows, {a.data()}, {{&kZero, 1, k, k}}, pack_b ? packed.data() : b.data(), k, columns, init ? out.data() : nullptr, ld, out.data(), ld,
+              pack_b ? 0 : columns});
   Array<T> result({rows, columns});
   for (long r = 0; r < rows; ++r) std::memcpy(result.mutable_data() + r * columns, &out[r * ld], columns * sizeof(T));
   return result;
 }
 
-// aᵀ g of a [rows, k] and g [rows, columns] -> [k, columns]
+// aᵀ g of a [rows, k] and g [rows, columns] -> [k, columns]; `runs`: so many stretches of k, the last of them first in the result.
 template <class T>
-static Array<T> outer_sum(const std::string& isa, const Array<T>& a, const Array<T>& g) {
+static Array<T> outer_sum(const std::string& isa, const Array<T>& a, const Array<T>& g, long runs) {
   const Kernels<T>& table = kernels<T>(isa);
   const long rows = a.shape(0), k = a.shape(1), columns = g.shape(1), ld = columns + table.lanes;
   check<T>(g, "g", {rows, columns});
   std::vector<T> wide(rows * ld), sum(k * ld, T(0));
   for (long r = 0; r < rows; ++r) std::memcpy(&wide[r * ld], g.data() + r * columns, columns * sizeof(T));
-  table.outer_sum({rows, a.data(), {&kZero, 1, k, k}, wide.data(), ld, columns, sum.data(), ld});
+  if (runs < 1 || k % runs) throw py::value_error("runs: expected a divisor of k");
+  std::vector<long> from(runs), to(runs);
+  for (long i = 0; i < runs; ++i) {
+    from[i] = i * (k / runs);
+    to[i] = (runs - 1 - i) * (k / runs) * ld;
+  }
+  table.outer_sum({rows, a.data(), {from.data(), runs, k / runs, k}, wide.data(), ld, columns, sum.data(), ld, runs > 1 ? to.data() : nullptr});
   Array<T> result({k, columns});
   for (long i = 0; i < k; ++i) std::memcpy(result.mutable_data() + i * columns, &sum[i * ld], columns * sizeof(T));
   return result;
@@ -370,8 +378,8 @@ static void bind(py::module_& m) {
   backward("leaky_relu_backward", map_backward<T, &Kernels<T>::leaky_relu_backward>);
   backward("silu_backward", map_backward<T, &Kernels<T>::silu_backward>);
   backward("gelu_backward", map_backward<T, &Kernels<T>::gelu_backward>);
-  m.def("gemm", gemm<T>, isa, py::arg("a").noconvert(), py::arg("b").noconvert(), py::arg("init") = py::none());
-  m.def("outer_sum", outer_sum<T>, isa, py::arg("a").noconvert(), py::arg("g").noconvert());
+  m.def("gemm", gemm<T>, isa, py::arg("a").noconvert(), py::arg("b").noconvert(), py::arg("init") = py::none(), py::arg("pack_b") = true);
+  m.def("outer_sum", outer_sum<T>, isa, py::arg("a").noconvert(), py::arg("g").noconvert(), py::arg("runs") = 1);
   m.def("depthwise", depthwise<T>, isa, py::arg("x").noconvert(), py::arg("w").noconvert(), py::arg("bias"), py::arg("stride"), py::arg("dilation"));
   m.def("depthwise_weight_grad", depthwise_weight_grad<T>, isa, py::arg("x").noconvert(), py::arg("g").noconvert(), py::arg("taps"), py::arg("stride"),
         py::arg("dilation"));

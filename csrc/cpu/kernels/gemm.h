@@ -146,12 +146,13 @@ constexpr int vectors_for(int m) {
 #endif
 }
 
-// out[m, :] = init[m, :] + sum over both operands' runs of a[m, k] b[k, :] for NV vectors, two of a panel; panels of B lie `panel` apart.
+// out[m, :] = init[m, :] + sum over both operands' runs of a[m, k] b[k, :] for NV vectors, two of a panel; rows of B lie `ldb` apart,
+// panels `panel`.
 template <class T, int M, int NV>
-static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, const T* b, long panel, const T* init, long ld_init, T* out, long ldo) {
+static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, const T* b, long ldb, long panel, const T* init, long ld_init, T* out, long ldo) {
   typedef Simd<T> S;
   typedef typename S::V V;
-  enum { kWidth = (NV > 1 ? 2 : 1) * S::W, kPanels = NV > 1 ? NV / 2 : 1, kEach = NV > 1 ? 2 : 1 };
+  enum { kEach = NV > 1 ? 2 : 1 };
   V acc[M][NV];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < NV; ++n) acc[m][n] = init ? S::load(init + m * ld_init + n * S::W) : V{};
@@ -161,13 +162,14 @@ static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, con
     for (long i = 0; i < runs.count; ++i) {
       const T* p[(M + 2) / 3];
       for (int j = 0; j < (M + 2) / 3; ++j) p[j] = operand[o] + runs.offset[i] + 3 * j * runs.stride;
-      for (const T* end = b + runs.length * kWidth; b != end; b += kWidth) {
+      for (const T* end = b + runs.length * ldb; b != end; b += ldb) {
         V bv[NV];
+        const T* ahead = b + 12 * ldb;
 #pragma GCC unroll 8
         for (int n = 0; n < NV; ++n) {
-          const T* q = b + n / kEach * panel + n % kEach * S::W;
-          bv[n] = S::load(q);
-          __builtin_prefetch(q + 12 * kWidth);  // L2 does not keep up by itself
+          const long at = n / kEach * panel + n % kEach * S::W;
+          bv[n] = S::load(b + at);
+          __builtin_prefetch(ahead + at);  // L2 does not keep up by itself
         }
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
@@ -188,16 +190,17 @@ template <class T, int M>
 static void few_rows_columns(const Gemm<T>& g, long row, long begin, long end) {
   enum { W = Simd<T>::W, kMost = vectors_for<T>(M) };
   const T* a[2] = {g.a[0] ? g.a[0] + row * g.runs[0].stride : 0, g.a[1] ? g.a[1] + row * g.runs[1].stride : 0};
-  const T *b = g.b + begin * g.k, *init = g.init ? g.init + row * g.ld_init + begin : 0;
+  const long column = g.ldb ? 1 : g.k, ldb = g.ldb ? g.ldb : 2 * W, panel = column * 2 * W;
+  const T *b = g.b + begin * column, *init = g.init ? g.init + row * g.ld_init + begin : 0;
   T* out = g.out + row * g.ldo + begin;
-  const long panel = g.k * 2 * W;
   for (long n = begin; n < end;) {
-    const long left = (end - n + W - 1) / W, step = left >= kMost ? (long)kMost : left >= 2 ? 2 : 1;
-    if (step == kMost) few_rows_gemm<T, M, kMost>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
-    else if (step == 2) few_rows_gemm<T, M, 2>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
-    else few_rows_gemm<T, M, 1>(a, g.runs, b, panel, init, g.ld_init, out, g.ldo);
+    const long left = (end - n + W - 1) / W, step = left >= kMost ? (long)kMost : left >= 4 && kMost > 4 ? 4 : left >= 2 ? 2 : 1;
+    if (step == kMost) few_rows_gemm<T, M, kMost>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo);
+    else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost)>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo);
+    else if (step == 2) few_rows_gemm<T, M, 2>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo);
+    else few_rows_gemm<T, M, 1>(a, g.runs, b, g.ldb ? g.ldb : (long)W, panel, init, g.ld_init, out, g.ldo);
     n += step * W;
-    b += step * W * g.k;
+    b += step * W * column;
     if (init) init += step * W;
     out += step * W;
   }
@@ -244,7 +247,7 @@ static void outer_sum(const OuterSum<T>& p) {
         for (long i = 0; i < cut.tiles; ++i) {
           const long k = cut.at(i), m = cut.at(i + 1) - k;
           const T* a = p.a + row * p.runs.stride + p.runs.offset[run] + k;
-          T* dw = p.dw + (run * p.runs.length + k) * p.ldw + n;
+          T* dw = p.dw + (p.at ? p.at[run] : run * p.runs.length * p.ldw) + k * p.ldw + n;
           if (p.columns - n > W) TileTable<T>::template weight_grad<2>(m, 1, &a, p.runs.stride, &g, p.ldg, &rows, dw, p.ldw);
           else TileTable<T>::template weight_grad<1>(m, 1, &a, p.runs.stride, &g, p.ldg, &rows, dw, p.ldw);
         }

@@ -194,6 +194,7 @@ struct Gemm {
   long ld_init;          // 0: one row for all
   T* out;                // whole vectors are written
   long ldo;
+  long ldb;              // not 0: b is not packed, its rows lie so far apart, and whole vectors of them are read
 };
 
 // dw[k, n] += sum over rows of window(row)[k] g[row, n], whole vectors of n.
@@ -206,6 +207,7 @@ struct OuterSum {
   long ldg, columns;
   T* dw;
   long ldw;
+  const long* at;        // element of dw where each run's rows begin; null: they follow each other
 };
 
 // Rows of an LSTM layer at one step. Rows of z and gates are [block][i | f | g | o][channels of the block].

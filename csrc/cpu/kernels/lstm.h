@@ -93,6 +93,8 @@ static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
   const long together = sum.rows == 1 ? p.end - p.begin : sum.rows == 2 ? 2 : 1, columns = sum.columns;
   for (long block = p.begin; block < p.end; block += together) {
     const long end = block + together < p.end ? block + together : p.end, first = block * kSlab, last = end * kSlab < columns ? end * kSlab : columns;
+    if (p.y)
+      for (long r = 0; r < p.rows; ++r) __builtin_prefetch(p.y + r * p.ldy + block * kBlock, 1);
     if (sum.a[0] || sum.a[1] || sum.init != sum.out) gemm_columns(sum, first, last);
     lstm_cells_forward(p, block, end);
   }
