@@ -50,7 +50,7 @@ else:
             f"convfast._{name}",
             [str(Path(source).relative_to(ROOT)) for source in builds[name].sources],
             extra_compile_args={"nvcc" if name == "cuda" else "cxx": list(builds[name].cflags)},
-            extra_link_args=list(builds[name].ldflags),
+            extra_link_args=[*builds[name].ldflags, *(native.cuda_folders() if name == "cuda" else ())],
             py_limited_api=True,  # only to keep libtorch_python out: the libraries use no Python API at all
         )
         for name, kind in kinds.items()

@@ -67,8 +67,8 @@ def slug(machine: dict[str, object]) -> str:
 
 
 def peaks(seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
-    """Best float32 matmul or convolution (GFLOP/s) and copy (GB/s, bytes read + written) seen, with torch's thread count, and what one
-    core reads from its L2 cache (GB/s); on a GPU the matmul in each precision."""
+    """The best seen with torch's thread count: float32 matmul or convolution (GFLOP/s), copy (GB/s, both ways);
+    and what one core reads from its L2 cache (GB/s). On a GPU the matmul in each precision."""
     if device == "cuda":
         return _gpu_peaks(seconds)
     matmul = 0.0

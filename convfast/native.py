@@ -281,6 +281,15 @@ def nvcc() -> tuple[str, tuple[int, int]]:
     return command, version
 
 
+def cuda_folders() -> list[str]:
+    """The linker's options for the CUDA runtime of nvcc's own toolkit: what torch takes for the toolkit may only have a
+    link or a script named nvcc."""
+    shown = subprocess.run([nvcc()[0], "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", shown, re.MULTILINE)
+    folders = [Path(top[1], name).resolve() for name in ("lib64", "lib", "targets/x86_64-linux/lib")] if top else []
+    return list(dict.fromkeys(f"-L{folder}" for folder in folders if (folder / "libcudart.so").exists()))
+
+
 def architectures(version: tuple[int, int]) -> str:
     """What a CUDA build is for, as torch reads it: what TORCH_CUDA_ARCH_LIST says, else the GPUs that are here, else a
     GPU of each generation that nvcc of that version knows; with PTX of the newest for those to come."""
@@ -363,7 +372,7 @@ def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
                 list(build.sources),
                 with_cuda=cuda,
                 **{"extra_cuda_cflags" if cuda else "extra_cflags": list(build.cflags)},
-                extra_ldflags=list(build.ldflags),
+                extra_ldflags=[*build.ldflags, *(cuda_folders() if cuda else ())],
                 build_directory=str(folder),
                 is_python_module=False,
             )

@@ -372,6 +372,18 @@ def test_nvcc_that_is_missing_too_old_or_of_another_version_is_named(cuda_torch:
     assert why() == f"{nvcc} is 12.9, torch is built for CUDA 13.0"
 
 
+def test_cuda_runtime_is_linked_from_the_toolkit_behind_nvcc(cuda_torch: Path) -> None:
+    nvcc, toolkit = write_nvcc(cuda_torch, "13.0"), cuda_torch / "toolkit"
+    with nvcc.open("a") as file:
+        file.write(f"echo '#$ _HERE_={toolkit}/bin' >&2; echo '#$ TOP={toolkit}/bin/..' >&2\n")
+    (toolkit / "bin").mkdir(parents=True)
+    assert native.cuda_folders() == []
+    library = toolkit / "lib" / "libcudart.so"
+    library.parent.mkdir()
+    library.touch()
+    assert native.cuda_folders() == [f"-L{library.parent}"]
+
+
 @needs_compiler
 def test_architectures_of_a_cuda_build(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch

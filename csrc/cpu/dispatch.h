@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <dlfcn.h>
 
@@ -123,10 +124,10 @@ inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector
     const AOTITorchError error = from_blob_function()(data, shape.size(), shape.data(), strides.data(), 0, type, cpu, -1, &handle,
                                                       aoti_torch_layout_strided(), nullptr, 0, back, reinterpret_cast<void*>(size));
     if (error != AOTI_TORCH_SUCCESS) give_back(data, size);
-    STABLE_TORCH_ERROR_CODE_CHECK(error);
+    TORCH_ERROR_CODE_CHECK(error);
     return Tensor(handle);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type, cpu, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(shape.size(), shape.data(), strides.data(), type, cpu, 0, &handle));
   Tensor t(handle);
   if (bytes && poison_requested()) poison(t.mutable_data_ptr(), bytes);
   return t;

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -49,7 +50,7 @@ auto switch_dtype(const char* op, const char* argument, ScalarType dtype, const 
 template <size_t kReturns, class... Args>
 std::array<Tensor, kReturns> call(const char* op, const char* overload, const Args&... args) {
   std::array<StableIValue, std::max(sizeof...(Args), kReturns)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
   std::array<Tensor, kReturns> results;
   for (size_t i = 0; i < kReturns; ++i) results[i] = torch::stable::detail::to<Tensor>(stack[i]);
   return results;

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
 #include <cstring>
@@ -95,7 +96,7 @@ struct Device {
 #else
   explicit Device(const Tensor& t) : guard(t.get_device_index()) {
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
   torch::stable::accelerator::DeviceGuard guard;
