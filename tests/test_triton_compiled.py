@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
+import triton
+
 from convfast.triton import conv1d, conv_lstm, lstm, lstm_gates, runtime, tune, weight_grad
 from tests.triton_target import CHIPS, Kernel, compiling_for
 
@@ -161,6 +163,8 @@ def test_resources(call: str, target: str, dtype: torch.dtype):
 def test_16_bit_products_run_as_wgmma(call: str):
     products = [k for k in kernels(call, "sm_90", BF16) if "tt.dot" in k.asm["ttir"]]
     assert products
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):  # no wgmma of 8 columns
+        products = [k for k in products if not k.name.startswith("_recurrence") or k.constants["BM"] > 8]
     for kernel in products:
         assert "wgmma.mma_async" in kernel.asm["ptx"], kernel
 

@@ -117,10 +117,15 @@ def unpack_state(op: str, state: tuple[Tensor | None, Tensor | None] | None) -> 
     return state[0], state[1]
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The type that autocast wants on the tensor's device, None outside autocast."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
+    if not _has_autocast(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -154,7 +159,7 @@ def forward_mode() -> bool:
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether the call has to go through the autograd.Function."""
     # A program that is exported has no backward: nothing is to be kept for one.
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() is true of whatever is compiled in torch 2.11
         return False
     # Under vmap a tensor hides that a level further out differentiates it.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

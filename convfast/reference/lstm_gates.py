@@ -76,7 +76,9 @@ def lstm_gates_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """→ (h, c_out, activated); activated is empty unless `save`."""
     h, c_out, activated = cell_forward(gates, c, peephole)
-    return h.to(gates.dtype), c_out, activated if save else activated.new_empty(0)
+    # Not by `to` where it would change nothing: torch 2.11's compiler loses the gradient of such a result.
+    h = h if h.dtype == gates.dtype else h.to(gates.dtype)
+    return h, c_out, activated if save else activated.new_empty(0)
 
 
 def lstm_gates_backward(

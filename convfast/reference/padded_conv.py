@@ -90,10 +90,14 @@ def conv_backward(
     if not any(needs):
         return None, None
     by_conv, by_pad = _split(padding, mode)
-    padded = _pad(x, padding, mode) if by_pad else x
+    padded, narrow = _pad(x, padding, mode) if by_pad else x, weight.dtype
+    if narrow == torch.bfloat16 and len(stride) == 3 and grad.device.type == "cpu":
+        # oneDNN's gradient of the weight is garbage on processors that have bfloat16 in AVX-512 but not in tiles.
+        grad, padded, weight = grad.float(), padded.float(), weight.float()
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         grad, padded, weight, None, stride, by_conv, dilation, False, [0] * len(stride), groups, [*needs, False]
     )
+    dx, dweight = (None if t is None else t.to(narrow) for t in (dx, dweight))
     if needs[0] and by_pad:
         dx = _pad_backward(dx, x.shape, padding, mode)
     return (dx if needs[0] else None), (dweight if needs[1] else None)

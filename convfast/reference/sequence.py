@@ -36,4 +36,6 @@ def previous(state: Tensor, first: Tensor | None, active: Tensor | None, reverse
 
 def ordered(x: Tensor, time_major: bool) -> Tensor:
     """x [B, T, C], a copy where its memory is not [B, T, C], or [T, B, C] if `time_major`."""
-    return x.transpose(0, 1).contiguous().transpose(0, 1) if time_major else x.contiguous()
+    if time_major:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    return x if x.is_contiguous() else x.contiguous()  # as in lstm_gates_forward

@@ -127,8 +127,8 @@ def _forward_step(
     C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, CIN: tl.constexpr, KH_X: tl.constexpr, KW_X: tl.constexpr,
     STRIDE_Y: tl.constexpr, STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr,
     DILATION_Y: tl.constexpr, DILATION_X: tl.constexpr, UNIT: tl.constexpr, C_SEQUENCE: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
-    BK: tl.constexpr, BK_X: tl.constexpr,
+    WIDE: tl.constexpr, ONE_LOOP: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
+    BC: tl.constexpr, BK: tl.constexpr, BK_X: tl.constexpr,
 ):
     """Reads frame t_before of h and c (of T_before), frame t of x or t_x of gates_x (of T_x); writes its pixels and
     channels of frame t (of T) of h, c and gates. Without C_SEQUENCE c is one frame, updated in place: each element is
@@ -157,7 +157,7 @@ def _forward_step(
         x_column = column * STRIDE_X - PAD_X
     if w is not None:
         w += block * (4 * BC * W_ROW)
-        if x is not None and h_before is not None and CIN % BK == 0 and C % BK == 0:
+        if ONE_LOOP and x is not None and h_before is not None and CIN % BK == 0 and C % BK == 0:
             acc = _convolved_both(
                 acc, x, x_rows, x_row, x_column, x_y, x_x, x_height, x_width, h_before, (before - p) * C, y0, x0,
                 height, width, valid, w, CIN, KH_X, KW_X, DILATION_Y, DILATION_X, C, KH, KW, PRECISION, 4 * BC, BK,
@@ -486,7 +486,7 @@ class _Forward:
     ) -> None:
         """`at_once`: a hoisted input convolution is computed for all frames, else for the frame of each step."""
         channels, self.by_library = w_hh.shape[1], w_hh.ndim == 5
-        area = torch.Size(space).numel()
+        area, chip = torch.Size(space).numel(), runtime.chip(w_hh)
         count = tiles(tile, batch * area, channels)
         self.time, self.w_ih, self.w_hh, self.input_options = time, w_ih, w_hh, input_options
         self.x, self.x_sizes, x_constants, x_columns = None, (1, 1, 0, 0, 0, 0, 0), (1, 1, 1, 1, 1, 0, 0, 1, 1, 1), 1
@@ -497,7 +497,7 @@ class _Forward:
         elif x is not None:
             x_columns = w_ih[0].numel()
             by_library = self.by_library or input_options[3] != "zeros"
-            if by_library or hoists(count, x_columns, runtime.chip(w_hh).processors):
+            if by_library or hoists(count, x_columns, chip.processors):
                 self.frames = x[:, :1] if x.stride(1) == 0 else x
                 if at_once:
                     self.gates_x, self.frames = self._convolved_input(self.frames), None
@@ -514,6 +514,7 @@ class _Forward:
         wide = batch * time * area * 4 * channels >= 2**31 or runtime.needs_wide_offsets(self.x)
         self.constants = (
             channels, *((1, 1) if self.by_library else _pair(w_hh.shape[2:])), *x_constants, c_sequence, wide,
+            chip.backend != "hip",  # Triton 3.6 fails to compile a choice between two pointers for AMD
             runtime.input_precision(w_hh.dtype), tile.parts, tile.pixels, tile.channels,
             _depth(w_hh[0].numel(), tile.depth), _depth(x_columns, tile.depth),
         )  # fmt: skip
