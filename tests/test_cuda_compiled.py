@@ -1,7 +1,6 @@
 """What nvcc makes of the CUDA kernels: registers, spills, shared memory, instructions. No GPU is needed.
 
 A kernel's budget is its __launch_bounds__: so many threads a block and blocks on a processor share its registers.
-CONVFAST_ALL_TARGETS=1: every file for every target.
 """
 
 import importlib.util
@@ -22,8 +21,7 @@ from convfast import native
 BUILD = native.read_build(native.BUILD_FILE, "cuda")
 FILES = [Path(source) for source in BUILD.sources]
 TARGETS = ("sm_80", "sm_90a", "sm_100")
-ALL = os.environ.get("CONVFAST_ALL_TARGETS") == "1"  # many minutes
-CELLS = [(file, target) for file in FILES for target in (TARGETS if ALL else ("sm_90a",))]
+CELLS = [(file, target) for file in FILES for target in TARGETS]
 REGISTERS = 65536  # of a processor
 # Kernels that move 16 bytes at a time (the others of that name are for sizes that do not allow it), and kernels that
 # multiply 16-bit numbers.
