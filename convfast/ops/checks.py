@@ -117,15 +117,11 @@ def unpack_state(op: str, state: tuple[Tensor | None, Tensor | None] | None) -> 
     return state[0], state[1]
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
-
-
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The type that autocast wants on the tensor's device, None outside autocast."""
     device = tensor.device.type
-    if not _has_autocast(device):
+    # torch 2.11 cannot trace the question; of what is compiled for, meta alone has no autocast.
+    if device == "meta" or not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
