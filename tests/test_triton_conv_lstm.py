@@ -52,4 +52,7 @@ def test_interior_of_a_sequence_does_not_depend_on_its_length_or_batch(kernels) 
     options = ([1, 1], [1, 1, 1, 1], [1, 1], "zeros", False, "auto", "none")
     whole = kernels.conv_lstm_forward(a["input"], *operands, 3, *options)
     part = kernels.conv_lstm_forward(a["input"][1:, :2], *operands, 2, *options)
-    assert torch.equal(part[0], whole[0][1:, :2])
+    if runtime.interpreted():  # numpy's products sum in an order that depends on the row
+        torch.testing.assert_close(part[0], whole[0][1:, :2])
+    else:
+        assert torch.equal(part[0], whole[0][1:, :2])
