@@ -29,10 +29,10 @@ cores=$(nproc)
 workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((cores / 2 < 8 ? (cores + 1) / 2 : 8))")  # compiling takes longest
 
 # The schemas are in the CPU library, so it is built too.
-part build 80 "$python" -c 'from convfast import native; native.load("cuda")'
+part build 120 "$python" -c 'from convfast import native; native.load("cuda")'
 part info 20 "$python" -m convfast.info
 for backend in triton cuda; do
-  part "tests-$backend" 140 "$python" -m pytest -q $workers $ops tests/test_${backend}_*.py -k "$backend and not compiled" &
+  part "tests-$backend" 120 "$python" -m pytest -q $workers $ops tests/test_${backend}_*.py -k "$backend and not compiled" &
 done
 wait
 if command -v compute-sanitizer >/dev/null; then
@@ -46,7 +46,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "== compute-sanitizer is not installed"
 fi
-part bench 180 "$python" -m pytest bench --device cuda --short -q --out "$out"
+part bench 160 "$python" -m pytest bench --device cuda --short -q --out "$out"
 
 if [ -s "$failed" ]; then
   echo FAILED:

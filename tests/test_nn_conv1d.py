@@ -175,7 +175,7 @@ def test_compiles_whole(backend: str) -> None:
 
 def test_exports_for_any_time_and_batch(backend: str) -> None:
     module = build(padding="same", activation="relu", backend=backend).eval()
-    dims = {"input": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", min=3, max=1 << 20)}}
+    dims = {"input": {0: torch.export.Dim("batch"), 1: torch.export.Dim("time", min=3)}}
     program = torch.export.export(module, (sequence(module),), dynamic_shapes=dims)
     x = sequence(module, batch=5, time=17)
     with torch.no_grad():

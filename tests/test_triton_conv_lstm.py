@@ -45,14 +45,15 @@ def test_every_tile_and_way_through_the_inner_axis(
     check(Case("whole_blocks", channels=5, hidden=64, space=(9, 8), kernel=(2, 3)), dtype, "triton")
 
 
-def test_interior_of_a_sequence_does_not_depend_on_its_length_or_batch(kernels) -> None:
-    case = BY_ID["plain"]
+# A sample of whole tiles keeps its rows' places in them.
+@pytest.mark.parametrize("case", [BY_ID["plain"], Case("whole_tiles", space=(8, 16))], ids=lambda case: case.id)
+def test_interior_of_a_sequence_does_not_depend_on_its_length_or_batch(case: Case, kernels) -> None:
     a = {n: t if t is None else t.detach() for n, t in case.arguments(torch.float32).items()}
     operands = (a["weight_ih"], a["weight_hh"], a["bias"], None, None, None, None)
     options = ([1, 1], [1, 1, 1, 1], [1, 1], "zeros", False, "auto", "none")
     whole = kernels.conv_lstm_forward(a["input"], *operands, 3, *options)
     part = kernels.conv_lstm_forward(a["input"][1:, :2], *operands, 2, *options)
-    if runtime.interpreted():  # numpy's products sum in an order that depends on the row
+    if runtime.interpreted() and case.id == "plain":  # numpy sums in an order that depends on the row's place
         torch.testing.assert_close(part[0], whole[0][1:, :2])
     else:
         assert torch.equal(part[0], whole[0][1:, :2])

@@ -91,7 +91,7 @@ def conv_backward(
         return None, None
     by_conv, by_pad = _split(padding, mode)
     padded, narrow = _pad(x, padding, mode) if by_pad else x, weight.dtype
-    if narrow == torch.bfloat16 and len(stride) == 3 and grad.device.type == "cpu":
+    if needs[1] and narrow == torch.bfloat16 and len(stride) == 3 and grad.device.type == "cpu":
         # oneDNN's gradient of the weight is garbage on processors with AVX-512 that have no matrix tiles.
         grad, padded, weight = grad.float(), padded.float(), weight.float()
     dx, dweight, _ = torch.ops.aten.convolution_backward(

@@ -506,7 +506,7 @@ struct Backward : Engine<A> {
     std::vector<T*> x, h, dx, dy;                  // of each member
   };
 
-  static const T* wide(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+  static const T* wide_data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 
   // From row to row of a weight where it is read as it lies, else 0: few rows would take about as long as the packing.
   long reads_directly(const Tensor& w) const {
@@ -549,8 +549,8 @@ struct Backward : Engine<A> {
     w.need_hr = need(kWhr) && from.w_hr;
     w.ld_ih = reads_directly(from.w_ih);
     w.ld_hh = reads_directly(from.w_hh);
-    if (needs[kX]) w.w_ih = w.ld_ih ? wide(from.w_ih) : pack_back(from.w_ih, inputs);
-    w.w_hh = w.ld_hh ? wide(from.w_hh) : pack_back(from.w_hh, size);
+    if (needs[kX]) w.w_ih = w.ld_ih ? wide_data(from.w_ih) : pack_back(from.w_ih, inputs);
+    w.w_hh = w.ld_hh ? wide_data(from.w_hh) : pack_back(from.w_hh, size);
     w.peephole = Base::pack_peephole(from.peephole);
     if (from.w_hr) {
       T* packed = workspace.template take<T>(size * round_up(hidden, k.lanes));
