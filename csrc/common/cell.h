@@ -38,6 +38,11 @@ struct CellForward {
 };
 
 template <class N>
+struct CellState {
+  N c, h;
+};
+
+template <class N>
 struct CellBackward {
   N di, df, dg, d_o, dc;  // of the pre-activations, and of the previous cell state
 };
@@ -57,6 +62,13 @@ CONVFAST_CELL CellForward<N> lstm_cell_forward(N zi, N zf, N zg, N zo, N c_prev,
   r.o = Math::sigmoid(zo);
   r.h = r.o * Math::tanh(r.c);
   return r;
+}
+
+// c' and h alone: products of two activations take one division. Math brings its activations as ratios.
+template <class Math, class N = typename Math::Number>
+CONVFAST_CELL CellState<N> lstm_cell_state(N zi, N zf, N zg, N zo, N c_prev) {
+  const N c = Math::sigmoid(zf) * c_prev + (Math::sigmoid_ratio(zi) * Math::tanh_ratio(zg)).value();
+  return {c, (Math::sigmoid_ratio(zo) * Math::tanh_ratio(c)).value()};
 }
 
 // a: the activated gates and the new c; dh, dc: gradients of h and of the new c from all that follows.

@@ -24,7 +24,7 @@ struct Activate {
     return dy * s * (M::one() + x * (M::one() - s));
   }
   static INLINE V gelu_backward(V dy, V x) {
-    return dy * (normal_cdf(x) + x * S::set1(T(0.39894228040143267794)) * M::exp(S::set1(T(-.5)) * x * x));
+    return dy * (normal_cdf(x) + x * S::set1(T(0.39894228040143267794)) * M::exp_minus(S::set1(T(.5)) * x * x));
   }
 };
 

@@ -15,9 +15,27 @@ static INLINE const T* row_start(const Operand<T>& o, long sample, long d, long 
 
 // Rows are cut into tiles as even as can be: 32 pixels at 14 a tile are 11 + 11 + 10.
 struct Cut {
-  long tiles, width;
-  INLINE Cut(long width, long most) : tiles((width + most - 1) / most), width(width) {}
-  INLINE long at(long i) const { return width * i / tiles; }
+  long tiles, least, longer;  // so many tiles have one row more than the least
+  INLINE Cut(long width, long most) : tiles((width + most - 1) / most), least(tiles ? width / tiles : 0), longer(width - least * tiles) {}
+  INLINE long at(long i) const { return i * least + (i < longer ? i : longer); }
+};
+
+// Lines of some rows that will be written, asked for a few at a time: many at once would hold up the loads behind them.
+template <class T>
+struct LinesAhead {
+  const T* row;  // null = none
+  long rows, ld, length, at;
+  INLINE LinesAhead(const T* row, long rows, long ld, long length) : row(row), rows(row ? rows : 0), ld(ld), length(length), at(0) {}
+  INLINE void fetch(long lines) {
+    for (; rows && lines > 0; --lines) {
+      __builtin_prefetch(row + at, 1);
+      at += 64 / sizeof(T);
+      if (at < length) continue;
+      at = 0;
+      row += ld;
+      --rows;
+    }
+  }
 };
 
 // out[m, :] = init + sum over both operands' runs of a[m, k] b[k, :]. kNext: a holds the next tile right behind this one, in lines
@@ -164,12 +182,11 @@ static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, con
       for (int j = 0; j < (M + 2) / 3; ++j) p[j] = operand[o] + runs.offset[i] + 3 * j * runs.stride;
       for (const T* end = b + runs.length * ldb; b != end; b += ldb) {
         V bv[NV];
-        const T* ahead = b + 12 * ldb;
 #pragma GCC unroll 8
         for (int n = 0; n < NV; ++n) {
           const long at = n / kEach * panel + n % kEach * S::W;
           bv[n] = S::load(b + at);
-          __builtin_prefetch(ahead + at);  // L2 does not keep up by itself
+          if (M > 2) __builtin_prefetch(b + 12 * ldb + at);  // L2 does not keep up by itself; fewer rows wait for its bandwidth alone
         }
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
@@ -206,10 +223,17 @@ static void few_rows_columns(const Gemm<T>& g, long row, long begin, long end) {
   }
 }
 
-// Columns [begin, end), from the first of a panel on. Nothing of g is copied: its fields may still be on their way to the cache, behind
-// stores that wait for another core.
+// Tiles that gemm_columns sums one after another; few rows are one.
 template <class T>
-static void gemm_columns(const Gemm<T>& g, long begin, long end) {
+static INLINE long tiles_of(long rows, long columns) {
+  const Cut cut(rows, Tile<T>::kPixels);
+  return cut.tiles <= 1 ? 1 : cut.tiles * ((columns + Tile<T>::kPanel - 1) / Tile<T>::kPanel);
+}
+
+// Columns [begin, end), from the first of a panel on; `before` is called before each tile. Nothing of g is copied: its fields may still
+// be on their way to the cache, behind stores that wait for another core.
+template <class T, class F>
+static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F& before) {
   typedef void (*Columns)(const Gemm<T>&, long, long, long);
   static const Columns table[] = {
       few_rows_columns<T, 1>, few_rows_columns<T, 2>, few_rows_columns<T, 3>, few_rows_columns<T, 4>, few_rows_columns<T, 5>, few_rows_columns<T, 6>,
@@ -221,17 +245,21 @@ static void gemm_columns(const Gemm<T>& g, long begin, long end) {
   enum { kPanel = Tile<T>::kPanel };
   const Cut cut(g.rows, Tile<T>::kPixels);
   if (cut.tiles <= 1) {
-    if (g.rows) table[g.rows - 1](g, 0, begin, end);
-    return;
+    if (!g.rows) return;
+    before();
+    return table[g.rows - 1](g, 0, begin, end);
   }
   // One panel after another stays in L1 while the rows pass by.
   for (long n = begin; n < end; n += kPanel)
-    for (long i = 0; i < cut.tiles; ++i) table[cut.at(i + 1) - cut.at(i) - 1](g, cut.at(i), n, n + kPanel < end ? n + kPanel : end);
+    for (long i = 0; i < cut.tiles; ++i) {
+      before();
+      table[cut.at(i + 1) - cut.at(i) - 1](g, cut.at(i), n, n + kPanel < end ? n + kPanel : end);
+    }
 }
 
 template <class T>
 static void gemm(const Gemm<T>& g) {
-  gemm_columns(g, 0, g.columns);
+  gemm_columns(g, 0, g.columns, [] {});
 }
 
 // dw[k, n] += sum over rows of window(row)[k] g[row, n]

@@ -16,24 +16,33 @@ struct CellStep {
 };
 
 // N times a row of a whole block, from `row` and `block` on.
-template <class T, int N>
+template <class T, int N, bool kGates>
 static INLINE void lstm_cells_together(const LstmCells<T>& p, long row, long block, const CellStep& next) {
   typedef Several<T, N> S;
+  typedef FloatMath<S> M;
   for (long j = 0; j < kBlock; j += Simd<T>::W) {
     const long at = block * kBlock + j, gate_at = 4 * block * kBlock + j;
     const T* z = p.z + row * p.ldz + gate_at;
+    const S zi = S::load(z, next.z), zf = S::load(z + kBlock, next.z), zg = S::load(z + 2 * kBlock, next.z), zo = S::load(z + 3 * kBlock, next.z);
     const S c_prev = p.c_prev ? S::load(p.c_prev + row * p.ldc_prev + at, next.c_prev) : S::set1(0);
-    const CellForward<S> cell = lstm_cell_forward<FloatMath<S>, false>(S::load(z, next.z), S::load(z + kBlock, next.z), S::load(z + 2 * kBlock, next.z),
-                                                                       S::load(z + 3 * kBlock, next.z), c_prev, Peephole<S>{});
-    cell.c.store(p.c + row * p.ldc + at, next.c);
-    cell.h.store(p.h + row * p.ldh + at, next.h);
-    if (p.y) cell.h.store(p.y + row * p.ldy + at, next.y);
-    if (!p.gates) continue;
-    T* gates = p.gates + row * p.ldg + gate_at;
-    cell.i.store(gates, next.gates);
-    cell.f.store(gates + kBlock, next.gates);
-    cell.g.store(gates + 2 * kBlock, next.gates);
-    cell.o.store(gates + 3 * kBlock, next.gates);
+    S c, h;
+    if (kGates) {
+      const CellForward<S> cell = lstm_cell_forward<M, false>(zi, zf, zg, zo, c_prev, Peephole<S>{});
+      T* gates = p.gates + row * p.ldg + gate_at;
+      cell.i.store(gates, next.gates);
+      cell.f.store(gates + kBlock, next.gates);
+      cell.g.store(gates + 2 * kBlock, next.gates);
+      cell.o.store(gates + 3 * kBlock, next.gates);
+      c = cell.c;
+      h = cell.h;
+    } else {
+      const CellState<S> cell = lstm_cell_state<M>(zi, zf, zg, zo, c_prev);
+      c = cell.c;
+      h = cell.h;
+    }
+    c.store(p.c + row * p.ldc + at, next.c);
+    h.store(p.h + row * p.ldh + at, next.h);
+    if (p.y) h.store(p.y + row * p.ldy + at, next.y);
   }
 }
 
@@ -63,21 +72,29 @@ static INLINE void lstm_block_forward(const LstmCells<T>& p, long block) {
   }
 }
 
-// Blocks [begin, end). A cell is a chain of operations that wait for each other: where nothing is in the way four of them go together.
+// Whole blocks [begin, end).
+template <class T, bool kGates>
+static INLINE void lstm_whole_blocks(const LstmCells<T>& p, long begin, long end) {
+  const CellStep row_step = {p.ldz, p.ldc_prev, p.ldc, p.ldh, p.ldy, p.ldg}, block_step = {4 * kBlock, kBlock, kBlock, kBlock, kBlock, 4 * kBlock};
+  enum { kTogether = 4, kRows = kGates ? 1 : kTogether };  // kept gates of several rows would be too many streams of stores at once
+  if (p.rows == 1)
+    for (; begin + kTogether <= end; begin += kTogether) lstm_cells_together<T, kTogether, kGates>(p, 0, begin, block_step);
+  for (; begin < end; ++begin) {
+    long row = 0;
+    for (; row + kRows <= p.rows; row += kRows) lstm_cells_together<T, kRows, kGates>(p, row, begin, row_step);
+    for (; row < p.rows; ++row) lstm_cells_together<T, 1, kGates>(p, row, begin, row_step);
+  }
+}
+
+// Blocks [begin, end). A cell is a chain of operations that wait for each other: where nothing is in the way several go together.
 template <class T>
 static void lstm_cells_forward(const LstmCells<T>& p, long begin, long end) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (!p.peephole) {
-      const long whole = p.channels / kBlock < end ? p.channels / kBlock : end;
-      const CellStep row_step = {p.ldz, p.ldc_prev, p.ldc, p.ldh, p.ldy, p.ldg}, block_step = {4 * kBlock, kBlock, kBlock, kBlock, kBlock, 4 * kBlock};
-      if (p.rows == 1)
-        for (; begin + 4 <= whole; begin += 4) lstm_cells_together<T, 4>(p, 0, begin, block_step);
-      for (; begin < whole; ++begin) {
-        long row = 0;
-        if (!p.gates)  // kept, they would be too many streams of stores at once
-          for (; row + 4 <= p.rows; row += 4) lstm_cells_together<T, 4>(p, row, begin, row_step);
-        for (; row < p.rows; ++row) lstm_cells_together<T, 1>(p, row, begin, row_step);
-      }
+    const long whole = p.channels / kBlock < end ? p.channels / kBlock : end;
+    if (!p.peephole && begin < whole) {
+      if (p.gates) lstm_whole_blocks<T, true>(p, begin, whole);
+      else lstm_whole_blocks<T, false>(p, begin, whole);
+      begin = whole;
     }
   }
   for (; begin < end; ++begin) {
@@ -91,11 +108,11 @@ static void lstm_cells_forward(const LstmCells<T>& p, long begin, long end) {
 template <class T>
 static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
   const long together = sum.rows == 1 ? p.end - p.begin : sum.rows == 2 ? 2 : 1, columns = sum.columns;
+  const long tiles = tiles_of<T>(sum.rows, together * kSlab), y_lines = (p.rows * together + tiles - 1) / tiles;
   for (long block = p.begin; block < p.end; block += together) {
     const long end = block + together < p.end ? block + together : p.end, first = block * kSlab, last = end * kSlab < columns ? end * kSlab : columns;
-    if (p.y)
-      for (long r = 0; r < p.rows; ++r) __builtin_prefetch(p.y + r * p.ldy + block * kBlock, 1);
-    if (sum.a[0] || sum.a[1] || sum.init != sum.out) gemm_columns(sum, first, last);
+    LinesAhead<T> y(p.y ? p.y + block * kBlock : 0, p.rows, p.ldy, (end - block) * kBlock);
+    if (sum.a[0] || sum.a[1] || sum.init != sum.out) gemm_columns(sum, first, last, [&] { y.fetch(y_lines); });
     lstm_cells_forward(p, block, end);
   }
 }

@@ -31,8 +31,12 @@ struct Simd<float> {
   enum { W = CONVFAST_BYTES / 4 };
   static INLINE V load(const float* p) { return *(const U*)p; }
   static INLINE void store(float* p, V v) { *(U*)p = v; }
-  // 2^n of the integer n in the low bits of t.
-  static INLINE V power_of_two(V t) { return (V)(((I)t << 23) + 0x3f800000); }
+  // p 2^n, with the integer n also in the low bits of t.
+#if CONVFAST_BYTES == 64
+  static INLINE V scale(V p, V n, V) { return (V)_mm512_scalef_ps((__m512)p, (__m512)n); }
+#else
+  static INLINE V scale(V p, V, V t) { return p * (V)(((I)t << 23) + 0x3f800000); }
+#endif
   static INLINE void stream(float* p, V v) { stream_vector((V*)p, v); }
   static INLINE void fence() { stream_fence(); }
 #if CONVFAST_BYTES == 64
@@ -115,7 +119,7 @@ struct Several {
   static INLINE Several min(Several a, Several b) { CONVFAST_EACH(Simd<T>::min(a.v[i], b.v[i])); }
   static INLINE Several max(Several a, Several b) { CONVFAST_EACH(Simd<T>::max(a.v[i], b.v[i])); }
   static INLINE Several divide(Several n, Several d) { CONVFAST_EACH(Simd<T>::divide(n.v[i], d.v[i])); }
-  static INLINE Several power_of_two(Several t) { CONVFAST_EACH(Simd<T>::power_of_two(t.v[i])); }
+  static INLINE Several scale(Several p, Several n, Several t) { CONVFAST_EACH(Simd<T>::scale(p.v[i], n.v[i], t.v[i])); }
   // Of N places, `apart` elements from one to the next.
   static INLINE Several load(const T* p, long apart) { CONVFAST_EACH(Simd<T>::load(p + i * apart)); }
   INLINE void store(T* p, long apart) const {
