@@ -75,7 +75,7 @@ def test_results_and_gradients_match_oracle(case: Conv1dCase, dtype: torch.dtype
 
 @pytest.mark.parametrize("time_major", [False, True], ids=["batch_major", "time_major"])
 @pytest.mark.parametrize("layout", SEQUENCE_LAYOUTS)
-@pytest.mark.parametrize("name", ["same_even_kernel", "gelu", "lengths", "channels_first", "everything"])
+@pytest.mark.parametrize("name", ["same_even_kernel", "gelu", "lengths", "channels_32", "channels_first", "everything"])
 def test_layouts_match_oracle(name: str, layout: str, time_major: bool, backend: str) -> None:
     check(CONV1D[name], torch.float32, backend, layout, time_major=time_major)
 

@@ -655,6 +655,22 @@ for _ in range(20):
     assert done.returncode == 0, done.stderr
 
 
+def test_first_call_of_a_process(native_ops: Any) -> None:
+    # The pool's threads are new, and do not know yet how many they are.
+    script = """
+import torch
+from tests.test_lstm import LSTM, lstm
+case = LSTM["time_40_batch_9"]
+arguments = case.arguments(torch.float32)
+with torch.no_grad():
+    for found, expected in zip(*(case.call(lstm, arguments, backend=name) for name in ("cpu", "reference"))):
+        torch.testing.assert_close(found, expected)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CONVFAST_POISON": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_several_python_threads_at_once(native_ops: Any) -> None:
     def call() -> dict[str, Tensor]:
         return results(TOGETHER, lstm, TOGETHER.arguments(torch.float32), backend="cpu")
@@ -675,3 +691,19 @@ def test_more_samples_than_a_thread_runs_together(lengths: bool, native_ops: Any
         check(case, torch.float32, "cpu")
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch, threads", [(40, 3), (63, 5), (9, 5)])
+def test_teams_of_threads_share_large_weights(batch: int, threads: int, native_ops: Any) -> None:
+    # 3.4 MB of weights: a team, with groups of 32 and 8 samples in training; two where L2 holds 2 MB; few samples.
+    lengths = tuple(b % 4 for b in range(batch))
+    case = LSTMCase("large", batch=batch, time=3, features=500, hidden=272, lengths=lengths)
+    found, before = [], torch.get_num_threads()
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            found.append(results(case, lstm, case.arguments(torch.float32), backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value)

@@ -5,7 +5,7 @@
 //   i = sigmoid(zi + pi c)    f = sigmoid(zf + pf c)    g = tanh(zg)
 //   c' = f c + i g            o = sigmoid(zo + po c')   h = o tanh(c')
 //
-// A Math policy names the number type and brings sigmoid and tanh, so that a scalar, a SIMD vector and a device
+// A Math policy names the number type and brings sigmoid, tanh and fma, so that a scalar, a SIMD vector and a device
 // thread run the same lines.
 #pragma once
 #include <math.h>
@@ -25,6 +25,7 @@ struct ScalarMath {
   static CONVFAST_CELL T zero() { return T(0); }
   static CONVFAST_CELL T sigmoid(T x) { return T(1) / (T(1) + ::exp(-x)); }
   static CONVFAST_CELL T tanh(T x) { return ::tanh(x); }
+  static CONVFAST_CELL T fma(T a, T b, T c) { return a * b + c; }
 };
 
 template <class N>
@@ -35,11 +36,6 @@ struct Peephole {
 template <class N>
 struct CellForward {
   N i, f, g, o, c, h;
-};
-
-template <class N>
-struct CellState {
-  N c, h;
 };
 
 template <class N>
@@ -57,18 +53,11 @@ CONVFAST_CELL CellForward<N> lstm_cell_forward(N zi, N zf, N zg, N zo, N c_prev,
   r.i = Math::sigmoid(zi);
   r.f = Math::sigmoid(zf);
   r.g = Math::tanh(zg);
-  r.c = r.f * c_prev + r.i * r.g;
+  r.c = Math::fma(r.f, c_prev, r.i * r.g);  // of two products the compiler would round now one first, now the other
   if (kPeephole) zo += p.o * r.c;
   r.o = Math::sigmoid(zo);
   r.h = r.o * Math::tanh(r.c);
   return r;
-}
-
-// c' and h alone: products of two activations take one division. Math brings its activations as ratios.
-template <class Math, class N = typename Math::Number>
-CONVFAST_CELL CellState<N> lstm_cell_state(N zi, N zf, N zg, N zo, N c_prev) {
-  const N c = Math::sigmoid(zf) * c_prev + (Math::sigmoid_ratio(zi) * Math::tanh_ratio(zg)).value();
-  return {c, (Math::sigmoid_ratio(zo) * Math::tanh_ratio(c)).value()};
 }
 
 // a: the activated gates and the new c; dh, dc: gradients of h and of the new c from all that follows.

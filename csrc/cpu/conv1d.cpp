@@ -214,13 +214,13 @@ struct Engine {
     return packed;
   }
 
-  // Convolution of packed rows: z [rows][ldc].
-  void convolve(long rows, const T* packed, const T* w, const T* b, T* z) const {
+  // Convolution of packed rows: z [rows][ldz].
+  void convolve(long rows, const T* packed, const T* w, const T* b, T* z, long ldz) const {
     const Runs runs = window();
-    if (p.depthwise()) return k.depthwise(rows, packed, runs, w, b, z, ldc);
+    if (p.depthwise()) return k.depthwise(rows, packed, runs, w, b, z, ldz);
     const long deep = p.taps * p.group_features(), columns = p.group_channels(), size = deep * round_up(columns, k.lanes);
     for (long g = 0; g < p.groups; ++g)  // what a group's last vector writes past its end, the next one writes over
-      k.gemm({rows, {packed + g * p.group_features()}, {runs}, w + g * size, deep, columns, b ? b + g * columns : nullptr, 0, z + g * columns, ldc});
+      k.gemm({rows, {packed + g * p.group_features()}, {runs}, w + g * size, deep, columns, b ? b + g * columns : nullptr, 0, z + g * columns, ldz});
   }
 
   static void read(const A* from, long stride, long n, T* to) {
@@ -253,6 +253,8 @@ struct Engine {
     Part* split = workspace.take<Part>(threads * split_size);
     const SequenceOf<A> results(y);
     const SequenceOf<T> kept(pre);
+    // Whole vectors of results are written where they belong, without scratch between.
+    const bool direct = !tiles && !keep && p.channels % k.lanes == 0 && (p.depthwise() || p.group_channels() % k.lanes == 0);
     Region region;
     add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
       const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
@@ -260,8 +262,17 @@ struct Engine {
       if (!valid) return;
       T *z = scratch + thread * size, *packed = z + kRows * ldc;
       pack_input(sample, begin * p.stride, packed_rows(valid), packed);
+      if constexpr (!kNarrow) {
+        if (direct) {
+          T* first = results.at(sample, begin);
+          convolve(valid, packed, w, b, first, results.step);
+          if (act.forward && results.step == p.channels) act.forward(valid * p.channels, first, first);
+          for (long r = 0; act.forward && results.step != p.channels && r < valid; ++r) act.forward(p.channels, first + r * results.step, first + r * results.step);
+          return;
+        }
+      }
       if (tiles) convolve_tiles(valid, packed, tiles, b, split + thread * split_size, z);
-      else convolve(valid, packed, w, b, z);
+      else convolve(valid, packed, w, b, z, ldc);
       for (long r = 0; r < valid; ++r) {
         T* row = z + r * ldc;
         A* to = results.at(sample, begin + r);

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -41,6 +42,15 @@ const Kernels<T>& kernels() {
     return *Table<T>::baseline();
   }();
   return chosen;
+}
+
+// A core's L2 cache, or a guess where the system does not tell.
+inline long l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
 }
 
 // Cell arithmetic of activations A.

@@ -103,6 +103,7 @@ struct Engine {
   Workspace workspace;
   const SequenceOf<const A> frames;  // of x
   const long hidden, size, inputs, columns, ldz, ldx, ldh;
+  const long threads = torch::stable::get_num_threads();  // asked of a thread of the pool it may be another number
 
   Engine(const Problem& problem, const Inputs& inputs_)
       : p(problem),
@@ -128,12 +129,17 @@ struct Engine {
     long parts, team;
   };
 
+  // Few rows: teams as large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at
+  // every step: teams whose members' shares it holds.
   Split split() const {
-    constexpr long kFewRows = 4;
-    const long threads = torch::stable::get_num_threads();
-    const bool few = p.batch < kFewRows * threads && size == hidden && !in.directions[0].w_hr;
-    if (few) return {1, std::min(threads, units())};
-    return {std::max<long>(1, std::min(threads, p.batch)), 1};
+    constexpr long kFewRows = 4, kSomeRows = 16;
+    const long weights = (inputs + size) * columns * long(sizeof(T));
+    long team = 1;
+    if (size == hidden && !in.directions[0].w_hr) {
+      if (p.batch < kFewRows * threads) team = std::min(threads, units());
+      else if (p.batch < kSomeRows * threads && !tile_kernels()) team = std::min({threads, units(), (weights + l2_bytes() - 1) / l2_bytes()});
+    }
+    return {std::clamp<long>(p.batch, 1, threads / team), team};
   }
 
   // Rows enough for whole tiles: x and h are then one operand of a step's GEMM. Fewer rows: the input part of a chunk of steps is a

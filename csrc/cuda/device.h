@@ -305,6 +305,7 @@ struct DeviceMath {
   static CONVFAST_DEVICE float one() { return 1.f; }
   static CONVFAST_DEVICE float zero() { return 0.f; }
   static CONVFAST_DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
+  static CONVFAST_DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
   static CONVFAST_DEVICE float tanh(float x) {
     // 1 - 2 / (e^2x + 1) cancels near zero; the odd polynomial (Cephes tanhf) is good to 1.3e-7 below 0.625.
     const float u = x * x;

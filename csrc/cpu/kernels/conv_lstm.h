@@ -122,35 +122,42 @@ struct CellTile {
   T *h_frame, *h;        // null = not wanted
 };
 
-// What most cells are: a whole block, no peepholes, nothing to add. One loop that asks for nothing else.
+// N neighbouring pixels from the `i`th of a row of a whole block; the arrays begin at the row's first.
+template <class T, int N, int kGates>
+static INLINE void plain_cells_together(const CellTile<T>& t, long i, long channels, const T* z, const T* c_prev, T* c, T* h, T* h_frame, T* gates, bool stream_out) {
+  typedef Several<T, N> S;
+  for (long j = 0; j < kBlock; j += Simd<T>::W) {
+    const T* q = z + i * t.ldz + j;
+    const long at = i * channels + j;
+    const CellForward<S> r = lstm_cell_forward<FloatMath<S>, false>(S::load(q, t.ldz), S::load(q + kBlock, t.ldz), S::load(q + 2 * kBlock, t.ldz),
+                                                                    S::load(q + 3 * kBlock, t.ldz), S::load(c_prev + at, channels), Peephole<S>{});
+    r.c.store(c + at, channels);
+    r.h.store(h_frame + at, channels);
+    if (stream_out) r.h.stream(h + at, channels);
+    else r.h.store(h + at, channels);
+    if (kGates) {
+      T* g = gates + 4 * i * channels + j;
+      const S a[4] = {r.i, r.f, r.g, r.o};
+      for (int k = 0; k < 4; ++k)
+        if (kGates == 2) a[k].stream(g + k * channels, 4 * channels);
+        else a[k].store(g + k * channels, 4 * channels);
+    }
+  }
+}
+
+// What most cells are: a whole block, no peepholes, nothing to add. A cell is a chain of operations that wait for each other: pixels go
+// together, but where gates are kept, which would be too many streams of stores at once.
 template <class T, int kGates>
 static INLINE void plain_cells(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
-  typedef Simd<T> S;
-  typedef VectorMath<T> M;
-  const Peephole<typename S::V> none = {};
+  enum { kTogether = kGates ? 1 : 4 };
   const long channels = p.channels, next = p.rows.width * channels, first = t.pixel * channels + t.ch;
   const T *z = t.z, *c_prev = p.c_prev + t.sample * p.c_prev_frame + first;
   T *c = p.c + t.sample * p.c_frame + first, *h = t.h, *h_frame = t.h_frame;
   T* gates = kGates ? p.gates + t.sample * p.gates_frame + 4 * t.pixel * channels + t.ch : 0;
   for (long y = 0; y < t.rows; ++y) {
-    for (long i = 0; i < t.m; ++i)
-      for (long j = 0; j < kBlock; j += S::W) {
-        const T* q = z + i * t.ldz + j;
-        const long at = i * channels + j;
-        const CellForward<typename S::V> r = lstm_cell_forward<M, false>(S::load(q), S::load(q + kBlock), S::load(q + 2 * kBlock),
-                                                                         S::load(q + 3 * kBlock), S::load(c_prev + at), none);
-        S::store(c + at, r.c);
-        S::store(h_frame + at, r.h);
-        if (p.stream_out) S::stream(h + at, r.h);
-        else S::store(h + at, r.h);
-        if (kGates) {
-          T* g = gates + 4 * i * channels + j;
-          const typename S::V a[4] = {r.i, r.f, r.g, r.o};
-          for (int k = 0; k < 4; ++k)
-            if (kGates == 2) S::stream(g + k * channels, a[k]);
-            else S::store(g + k * channels, a[k]);
-        }
-      }
+    long i = 0;
+    for (; i + kTogether <= t.m; i += kTogether) plain_cells_together<T, kTogether, kGates>(t, i, channels, z, c_prev, c, h, h_frame, gates, p.stream_out);
+    for (; i < t.m; ++i) plain_cells_together<T, 1, kGates>(t, i, channels, z, c_prev, c, h, h_frame, gates, p.stream_out);
     z += t.z_next;
     c_prev += next;
     c += next;
@@ -189,9 +196,11 @@ static INLINE void narrow_cells(const ConvLSTMStep<T>& p, const CellTile<T>& t) 
 template <class T>
 static INLINE void cell_tile(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
   if (!p.peephole && !p.gates_x && !p.blocked_gates && p.c_prev && p.c && t.h_frame && t.h) {
-    if (t.n == kBlock && !p.gates) return plain_cells<T, 0>(p, t);
-    if (t.n == kBlock && p.stream_gates) return plain_cells<T, 2>(p, t);
-    if (t.n == kBlock) return plain_cells<T, 1>(p, t);
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (t.n == kBlock && !p.gates) return plain_cells<T, 0>(p, t);
+      if (t.n == kBlock && p.stream_gates) return plain_cells<T, 2>(p, t);
+      if (t.n == kBlock) return plain_cells<T, 1>(p, t);
+    }
     if (p.channels < kBlock && !p.gates) return narrow_cells(p, t);
   }
   for (long y = 0; y < t.rows; ++y) {

@@ -16,34 +16,33 @@ struct CellStep {
 };
 
 // N times a row of a whole block, from `row` and `block` on.
-template <class T, int N, bool kGates>
+template <class T, int N>
 static INLINE void lstm_cells_together(const LstmCells<T>& p, long row, long block, const CellStep& next) {
   typedef Several<T, N> S;
-  typedef FloatMath<S> M;
   for (long j = 0; j < kBlock; j += Simd<T>::W) {
     const long at = block * kBlock + j, gate_at = 4 * block * kBlock + j;
     const T* z = p.z + row * p.ldz + gate_at;
-    const S zi = S::load(z, next.z), zf = S::load(z + kBlock, next.z), zg = S::load(z + 2 * kBlock, next.z), zo = S::load(z + 3 * kBlock, next.z);
     const S c_prev = p.c_prev ? S::load(p.c_prev + row * p.ldc_prev + at, next.c_prev) : S::set1(0);
-    S c, h;
-    if (kGates) {
-      const CellForward<S> cell = lstm_cell_forward<M, false>(zi, zf, zg, zo, c_prev, Peephole<S>{});
-      T* gates = p.gates + row * p.ldg + gate_at;
-      cell.i.store(gates, next.gates);
-      cell.f.store(gates + kBlock, next.gates);
-      cell.g.store(gates + 2 * kBlock, next.gates);
-      cell.o.store(gates + 3 * kBlock, next.gates);
-      c = cell.c;
-      h = cell.h;
-    } else {
-      const CellState<S> cell = lstm_cell_state<M>(zi, zf, zg, zo, c_prev);
-      c = cell.c;
-      h = cell.h;
-    }
-    c.store(p.c + row * p.ldc + at, next.c);
-    h.store(p.h + row * p.ldh + at, next.h);
-    if (p.y) h.store(p.y + row * p.ldy + at, next.y);
+    const CellForward<S> cell = lstm_cell_forward<FloatMath<S>, false>(S::load(z, next.z), S::load(z + kBlock, next.z), S::load(z + 2 * kBlock, next.z),
+                                                                       S::load(z + 3 * kBlock, next.z), c_prev, Peephole<S>{});
+    cell.c.store(p.c + row * p.ldc + at, next.c);
+    cell.h.store(p.h + row * p.ldh + at, next.h);
+    if (p.y) cell.h.store(p.y + row * p.ldy + at, next.y);
+    if (!p.gates) continue;
+    T* gates = p.gates + row * p.ldg + gate_at;
+    cell.i.store(gates, next.gates);
+    cell.f.store(gates + kBlock, next.gates);
+    cell.g.store(gates + 2 * kBlock, next.gates);
+    cell.o.store(gates + 3 * kBlock, next.gates);
   }
+}
+
+// Rows of a whole block from `row` on, N at a time: the first that is left.
+template <class T, int N>
+static INLINE long lstm_rows_together(const LstmCells<T>& p, long row, long block) {
+  const CellStep next = {p.ldz, p.ldc_prev, p.ldc, p.ldh, p.ldy, p.ldg};
+  for (; row + N <= p.rows; row += N) lstm_cells_together<T, N>(p, row, block, next);
+  return row;
 }
 
 // All rows of a block.
@@ -72,29 +71,22 @@ static INLINE void lstm_block_forward(const LstmCells<T>& p, long block) {
   }
 }
 
-// Whole blocks [begin, end).
-template <class T, bool kGates>
-static INLINE void lstm_whole_blocks(const LstmCells<T>& p, long begin, long end) {
-  const CellStep row_step = {p.ldz, p.ldc_prev, p.ldc, p.ldh, p.ldy, p.ldg}, block_step = {4 * kBlock, kBlock, kBlock, kBlock, kBlock, 4 * kBlock};
-  enum { kTogether = 4, kRows = kGates ? 1 : kTogether };  // kept gates of several rows would be too many streams of stores at once
-  if (p.rows == 1)
-    for (; begin + kTogether <= end; begin += kTogether) lstm_cells_together<T, kTogether, kGates>(p, 0, begin, block_step);
-  for (; begin < end; ++begin) {
-    long row = 0;
-    for (; row + kRows <= p.rows; row += kRows) lstm_cells_together<T, kRows, kGates>(p, row, begin, row_step);
-    for (; row < p.rows; ++row) lstm_cells_together<T, 1, kGates>(p, row, begin, row_step);
-  }
-}
-
-// Blocks [begin, end). A cell is a chain of operations that wait for each other: where nothing is in the way several go together.
+// Blocks [begin, end). A cell is a chain of operations that wait for each other: where nothing is in the way several of them go together.
 template <class T>
 static void lstm_cells_forward(const LstmCells<T>& p, long begin, long end) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    const long whole = p.channels / kBlock < end ? p.channels / kBlock : end;
-    if (!p.peephole && begin < whole) {
-      if (p.gates) lstm_whole_blocks<T, true>(p, begin, whole);
-      else lstm_whole_blocks<T, false>(p, begin, whole);
-      begin = whole;
+    if (!p.peephole) {
+      const long whole = p.channels / kBlock < end ? p.channels / kBlock : end;
+      if (p.rows == 1)
+        for (; begin + 4 <= whole; begin += 4) lstm_cells_together<T, 4>(p, 0, begin, {4 * kBlock, kBlock, kBlock, kBlock, kBlock, 4 * kBlock});
+      for (; begin < whole; ++begin) {
+        long row = 0;
+        if (!p.gates) {  // kept, they would be too many streams of stores at once
+          row = lstm_rows_together<T, 8>(p, row, begin);
+          row = lstm_rows_together<T, 4>(p, row, begin);
+        }
+        lstm_rows_together<T, 1>(p, row, begin);
+      }
     }
   }
   for (; begin < end; ++begin) {

@@ -9,18 +9,12 @@ struct FloatMath {
   typedef typename S::V Number;
   static INLINE Number one() { return S::set1(1.f); }
   static INLINE Number zero() { return Number{}; }
-
-  // A quotient that is not taken yet.
-  struct Ratio {
-    Number over, under;
-    INLINE Ratio operator*(Ratio b) const { return {over * b.over, under * b.under}; }
-    INLINE Number value() const { return S::divide(over, under); }
-  };
+  static INLINE Number fma(Number a, Number b, Number c) { return S::fma(a, b, c); }
 
   // e^-x = 2^n e^-r with n = round(-x / ln 2), |r| <= ln 2 / 2; e^-r by a polynomial, minimax in relative error (3e-9).
-  // x is held to +-limit, at most 87, inside the normal numbers; a NaN passes through r.
-  static INLINE Number exp_minus(Number x, float limit = 87.f) {
-    x = S::max(S::set1(-limit), S::min(S::set1(limit), x));
+  // x is held to +-87, inside the normal numbers; a NaN passes through r.
+  static INLINE Number exp_minus(Number x) {
+    x = S::max(S::set1(-87.f), S::min(S::set1(87.f), x));
     const Number magic = S::set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const Number t = magic - x * S::set1(1.44269504f);
     const Number n = t - magic;
@@ -37,11 +31,8 @@ struct FloatMath {
 
   static INLINE Number sigmoid(Number x) { return S::divide(one(), one() + exp_minus(x)); }
 
-  // To 2e-35, so that its denominator times tanh's is finite.
-  static INLINE Ratio sigmoid_ratio(Number x) { return {one(), one() + exp_minus(x, 80.f)}; }
-
-  // tanh x = x P(x^2) / Q(x^2), minimax in relative error (2e-8) on [0, 9.02], past which it rounds to 1: P and Q, and x held to that.
-  static INLINE Ratio tanh_polynomials(Number& x) {
+  // x P(x^2) / Q(x^2), minimax in relative error (2e-8) on [0, 9.02], past which tanh rounds to 1.
+  static INLINE Number tanh(Number x) {
     x = S::max(S::set1(-9.02f), S::min(S::set1(9.02f), x));
     const Number u = x * x;
     Number p = S::set1(1.331856669e-08f);
@@ -54,17 +45,8 @@ struct FloatMath {
     q = q * u + S::set1(2.587099600e-02f);
     q = q * u + S::set1(4.671301619e-01f);
     q = q * u + S::set1(1.f);
-    return {p, q};
-  }
-
-  static INLINE Ratio tanh_ratio(Number x) {
-    const Ratio r = tanh_polynomials(x);
-    return {x * r.over, r.under};
-  }
-
-  static INLINE Number tanh(Number x) {
-    const Number quotient = tanh_polynomials(x).value();  // positive: the sign of a zero x comes through
-    return S::max(S::set1(-1.f), S::min(S::set1(1.f), x * quotient));
+    const Number r = x * S::divide(p, q);  // the quotient is positive: the sign of a zero comes through
+    return S::max(S::set1(-1.f), S::min(S::set1(1.f), r));
   }
 
   // x P(x^2) / Q(x^2) on [-4, 4], past which erf rounds to 1; the coefficients are Eigen's (generic_erf).
@@ -97,6 +79,7 @@ struct VectorMath<double> {
   typedef S::V Number;
   static INLINE Number one() { return S::set1(1.); }
   static INLINE Number zero() { return Number{}; }
+  static INLINE Number fma(Number a, Number b, Number c) { return a * b + c; }
   static INLINE Number sigmoid(Number x) {
     Number r;
     for (int i = 0; i < S::W; ++i) r[i] = ScalarMath<double>::sigmoid(x[i]);

@@ -41,6 +41,7 @@ struct Simd<float> {
   static INLINE void fence() { stream_fence(); }
 #if CONVFAST_BYTES == 64
   static INLINE V set1(float x) { return (V)_mm512_set1_ps(x); }
+  static INLINE V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   static INLINE V loadn(const float* p, long n) { return (V)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
   static INLINE void storen(float* p, V v, long n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
   static INLINE V min(V a, V b) { return (V)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -53,10 +54,12 @@ struct Simd<float> {
 #else
 #if CONVFAST_BYTES == 32
   static INLINE V set1(float x) { return (V)_mm256_set1_ps(x); }
+  static INLINE V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   static INLINE V min(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
   static INLINE V max(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
 #else
   static INLINE V set1(float x) { return V{x, x, x, x}; }
+  static INLINE V fma(V a, V b, V c) { return a * b + c; }
   static INLINE V min(V a, V b) { return a < b ? a : b; }
   static INLINE V max(V a, V b) { return a > b ? a : b; }
 #endif
@@ -118,12 +121,16 @@ struct Several {
   static INLINE Several set1(T x) { CONVFAST_EACH(Simd<T>::set1(x)); }
   static INLINE Several min(Several a, Several b) { CONVFAST_EACH(Simd<T>::min(a.v[i], b.v[i])); }
   static INLINE Several max(Several a, Several b) { CONVFAST_EACH(Simd<T>::max(a.v[i], b.v[i])); }
+  static INLINE Several fma(Several a, Several b, Several c) { CONVFAST_EACH(Simd<T>::fma(a.v[i], b.v[i], c.v[i])); }
   static INLINE Several divide(Several n, Several d) { CONVFAST_EACH(Simd<T>::divide(n.v[i], d.v[i])); }
   static INLINE Several scale(Several p, Several n, Several t) { CONVFAST_EACH(Simd<T>::scale(p.v[i], n.v[i], t.v[i])); }
   // Of N places, `apart` elements from one to the next.
   static INLINE Several load(const T* p, long apart) { CONVFAST_EACH(Simd<T>::load(p + i * apart)); }
   INLINE void store(T* p, long apart) const {
     _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::store(p + i * apart, v[i]);
+  }
+  INLINE void stream(T* p, long apart) const {
+    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::stream(p + i * apart, v[i]);
   }
   typedef Several V;
 #undef CONVFAST_EACH
