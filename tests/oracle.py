@@ -5,7 +5,6 @@ Shares no code with convfast, so that a mistake there is not made here too.
 
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -197,34 +196,6 @@ def with_gradients(values, leaves):
 # a sum of n terms of either sign taken one after another, which errs by sqrt(n) eps.
 EAGER_MULTIPLE = 4.0
 FLOOR_EPS = 4.0
-
-
-# Winograd: transforms round more than sums do.
-TILE = {3: 4, 5: 2}  # output pixels of a tile's side
-WINOGRAD_MULTIPLE = 8.0  # of eager's own error
-
-
-def amplification(kernel):
-    """What the transforms make of independent rounding errors of the products, relative to a direct sum's (RMS).
-
-    Per dim √(Σ_j A_ij² |B_j|² |G_j|² / r), with the matrices of Toom and Cook at the engine's points.
-    """
-    points = [0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)]
-    m, r = TILE[kernel], kernel
-    total = [0.0] * m
-    for j, x in enumerate(points):
-        others = points[:j] + points[j + 1 :]
-        polynomial = np.poly(others)
-        g = [x**i / np.prod([x - y for y in others]) for i in range(r)]
-        for i in range(m):
-            total[i] += x ** (2 * i) * np.square(polynomial).sum() * np.square(g).sum()
-    total[m - 1] += np.square(np.poly(points)).sum()  # the point at infinity
-    return float(np.sqrt(np.mean(total) / r)) ** 2  # two dims
-
-
-def winograd_bound(kernel):
-    """Multiple and floor of `assert_close_to_oracle`: what is granted to a direct sum, as the transforms amplify it."""
-    return WINOGRAD_MULTIPLE, FLOOR_EPS * amplification(kernel)
 
 
 def relative_errors(actual, exact):

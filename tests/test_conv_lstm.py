@@ -31,7 +31,7 @@ from tests.cases import (
     normal,
 )
 from tests.graphs import Graphs
-from tests.oracle import assert_close_to_oracle, winograd_bound, with_gradients
+from tests.oracle import assert_close_to_oracle, with_gradients
 from tests.oracle import conv_lstm as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -60,19 +60,13 @@ def expected(case: Case, dtype: torch.dtype, layout: str) -> tuple[dict[str, Ten
 
 def check(case: Case, dtype: torch.dtype, backend: str, layout: str = "contiguous", memory: str = "fast") -> None:
     exact, eager = expected(case, dtype, layout)
-    kernels = {case.kernel, case.kernel_hh or case.kernel} & {(3, 3), (5, 5)}
-    runs: list[tuple[str, tuple[float, ...]]] = [("auto", ())]
-    if backend == "cpu" and dtype == torch.float32 and kernels:  # by itself the engine may take Winograd for them
-        runs = [("direct", ()), ("auto", max(winograd_bound(kernel[0]) for kernel in kernels))]
-    for algorithm, bound in runs:
-        a = case.arguments(dtype, layout)
-        actual = results(case, conv_lstm, a, memory=memory, backend=backend, algorithm=algorithm)
-        frames = case.batch * case.time
-        pixels = frames * actual["h_n"][0, 0].numel()
-        summed = {"weight_ih": pixels, "weight_hh": pixels, "bias": pixels, "peephole": frames}
-        for name, value in actual.items():
-            terms = summed.get(name.removeprefix("gradient of "), 0)
-            assert_close_to_oracle(value, exact[name], eager[name], name, terms, *bound)
+    actual = results(case, conv_lstm, case.arguments(dtype, layout), memory=memory, backend=backend)
+    frames = case.batch * case.time
+    pixels = actual["h_n"][0, 0].numel()
+    summed = {"weight_ih": frames * pixels, "weight_hh": frames * pixels, "bias": frames * pixels, "peephole": frames}
+    for name, value in actual.items():
+        terms = summed.get(name.removeprefix("gradient of "), 0)
+        assert_close_to_oracle(value, exact[name], eager[name], name, terms)
 
 
 @each_case

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from tests.cases import (
     normal,
 )
 from tests.graphs import Graphs
-from tests.oracle import assert_close_to_oracle, with_gradients
+from tests.oracle import assert_close_to_oracle, relative_errors, with_gradients
 from tests.oracle import lstm as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -705,5 +706,10 @@ def test_teams_of_threads_share_large_weights(batch: int, threads: int, native_o
             found.append(results(case, lstm, case.arguments(torch.float32), backend="cpu"))
     finally:
         torch.set_num_threads(before)
+    tiles = "amx" in torch.ops.convfast.cpu_capability()  # their order of sums depends on how many samples a thread has
     for key, value in found[0].items():
-        torch.testing.assert_close(found[1][key], value)
+        if key in OUTPUTS and not tiles:
+            torch.testing.assert_close(found[1][key], value, **exactly("cpu"))
+        else:  # the backward of a team sums 4 H terms in the order in which the weights lie
+            largest = relative_errors(found[1][key], value)[1]
+            assert largest <= math.sqrt(4 * case.hidden) * torch.finfo(torch.float32).eps, key

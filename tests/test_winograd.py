@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,11 +16,37 @@ from torch import Tensor
 import convfast
 from convfast import conv_lstm
 from tests.cases import BY_ID, EVERYTHING, LAYOUTS, WITH_STATE, Case
-from tests.oracle import TILE, assert_close_to_oracle, relative_errors, winograd_bound
+from tests.oracle import FLOOR_EPS, assert_close_to_oracle, relative_errors
 from tests.test_conv_lstm import expected, name_of, results
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "native_ops")
 ROOT = Path(__file__).parent.parent
+TILE = {3: 4, 5: 2}  # output pixels of a tile's side
+MULTIPLE = 8.0  # of eager's own error: transforms round more than sums do
+
+
+
+def amplification(kernel: int) -> float:
+    """What the transforms make of independent rounding errors of the products, relative to a direct sum's (RMS).
+
+    Per dim √(Σ_j A_ij² |B_j|² |G_j|² / r), with the matrices of Toom and Cook at the engine's points.
+    """
+    points = [0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)]
+    m, r = TILE[kernel], kernel
+    total = [0.0] * m
+    for j, x in enumerate(points):
+        others = points[:j] + points[j + 1 :]
+        polynomial = np.poly(others)
+        g = [x**i / np.prod([x - y for y in others]) for i in range(r)]
+        for i in range(m):
+            total[i] += x ** (2 * i) * np.square(polynomial).sum() * np.square(g).sum()
+    total[m - 1] += np.square(np.poly(points)).sum()  # the point at infinity
+    return float(np.sqrt(np.mean(total) / r)) ** 2  # two dims
+
+
+# Where eager is exact by luck, as for one pixel: what is granted to a direct sum, as the transforms amplify it.
+FLOOR = {kernel: FLOOR_EPS * amplification(kernel) for kernel in TILE}
+
 SHAPES = [
     Case("odd_frame", space=(7, 9), hidden=5),
     Case("whole_tiles_and_blocks", batch=1, channels=16, hidden=16, space=(8, 12)),
@@ -58,7 +85,7 @@ def check(case: Case, dtype: torch.dtype = torch.float32, layout: str = "contigu
     summed = {"weight_ih": pixels, "weight_hh": pixels, "bias": pixels, "peephole": case.batch * case.time}
     for name, value in actual.items():
         terms = summed.get(name.removeprefix("gradient of "), 0)
-        assert_close_to_oracle(value, exact[name], eager[name], name, terms, *winograd_bound(case.kernel[0]))
+        assert_close_to_oracle(value, exact[name], eager[name], name, terms, MULTIPLE, FLOOR[case.kernel[0]])
 
 
 @each_case
@@ -133,7 +160,7 @@ def test_error_is_small_and_does_not_grow_with_time(kernel: int) -> None:
     error = (found - exact).abs().amax((0, 2, 3, 4))
     assert error[:10].max() <= 5e-6
     assert error.max() <= 2 * error[:20].max()
-    assert_close_to_oracle(found[:, -20:], exact[:, -20:], eager[:, -20:], "h", 0, *winograd_bound(kernel))
+    assert_close_to_oracle(found[:, -20:], exact[:, -20:], eager[:, -20:], multiple=MULTIPLE, floor=FLOOR[kernel])
 
 
 @pytest.mark.parametrize(
@@ -159,7 +186,7 @@ def test_error_with_large_weights_and_many_channels(
     eager = values(like(module, backend="reference"))
     for name, value in values(module).items():
         terms = 3 * size * size if name.startswith(("weight", "bias")) else 0
-        assert_close_to_oracle(value, exact[name], eager[name], name, terms, *winograd_bound(kernel))
+        assert_close_to_oracle(value, exact[name], eager[name], name, terms, MULTIPLE, FLOOR[kernel])
 
 
 @each_kernel

@@ -254,7 +254,7 @@ struct Engine {
     const SequenceOf<A> results(y);
     const SequenceOf<T> kept(pre);
     // Whole vectors of results are written where they belong, without scratch between.
-    const bool direct = !tiles && !keep && p.channels % k.lanes == 0 && (p.depthwise() || p.group_channels() % k.lanes == 0);
+    const bool in_place = !tiles && !keep && p.channels % k.lanes == 0 && (p.depthwise() || p.group_channels() % k.lanes == 0);
     Region region;
     add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
       const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
@@ -263,11 +263,11 @@ struct Engine {
       T *z = scratch + thread * size, *packed = z + kRows * ldc;
       pack_input(sample, begin * p.stride, packed_rows(valid), packed);
       if constexpr (!kNarrow) {
-        if (direct) {
+        if (in_place) {
           T* first = results.at(sample, begin);
           convolve(valid, packed, w, b, first, results.step);
-          if (act.forward && results.step == p.channels) act.forward(valid * p.channels, first, first);
-          for (long r = 0; act.forward && results.step != p.channels && r < valid; ++r) act.forward(p.channels, first + r * results.step, first + r * results.step);
+          const long together = results.step == p.channels ? valid : 1;  // rows without a gap are one stretch
+          for (long r = 0; act.forward && r < valid; r += together) act.forward(together * p.channels, first + r * results.step, first + r * results.step);
           return;
         }
       }
