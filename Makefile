@@ -40,6 +40,8 @@ demo: $(STAMP)-demo
 	$(PY) examples/moving_digits.py $(ARGS)
 	$(PY) examples/digit_rows.py $(ARGS)
 
+# Two processes of two threads each: waiting threads should sleep, not spin on each other's processor.
+test: export OMP_WAIT_POLICY ?= passive
 test: $(STAMP)-test
 	$(PY) -m pytest -n 2 $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) $(if $(ARGS),|| test $$? -eq 5  # 5: ARGS chose nothing of Triton's)

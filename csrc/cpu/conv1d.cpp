@@ -1,9 +1,9 @@
 // Convolution along time on the CPU: glue between tensors and the kernels. The contract is in ops.h.
 //
 // A chunk of output rows of one sample is one GEMM: its padded input rows are packed [row][F], so that the window of a row is one
-// stretch of k F numbers (k stretches with dilation or groups), and the activation follows while the rows are in cache. dx is the same
-// GEMM over the gradients of the rows that read a row: with stride s the rows of each phase modulo s share their taps. Depthwise
-// convolutions run channel by channel in vectors.
+// stretch of k F numbers (k stretches with dilation or groups), and the activation follows while the rows are in cache, relu in
+// registers. dx is the same GEMM over the gradients of the rows that read a row: with stride s the rows of each phase modulo s share
+// their taps. Depthwise convolutions run channel by channel in vectors.
 // Floor: 2 k F/groups C operations per output row at the FMA peak, three times that for training.
 #include <torch/csrc/stable/library.h>
 
@@ -214,13 +214,17 @@ struct Engine {
     return packed;
   }
 
-  // Convolution of packed rows: z [rows][ldz].
-  void convolve(long rows, const T* packed, const T* w, const T* b, T* z, long ldz) const {
+  // Whether relu is applied where the sums are, in registers.
+  bool relu_in_gemm() const { return act.forward == k.relu && !p.depthwise(); }
+
+  // Convolution of packed rows: z [rows][ldz]. `in_place`: z is the result, out of cache, and relu_in_gemm() holds.
+  void convolve(long rows, const T* packed, const T* w, const T* b, T* z, long ldz, bool in_place) const {
     const Runs runs = window();
     if (p.depthwise()) return k.depthwise(rows, packed, runs, w, b, z, ldz);
     const long deep = p.taps * p.group_features(), columns = p.group_channels(), size = deep * round_up(columns, k.lanes);
     for (long g = 0; g < p.groups; ++g)  // what a group's last vector writes past its end, the next one writes over
-      k.gemm({rows, {packed + g * p.group_features()}, {runs}, w + g * size, deep, columns, b ? b + g * columns : nullptr, 0, z + g * columns, ldz});
+      k.gemm({rows, {packed + g * p.group_features()}, {runs}, w + g * size, deep, columns, b ? b + g * columns : nullptr, 0, z + g * columns, ldz, 0,
+              in_place && relu_in_gemm(), in_place});
   }
 
   static void read(const A* from, long stride, long n, T* to) {
@@ -265,14 +269,15 @@ struct Engine {
       if constexpr (!kNarrow) {
         if (in_place) {
           T* first = results.at(sample, begin);
-          convolve(valid, packed, w, b, first, results.step);
+          convolve(valid, packed, w, b, first, results.step, true);
+          if (relu_in_gemm()) return;
           const long together = results.step == p.channels ? valid : 1;  // rows without a gap are one stretch
           for (long r = 0; act.forward && r < valid; r += together) act.forward(together * p.channels, first + r * results.step, first + r * results.step);
           return;
         }
       }
       if (tiles) convolve_tiles(valid, packed, tiles, b, split + thread * split_size, z);
-      else convolve(valid, packed, w, b, z, ldc);
+      else convolve(valid, packed, w, b, z, ldc, false);
       for (long r = 0; r < valid; ++r) {
         T* row = z + r * ldc;
         A* to = results.at(sample, begin + r);

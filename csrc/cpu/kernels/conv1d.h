@@ -7,7 +7,7 @@ struct Activate {
   typedef VectorMath<T> M;
 
   static INLINE V slope() { return S::set1(T(0.01)); }
-  static INLINE V relu(V x) { return x <= V{} ? V{} : x; }  // keeps a NaN
+  static INLINE V relu(V x) { return relu_of(x); }
   static INLINE V leaky_relu(V x) { return x > V{} ? x : slope() * x; }
   static INLINE V silu(V x) { return x * M::sigmoid(x); }
   static INLINE V normal_cdf(V x) { return S::set1(T(.5)) * (M::one() + M::erf(x * S::set1(T(0.70710678118654752440)))); }

@@ -165,9 +165,10 @@ constexpr int vectors_for(int m) {
 }
 
 // out[m, :] = init[m, :] + sum over both operands' runs of a[m, k] b[k, :] for NV vectors, two of a panel; rows of B lie `ldb` apart,
-// panels `panel`.
+// panels `panel`. Or the relu of that.
 template <class T, int M, int NV>
-static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, const T* b, long ldb, long panel, const T* init, long ld_init, T* out, long ldo) {
+static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, const T* b, long ldb, long panel, const T* init, long ld_init, T* out, long ldo,
+                          bool relu) {
   typedef Simd<T> S;
   typedef typename S::V V;
   enum { kEach = NV > 1 ? 2 : 1 };
@@ -198,6 +199,8 @@ static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, con
       }
     }
   }
+  for (int m = 0; relu && m < M; ++m)
+    for (int n = 0; n < NV; ++n) acc[m][n] = relu_of(acc[m][n]);
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < NV; ++n) S::store(out + m * ldo + n * S::W, acc[m][n]);
 }
@@ -212,10 +215,10 @@ static void few_rows_columns(const Gemm<T>& g, long row, long begin, long end) {
   T* out = g.out + row * g.ldo + begin;
   for (long n = begin; n < end;) {
     const long left = (end - n + W - 1) / W, step = left >= kMost ? (long)kMost : left >= 4 && kMost > 4 ? 4 : left >= 2 ? 2 : 1;
-    if (step == kMost) few_rows_gemm<T, M, kMost>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo);
-    else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost)>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo);
-    else if (step == 2) few_rows_gemm<T, M, 2>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo);
-    else few_rows_gemm<T, M, 1>(a, g.runs, b, g.ldb ? g.ldb : (long)W, panel, init, g.ld_init, out, g.ldo);
+    if (step == kMost) few_rows_gemm<T, M, kMost>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo, g.relu);
+    else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost)>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo, g.relu);
+    else if (step == 2) few_rows_gemm<T, M, 2>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo, g.relu);
+    else few_rows_gemm<T, M, 1>(a, g.runs, b, g.ldb ? g.ldb : (long)W, panel, init, g.ld_init, out, g.ldo, g.relu);
     n += step * W;
     b += step * W * column;
     if (init) init += step * W;
@@ -230,8 +233,8 @@ static INLINE long tiles_of(long rows, long columns) {
   return cut.tiles <= 1 ? 1 : cut.tiles * ((columns + Tile<T>::kPanel - 1) / Tile<T>::kPanel);
 }
 
-// Columns [begin, end), from the first of a panel on; `before` is called before each tile. Nothing of g is copied: its fields may still
-// be on their way to the cache, behind stores that wait for another core.
+// Columns [begin, end), from the first of a panel on; before(row, rows, column, end) is called before each tile. Nothing of g is
+// copied: its fields may still be on their way to the cache, behind stores that wait for another core.
 template <class T, class F>
 static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F& before) {
   typedef void (*Columns)(const Gemm<T>&, long, long, long);
@@ -246,20 +249,23 @@ static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F&
   const Cut cut(g.rows, Tile<T>::kPixels);
   if (cut.tiles <= 1) {
     if (!g.rows) return;
-    before();
+    before(0, g.rows, begin, end);
     return table[g.rows - 1](g, 0, begin, end);
   }
   // One panel after another stays in L1 while the rows pass by.
   for (long n = begin; n < end; n += kPanel)
     for (long i = 0; i < cut.tiles; ++i) {
-      before();
-      table[cut.at(i + 1) - cut.at(i) - 1](g, cut.at(i), n, n + kPanel < end ? n + kPanel : end);
+      const long row = cut.at(i), rows = cut.at(i + 1) - row, last = n + kPanel < end ? n + kPanel : end;
+      before(row, rows, n, last);
+      table[rows - 1](g, row, n, last);
     }
 }
 
 template <class T>
 static void gemm(const Gemm<T>& g) {
-  gemm_columns(g, 0, g.columns, [] {});
+  gemm_columns(g, 0, g.columns, [&](long row, long rows, long column, long end) {
+    LinesAhead<T>(g.far ? g.out + row * g.ldo + column : 0, rows, g.ldo, end - column).fetch(rows * (end - column));  // all
+  });
 }
 
 // dw[k, n] += sum over rows of window(row)[k] g[row, n]

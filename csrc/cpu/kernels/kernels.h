@@ -181,8 +181,8 @@ struct WinogradKernels {
   void (*filter_gradient)(const T* u, long n, T* g);          // n columns of u [plane][kSlab] to g [tap][kSlab]
 };
 
-// out[row, n] = init[row, n] + sum over k of window(row)[k] B[k, n]; the window of a row is the runs from a[0] + row * stride, then
-// those of a[1].
+// out[row, n] = init[row, n] + sum over k of window(row)[k] B[k, n], or its relu; the window of a row is the runs from
+// a[0] + row * stride, then those of a[1].
 template <class T>
 struct Gemm {
   long rows;
@@ -195,6 +195,8 @@ struct Gemm {
   T* out;                // whole vectors are written
   long ldo;
   long ldb;              // not 0: b is not packed, its rows lie so far apart, and whole vectors of them are read
+  bool relu;             // of the sum
+  bool far;              // out is not in cache: its lines are fetched ahead of the stores
 };
 
 // dw[k, n] += sum over rows of window(row)[k] g[row, n], whole vectors of n.

@@ -105,6 +105,12 @@ struct Simd<double> {
   }
 };
 
+// Keeps a NaN.
+template <class V>
+static INLINE V relu_of(V x) {
+  return x <= V{} ? V{} : x;
+}
+
 // N vectors at once, each operation for all of them before the next: what depends on itself alone would leave the processor waiting.
 template <class T, int N>
 struct Several {
