@@ -313,6 +313,18 @@ def test_nan_stays_within_its_receptive_field(backend: str) -> None:
     assert torch.equal(nan, within)
 
 
+@pytest.mark.parametrize("channels", [32, 5])
+def test_relu_keeps_a_nan(backend: str, channels: int) -> None:
+    x = torch.randn(2, 70, 8)
+    x[1, 2, 3] = float("nan")
+    with torch.no_grad():
+        y = conv1d(x, torch.randn(channels, 8, 3), None, padding=1, activation="relu", backend=backend)
+    within = torch.zeros(2, 70, channels, dtype=torch.bool)
+    within[1, 1:4] = True
+    assert torch.equal(y.isnan(), within)
+    assert (y[~within] == 0).any() and (y[~within] >= 0).all()
+
+
 BAD = {
     "rank": ({"input": torch.zeros(9, 4)}, ValueError, "input has 2 dims, expected 3"),
     "features": ({"input": torch.zeros(3, 9, 5)}, ValueError, r"input has 5 features, expected 4 .*\[B, T, F\]"),
