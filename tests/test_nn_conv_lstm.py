@@ -1,6 +1,7 @@
 """The modules: every option against a plain loop, the state, checkpoints, capture, and what users do to modules."""
 
 import copy
+import gc
 import io
 import pickle
 from pathlib import Path
@@ -663,12 +664,16 @@ def test_every_parameter_gets_a_gradient_under_ddp(options: dict, tmp_path: Path
     if not torch.distributed.is_available():
         pytest.skip("torch.distributed is not built into this torch")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    module = None
     try:
         module = nn.parallel.DistributedDataParallel(build(**options))
         for _ in range(2):  # the second forward raises if the first left a parameter without a gradient
             module(frames())[0].sum().backward()
         assert all(p.grad is not None for p in module.parameters())
     finally:
+        # Were the module the last to hold the group, it would wait for the group's thread, which may wait for the GIL.
+        del module
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
