@@ -113,7 +113,9 @@ def select(op: str, backend: str | None, device_type: str, dtype: torch.dtype | 
     _check_op(op)
     wanted = backend or os.environ.get("CONVFAST_BACKEND") or None
     if wanted is None:
-        return next(name for name in BACKENDS if why_not(op, name, device_type, dtype) is None)
+        for name in BACKENDS:
+            if why_not(op, name, device_type, dtype) is None:
+                return name
     if wanted not in BACKENDS:
         source = "backend" if backend else "CONVFAST_BACKEND"
         raise ValueError(f"{op}: {source} is {wanted!r}, expected one of {', '.join(BACKENDS)}")

@@ -93,6 +93,15 @@
 //      c      [D, B, T, H]   A', gates [D, B, T, 4H] A': what the same backend's backward reads, in an order of its own;
 //                            empty unless save. Bytes per step: 5 B H sizeof(A') + y
 //
+// lstm_layers(x, weights, peepholes, bias, projection, bidirectional, h0, c0, lengths, head, head_bias, time_major)
+//     -> (y, h_n, c_n)
+//   lstm_forward without saving, layer after layer, L of them; on the CPU only
+//   weights   of each layer and direction in turn: w_ih, w_hh, with `bias` also b_ih and b_hh [4H], with `projection` also
+//             w_hr. From the second layer on w_ih is [4H, D P]
+//   peepholes one of each layer and direction, or none
+//   h0, h_n   [L D, B, P]; c0, c_n [L D, B, H]
+//   head      [O, D P]       A, head_bias [O]; where defined y is head h + head_bias, [B, T, O]
+//
 // lstm_backward(dy, dh_n, dc_n, x, w_ih, w_hh, bias, peephole, w_hr, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r, h0, c0,
 //               lengths, y, c, gates, needs)
 //     -> (dx, dw_ih, dw_hh, dbias, dpeephole, dw_hr, dw_ih_r, dw_hh_r, dbias_r, dpeephole_r, dw_hr_r, dh0, dc0)

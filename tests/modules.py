@@ -51,7 +51,8 @@ def check_against(
     *,
     terms: int,
 ) -> None:
-    """Results and gradients of `call(module, *inputs)` beside those of the plain modules: exact and rounded as eager.
+    """Results and gradients of `call(module, *inputs)` beside those of the plain modules: exact and rounded as eager;
+    and the results without gradients.
 
     `plain(dtype)` makes a module with the parameters of `module`, in the same order; `terms` as in
     `assert_close_to_oracle`, for gradients.
@@ -62,6 +63,10 @@ def check_against(
     eager = with_gradients(plain(torch.float32), [x.float() for x in inputs], plain_call)
     for name, a, e, n in zip(actual, actual.values(), exact.values(), eager.values(), strict=True):
         assert_close_to_oracle(a, e, n, name, terms if name.startswith("gradient") else 0)
+    with torch.no_grad():
+        for n, result in enumerate(flat(call(module, *inputs))):
+            name = f"result {n}"
+            assert_close_to_oracle(result, exact[name], eager[name], f"{name} without gradients")
 
 
 def scripted(module: nn.Module) -> torch.jit.ScriptModule:

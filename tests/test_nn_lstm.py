@@ -3,17 +3,20 @@
 import copy
 import io
 import pickle
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from modules import assert_close, assert_same, check_against, flat, scripted
 from oracle import assert_close_to_oracle, lstm_gates
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convfast
-from convfast.nn import LSTM, RegLSTM
+from convfast.nn import CNN_LSTM, LSTM, RegLSTM
 
 OPS = ("lstm",)
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -53,6 +56,13 @@ def state_of(module: LSTM, batch: int = BATCH, dtype: torch.dtype = torch.float3
     sizes = (module.proj_size or module.hidden_size, module.hidden_size)
     h, c = (torch.randn(rows, batch, size, dtype=dtype) for size in sizes)
     return h, c
+
+
+def with_peepholes(module: LSTM) -> LSTM:
+    for name, parameter in module.named_parameters():
+        if name.startswith("peephole"):
+            nn.init.uniform_(parameter, -1, 1)
+    return module
 
 
 def check_against_torch(module: LSTM, inputs: list[Tensor], call, plain_call=None) -> None:
@@ -123,9 +133,7 @@ def test_single_sequence_matches_torch(name: str, backend: str) -> None:
 def test_peephole_matches_plain_loop(bidirectional: bool, backend: str) -> None:
     module = build(peephole=True, bidirectional=bidirectional, backend=backend)
     assert not module.peephole_l0.any()
-    for name, parameter in module.named_parameters():
-        if name.startswith("peephole"):
-            nn.init.uniform_(parameter, -1, 1)
+    with_peepholes(module)
     x, hx = sequence(module), state_of(module)
 
     def loop(dtype):
@@ -396,6 +404,174 @@ def test_scripting_a_model_leaves_it_as_it_is(native_ops) -> None:
         assert_same(script(x), model(x))
 
 
+# Without gradients all layers, and a linear layer on top, are one op on the CPU.
+
+
+class Called(TorchDispatchMode):
+    """Lists the ops, without views and what looks at lengths."""
+
+    NOT = ("transpose", "unsqueeze", "squeeze", "view", "t", "detach", "min", "max", "_local_scalar_dense")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.ops += [] if name in self.NOT else [name]
+        return func(*args, **(kwargs or {}))
+
+
+def without_gradients(module: nn.Module, *arguments: Any, ops: list[str]) -> Any:
+    with torch.no_grad(), Called() as called:
+        found = module(*arguments)
+    assert called.ops == ops
+    return found
+
+
+# One sample; a few, whose hidden units are shared out; so many that layers take steps together; several groups of them.
+@pytest.mark.parametrize("batch", [1, 3, 19, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [*OPTIONS, "peephole"])
+def test_one_op_gives_the_bits_of_layers(name: str, dtype: torch.dtype, batch: int, native_ops) -> None:
+    options = OPTIONS | {"peephole": {"peephole": True, "num_layers": 2}}
+    module = with_peepholes(build(dtype=dtype, backend="cpu", **options[name]))
+    x, hx = sequence(module, batch, dtype=dtype), state_of(module, batch, dtype)
+    some = torch.arange(batch) * 2 % (TIME + 1)
+    for arguments in ((x,), (x, hx), (x, None, torch.full((batch,), TIME)), (x, hx, some)):
+        found = without_gradients(module, *arguments, ops=["lstm_layers"])
+        layers = module(*arguments)
+        assert_same(found, layers)
+        assert [t.stride() for t in flat(found)] == [t.stride() for t in flat(layers)]
+
+
+@pytest.mark.parametrize(("batch", "hidden"), [(40, 128), (16, 256), (9, 20)])
+def test_one_op_gives_the_bits_of_layers_of_any_size(batch: int, hidden: int, native_ops) -> None:
+    module = LSTM(7, hidden, 2, backend="cpu")
+    x = sequence(module, batch)
+    assert_same(without_gradients(module, x, ops=["lstm_layers"]), module(x))
+
+
+@pytest.mark.parametrize("outputs", [1, 33])
+@pytest.mark.parametrize("batch", [1, 3, 19, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_linear_layer_on_top_in_the_op(name: str, dtype: torch.dtype, batch: int, outputs: int, native_ops) -> None:
+    module = build(dtype=dtype, backend="cpu", **OPTIONS[name])
+    size = (module.proj_size or HIDDEN) * (2 if module.bidirectional else 1)
+    head = nn.Linear(size, outputs, bias=module.bias, dtype=dtype)
+    x, hx = sequence(module, batch, dtype=dtype), state_of(module, batch, dtype)
+    some = torch.arange(batch) * 2 % (TIME + 1)
+    for lengths in (None, some):
+        output, last = without_gradients(partial(module.under, head), x, hx, lengths, ops=["lstm_layers"])
+        below, expected_last = module(x, hx, lengths)
+        weights = [None if w is None else w.double() for w in (head.weight, head.bias)]
+        assert_close_to_oracle(output, nn.functional.linear(below.double(), *weights), head(below))
+        assert_same(last, expected_last)
+        assert output.is_contiguous()
+
+
+def test_reg_lstm_is_one_op_and_one_conv_each_in_cnn_lstm(native_ops) -> None:
+    reg, cnn = RegLSTM(INPUT, HIDDEN, 2), CNN_LSTM(INPUT, 3, 4, 3, HIDDEN)
+    without_gradients(reg, torch.randn(TIME, BATCH, INPUT), ops=["lstm_layers"])
+    without_gradients(cnn.eval(), torch.randn(BATCH, TIME, INPUT), ops=["conv1d_forward"] * 2 + ["lstm_layers"])
+
+
+def test_dropout_keeps_layers_apart_without_gradients(native_ops) -> None:
+    module = build(num_layers=2, dropout=1.0)
+    x = sequence(module)
+    kept = without_gradients(module.eval(), x, ops=["lstm_layers"])
+    with torch.no_grad():
+        dropped, _ = module.train()(x)
+        assert_same(dropped, module(sequence(module))[0])
+    assert not torch.equal(dropped, kept[0])
+
+
+@pytest.mark.parametrize("part", ["rnn", "reg"])
+@pytest.mark.parametrize("how", ["hook", "pre_hook", "global", "forward", "subclass"])
+def test_whoever_watches_a_part_of_a_model_sees_its_calls(how: str, part: str, native_ops) -> None:
+    model, seen = RegLSTM(INPUT, HIDDEN), []
+    x, watched = torch.randn(TIME, BATCH, INPUT), getattr(model, part)
+    with torch.no_grad():
+        expected = model(x)
+
+    class Watched(type(watched)):
+        def forward(self, *arguments):
+            seen.append(self)
+            return super().forward(*arguments)
+
+    def watch(module, *_):
+        seen.append(module)
+
+    handle = None
+    if how == "hook":
+        watched.register_forward_hook(watch)
+    elif how == "pre_hook":
+        watched.register_forward_pre_hook(watch)
+    elif how == "global":
+        handle = nn.modules.module.register_module_forward_hook(watch)
+    elif how == "forward":
+        original = watched.forward
+        watched.forward = lambda *arguments: (seen.append(watched), original(*arguments))[1]
+    else:
+        watched.__class__ = Watched
+    try:
+        with torch.no_grad():
+            assert_close(model(x), expected)
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert watched in seen
+
+
+def test_frozen_lstm_under_a_linear_layer_that_learns(native_ops) -> None:
+    model = RegLSTM(INPUT, HIDDEN, 2)
+    model.rnn.requires_grad_(False)
+    x, upstream = torch.randn(TIME, BATCH, INPUT), torch.randn(TIME, BATCH, 1)
+    with Called() as called:
+        output = model(x)
+    assert "lstm_layers" in called.ops
+    grads = torch.autograd.grad(output, [*model.reg.parameters()], upstream)
+    assert_close(grads, torch.autograd.grad(model.reg(model.rnn(x)[0]), [*model.reg.parameters()], upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_op_of_layers_and_its_fake_agree(name: str, dtype: torch.dtype, native_ops) -> None:
+    module = with_peepholes(build(dtype=dtype, peephole=name == "projection", **OPTIONS[name])).requires_grad_(False)
+    weights = [parameter for key, parameter in module.named_parameters() if not key.startswith("peephole")]
+    peepholes = [parameter for key, parameter in module.named_parameters() if key.startswith("peephole")]
+    head = torch.randn(2, (module.proj_size or HIDDEN) * (2 if module.bidirectional else 1), dtype=dtype)
+    options = (module.bias, module.proj_size > 0, module.bidirectional)
+    op = torch.ops.convfast.lstm_layers.default
+    for state, on_top in (((None, None), (None, None)), (state_of(module, dtype=dtype), (head, head[:, 0]))):
+        arguments = (torch.randn(BATCH, TIME, INPUT, dtype=dtype), weights, peepholes, *options, *state)
+        for lengths, time_major in ((None, True), (torch.tensor(LENGTHS), False)):
+            library.opcheck(op, (*arguments, lengths, *on_top, time_major))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": []}, "weights must be a multiple of 4, got 0"),
+        ({"weights": [1]}, "weights must be a multiple of 4, got 5"),
+        ({"peepholes": [torch.zeros(3, HIDDEN)] * 2}, "peepholes must be none, or one for each of weights, got 2"),
+        ({"head": torch.zeros(2, 5)}, r"head must be of shape \[2, 6\], got \[2, 5\]"),
+        ({"head": torch.zeros(2, 6).double()}, "head must be of the same dtype as the weights, got Double"),
+        ({"head_bias": torch.zeros(3)}, r"head_bias must be of shape \[2\], got \[3\]"),
+    ],
+)
+def test_bad_call_of_the_op_of_layers(change: dict[str, Any], message: str, native_ops) -> None:
+    weights = [p.detach() for p in build().parameters()]
+    if "weights" in change:
+        change = {"weights": (weights + weights[:1]) if change["weights"] else []}
+    arguments = {"x": torch.zeros(BATCH, TIME, INPUT), "weights": weights, "peepholes": [], "bias": True}
+    arguments |= {"projection": False, "bidirectional": False, "h0": None, "c0": None, "lengths": None}
+    arguments |= {"head": torch.zeros(2, HIDDEN), "head_bias": None, "time_major": False}
+    with pytest.raises(RuntimeError, match=f"lstm_layers: {message}"):
+        torch.ops.convfast.lstm_layers(**(arguments | change))
+
+
 # Bad arguments: what was wrong, what was expected, what came.
 
 BAD_CONSTRUCTION = {
@@ -444,10 +620,11 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no_grad"])
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_call_is_named_with_what_was_expected(name: str) -> None:
+def test_bad_call_is_named_with_what_was_expected(name: str, grad: bool) -> None:
     arguments, error, message = BAD_CALLS[name]
-    with pytest.raises(error, match=message):
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=message):
         build()(*arguments)
 
 

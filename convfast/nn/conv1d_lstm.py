@@ -299,7 +299,9 @@ class CNN_LSTM(nn.Module):
         x = first(input, lengths)
         if lengths is not None:
             lengths = first.output_lengths(lengths)
-        return self.fc(convolve_into_lstm(second, self.lstm, x, None, lengths)[0])
+        if not self.lstm.takes(self.fc):
+            return self.fc(convolve_into_lstm(second, self.lstm, x, None, lengths)[0])
+        return convolve_into_lstm(second, self.lstm, x, None, lengths, self.fc)[0]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedCNNLSTM(self)

@@ -4,7 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import backends
 from ..ops.checks import autocast_dtype, autocast_state, autocast_to, check_tensors, forward_mode, needs_function
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 
 def convolve_into_lstm(
-    conv: "Conv1d", rnn: "LSTM", x: Tensor, state: Pair | None, lengths: Tensor | None
+    conv: "Conv1d", rnn: "LSTM", x: Tensor, state: Pair | None, lengths: Tensor | None, head: nn.Linear | None = None
 ) -> tuple[Tensor, Pair]:
-    """x `[B, T, F]` → what `rnn` gives on `conv(x, lengths)`."""
+    """x `[B, T, F]` → what `rnn` gives on `conv(x, lengths)`, its output sent through `head`."""
     ends = None if lengths is None else conv.output_lengths(lengths)
     if _fuses(conv, rnn, x, state):
-        return rnn.run(x, state, ends, partial(_gates_into_lstm, conv, lengths))
+        return rnn.run(x, state, ends, partial(_gates_into_lstm, conv, lengths), head)
     x = conv(x, lengths)
-    return rnn(x if rnn.batch_first else x.transpose(0, 1), state, ends)
+    x = x if rnn.batch_first else x.transpose(0, 1)
+    return rnn(x, state, ends) if head is None else rnn.under(head, x, state, ends)
 
 
 def _fuses(conv: "Conv1d", rnn: "LSTM", x: Tensor, state: Pair | None) -> bool:

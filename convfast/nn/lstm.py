@@ -6,9 +6,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..ops import lstm
+from ..ops.checks import needs_function
+from ..ops.lstm import lstm_layers, runs_layers
 from .options import check_count, kind
 from .scripted_lstm import ScriptedLSTM, ScriptedRegLSTM
 from .state import Pair
@@ -70,11 +73,9 @@ class LSTM(nn.RNNBase):
         super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         self.peephole = peephole
         self.backend = backend
-        if peephole:
-            for k in range(num_layers):
-                for direction in self._directions():
-                    value = torch.zeros(3, hidden_size, device=device, dtype=dtype)
-                    self.register_parameter(f"peephole_l{k}{direction}", nn.Parameter(value))
+        for end in self.ends() if peephole else ():
+            value = torch.zeros(3, hidden_size, device=device, dtype=dtype)
+            self.register_parameter(f"peephole{end}", nn.Parameter(value))
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Pair | None = None, lengths: Tensor | None = None
@@ -93,6 +94,12 @@ class LSTM(nn.RNNBase):
                 single sequence; packed where the input is.
             `(h, c)` after each sample's last step, shaped as `hx`; c is float32 for bfloat16 and float16.
         """
+        return self.under(None, input, hx, lengths)
+
+    def under(
+        self, head: nn.Linear | None, input: Tensor | PackedSequence, hx: Pair | None, lengths: Tensor | None
+    ) -> tuple[Tensor | PackedSequence, Pair]:
+        """`forward` with the output, if it is not packed, sent through a linear layer."""
         owner = type(self).__name__
         if isinstance(input, PackedSequence):
             if lengths is not None:
@@ -111,16 +118,28 @@ class LSTM(nn.RNNBase):
                 raise ValueError(f"{owner}: lengths is a Tensor, expected None with a single sequence")
             self._check_state(hx, ())
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-            output, (h, c) = self._layers(input.unsqueeze(0), hx, None)
+            output, (h, c) = self._layers(input.unsqueeze(0), hx, None, head=head)
             return output.squeeze(0), (h.squeeze(1), c.squeeze(1))
-        return self.run(input if self.batch_first else input.transpose(0, 1), hx, lengths)
+        return self.run(input if self.batch_first else input.transpose(0, 1), hx, lengths, head=head)
+
+    def takes(self, head: nn.Module) -> bool:
+        """Whether `under` may stand for the calls of the two modules: nobody watches them or has replaced them."""
+        if type(self).forward is not LSTM.forward or type(head) is not nn.Linear or _has_any_global_hook():
+            return False
+        watching = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
+        return not any(vars(module).get(name) for module in (self, head) for name in watching)
 
     def run(
-        self, x: Tensor, hx: Pair | None, lengths: Tensor | None, first: Callable[..., tuple[Tensor, Pair]] = lstm
+        self,
+        x: Tensor,
+        hx: Pair | None,
+        lengths: Tensor | None,
+        first: Callable[..., tuple[Tensor, Pair]] = lstm,
+        head: nn.Linear | None = None,
     ) -> tuple[Tensor, Pair]:
-        """`forward` on `[B, T, I]`; `first` takes the place of `lstm` in the first layer, and may take any x."""
+        """`under` on `[B, T, I]`; `first` takes the place of `lstm` in the first layer, and may take any x."""
         self._check_state(hx, (x.shape[0],))
-        output, state = self._layers(x, hx, lengths, first)
+        output, state = self._layers(x, hx, lengths, first, head)
         return output if self.batch_first else output.transpose(0, 1), state
 
     def _packed(self, input: PackedSequence, hx: Pair | None) -> tuple[PackedSequence, Pair]:
@@ -139,14 +158,27 @@ class LSTM(nn.RNNBase):
         return PackedSequence(data, batch_sizes, order, back), (h, c)
 
     def _layers(
-        self, x: Tensor, hx: Pair | None, lengths: Tensor | None, first: Callable[..., tuple[Tensor, Pair]] = lstm
+        self,
+        x: Tensor,
+        hx: Pair | None,
+        lengths: Tensor | None,
+        first: Callable[..., tuple[Tensor, Pair]] = lstm,
+        head: nn.Linear | None = None,
     ) -> tuple[Tensor, Pair]:
-        """x `[B, T, I]` in any layout → output `[B, T, D·P]` and `(h, c)`, layer after layer."""
+        """x `[B, T, I]` → output `[B, T, D·P]`, or that through `head`, and `(h, c)`, layer after layer."""
         if first is lstm and x.shape[2] != self.input_size:
             raise ValueError(
                 f"{type(self).__name__}: input has {x.shape[2]} features, expected input_size={self.input_size}"
             )
         directions = self._directions()
+        if first is lstm and not (self.dropout > 0 and self.training):
+            weights = [getattr(self, name) for name in self._flat_weights_names]
+            if runs_layers(x, weights, hx, self.backend):
+                peepholes = [getattr(self, f"peephole{end}") for end in self.ends()] if self.peephole else []
+                options = (self.bias, self.proj_size > 0, self.bidirectional)
+                inside = None if head is None or needs_function(*head.parameters()) else (head.weight, head.bias)
+                x, state = lstm_layers(x, weights, peepholes, *options, hx, lengths, inside, not self.batch_first)
+                return x if inside else self._through(head, x), state
         last = []
         for k in range(self.num_layers):
             if k > 0 and self.dropout > 0:
@@ -163,10 +195,17 @@ class LSTM(nn.RNNBase):
                 backend=self.backend,
             )
             last.append(pair)
+        x = self._through(head, x)
         if self.num_layers == 1:
             return x, last[0]
         h, c = (torch.cat(parts) for parts in zip(*last))
         return x, (h, c)
+
+    def _through(self, head: nn.Linear | None, x: Tensor) -> Tensor:
+        """x `[B, T, n]` through `head`, in the order of its memory."""
+        if head is None:
+            return x
+        return head(x) if self.batch_first else head(x.transpose(0, 1)).transpose(0, 1)
 
     def weights(self, layer: int, direction: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(weight_ih, weight_hh, sum of the biases, peephole, weight_hr); `direction` is "" or "_reverse"."""
@@ -191,6 +230,10 @@ class LSTM(nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Does nothing: there is no other memory layout that would be faster."""
+
+    def ends(self) -> list[str]:
+        """How the names of parameters end, for each layer and direction in turn."""
+        return [f"_l{k}{direction}" for k in range(self.num_layers) for direction in self._directions()]
 
     def _directions(self) -> list[str]:
         return ["", "_reverse"] if self.bidirectional else [""]
@@ -241,7 +284,9 @@ class RegLSTM(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """input `[T, B, I]` → `[T, B, 1]`."""
-        return self.reg(self.rnn(input)[0])
+        if not self.rnn.takes(self.reg):
+            return self.reg(self.rnn(input)[0])
+        return self.rnn.under(self.reg, input, None, None)[0]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedRegLSTM(self)

@@ -1,10 +1,10 @@
-"""What `torch.jit.script` makes of the LSTM and Conv1d modules: the native op per layer, for inference.
+"""What `torch.jit.script` makes of the LSTM and Conv1d modules: native ops, for inference.
 
 Calls and results are those of the modules, without PackedSequence and `step`. Weights are shared with the module that
 was scripted, as buffers; there are no gradients and no dropout.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
@@ -50,36 +50,26 @@ class ScriptedConv1d(nn.Module):
         return torch.where(lengths > 0, found, torch.zeros_like(found))
 
 
-class _LSTMLayer(nn.Module):
-    """One layer in all its directions."""
+class _LSTMWeights(nn.Module):
+    """Of one layer in one direction."""
 
-    bias: Tensor | None
-    peephole: Tensor | None
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
     weight_hr: Tensor | None
-    weight_ih_reverse: Tensor | None
-    weight_hh_reverse: Tensor | None
-    bias_reverse: Tensor | None
-    peephole_reverse: Tensor | None
-    weight_hr_reverse: Tensor | None
+    peephole: Tensor | None
 
-    def __init__(self, module: "LSTM", layer: int) -> None:
+    def __init__(self, module: "LSTM", end: str) -> None:
         super().__init__()
-        names = ("weight_ih", "weight_hh", "bias", "peephole", "weight_hr")
-        none = (None,) * len(names)
-        for direction in ("", "_reverse"):
-            weights = none if direction and not module.bidirectional else module.weights(layer, direction)
-            for name, value in zip(names, weights):
-                self.register_buffer(f"{name}{direction}", None if value is None else value.detach())
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "peephole"):
+            value = getattr(module, name + end, None)
+            self.register_buffer(name, None if value is None else value.detach())
 
-    def forward(
-        self, x: Tensor, h: Tensor | None, c: Tensor | None, lengths: Tensor | None, time_major: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output, h_n, c_n, _, _ = torch.ops.convfast.lstm_forward(
-            x, self.weight_ih, self.weight_hh, self.bias, self.peephole, self.weight_hr, self.weight_ih_reverse,
-            self.weight_hh_reverse, self.bias_reverse, self.peephole_reverse, self.weight_hr_reverse, h, c, lengths,
-            time_major, False,
-        )  # fmt: skip
-        return output, h_n, c_n
+    def forward(self) -> list[Tensor]:
+        found = [self.weight_ih, self.weight_hh]
+        for value in (self.bias_ih, self.bias_hh, self.weight_hr):
+            if value is not None:
+                found.append(value)
+        return found
 
 
 class ScriptedLSTM(nn.Module):
@@ -88,39 +78,52 @@ class ScriptedLSTM(nn.Module):
         native.load_for(next(module.parameters()))
         self.input_size = module.input_size
         self.batch_first = module.batch_first
-        self.directions = 2 if module.bidirectional else 1
-        self.layers = nn.ModuleList(_LSTMLayer(module, k) for k in range(module.num_layers))
+        self.bias, self.projected, self.bidirectional = module.bias, module.proj_size > 0, module.bidirectional
+        self.layers = nn.ModuleList(_LSTMWeights(module, end) for end in module.ends())
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        return self.under(None, None, input, hx, lengths)
+
+    @torch.jit.export
+    def under(
+        self,
+        head: Tensor | None,
+        head_bias: Tensor | None,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """`forward` with the output sent through a linear layer."""
         single = input.dim() == 2
         if input.dim() != 3 and not single:
             raise ValueError(f"LSTM: input has {input.dim()} dims, expected 3, or 2 for a single sequence")
         if input.size(-1) != self.input_size:
             raise ValueError(f"LSTM: input has {input.size(-1)} features, expected input_size={self.input_size}")
-        if hx is not None and hx[0].size(0) != self.directions * len(self.layers):
-            raise ValueError(f"LSTM: hx has {hx[0].size(0)} rows, expected {self.directions * len(self.layers)}")
+        if hx is not None and hx[0].size(0) != len(self.layers):
+            raise ValueError(f"LSTM: hx has {hx[0].size(0)} rows, expected {len(self.layers)}")
         time_first = not self.batch_first and not single
         x = input.unsqueeze(0) if single else input.transpose(0, 1) if time_first else input
         if lengths is not None:
             lengths = lengths.to(torch.int64)
-        hs: list[Tensor] = []
-        cs: list[Tensor] = []
-        for k, layer in enumerate(self.layers):
-            h: Tensor | None = None
-            c: Tensor | None = None
-            if hx is not None:
-                h, c = hx[0], hx[1]
-                if single:
-                    h, c = h.unsqueeze(1), c.unsqueeze(1)
-                h = h.narrow(0, k * self.directions, self.directions)
-                c = c.narrow(0, k * self.directions, self.directions)
-            x, h_n, c_n = layer(x, h, c, lengths, not self.batch_first or k + 1 < len(self.layers))
-            hs.append(h_n)
-            cs.append(c_n)
-        h_n = torch.cat(hs) if len(hs) > 1 else hs[0]
-        c_n = torch.cat(cs) if len(cs) > 1 else cs[0]
+        h: Tensor | None = None
+        c: Tensor | None = None
+        if hx is not None:
+            h, c = hx[0], hx[1]
+            if single:
+                h, c = h.unsqueeze(1), c.unsqueeze(1)
+        weights: list[Tensor] = []
+        peepholes: list[Tensor] = []
+        for layer in self.layers:
+            weights += layer()
+            peephole = layer.peephole
+            if peephole is not None:
+                peepholes.append(peephole)
+        x, h_n, c_n = torch.ops.convfast.lstm_layers(
+            x, weights, peepholes, self.bias, self.projected, self.bidirectional, h, c, lengths, head, head_bias,
+            not self.batch_first,
+        )  # fmt: skip
         if single:
             return x.squeeze(0), (h_n.squeeze(1), c_n.squeeze(1))
         return x.transpose(0, 1) if time_first else x, (h_n, c_n)
@@ -157,10 +160,13 @@ class ScriptedConv1dLSTM(nn.Module):
 
 
 class ScriptedCNNLSTM(nn.Module):
+    linear: Final[bool]
+
     def __init__(self, module: "CNN_LSTM") -> None:
         super().__init__()
         self.cnn = nn.ModuleDict(module.cnn)
         self.lstm, self.fc = module.lstm, module.fc
+        self.linear = type(module.fc) is nn.Linear
 
     def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
         x = input
@@ -168,13 +174,20 @@ class ScriptedCNNLSTM(nn.Module):
             x = conv(x, lengths)
             if lengths is not None:
                 lengths = conv.output_lengths(lengths)
+        if self.linear:
+            return self.lstm.under(self.fc.weight, self.fc.bias, x, None, lengths)[0]
         return self.fc(self.lstm(x, None, lengths)[0])
 
 
 class ScriptedRegLSTM(nn.Module):
+    linear: Final[bool]
+
     def __init__(self, module: "RegLSTM") -> None:
         super().__init__()
         self.rnn, self.reg = module.rnn, module.reg
+        self.linear = type(module.reg) is nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.linear:
+            return self.rnn.under(self.reg.weight, self.reg.bias, input, None, None)[0]
         return self.reg(self.rnn(input)[0])

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 from ..reference.lstm_gates import state_dtype
 
@@ -17,21 +18,23 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 def check_tensors(op: str, tensors: Mapping[str, Tensor | None], state: str | None = None) -> None:
     """Same floating dtype and device as the first one given; `state` names one that may have the state's dtype."""
-    first_name, first = next((name, t) for name, t in tensors.items() if t is not None)
+    dtype = None
     for name, t in tensors.items():
         if t is None:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} is a {type(t).__name__}, expected a Tensor")
+        if dtype is None:
+            first_name, dtype, device = name, t.dtype, t.device
+        elif t.dtype == dtype and t.device == device:
+            continue
         if t.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} has dtype {t.dtype}, expected one of {', '.join(map(str, FLOATS))}")
-        if t.device != first.device:
-            raise ValueError(f"{op}: {name} is on {t.device}, expected {first.device} like {first_name}")
-        if name == state and t.dtype == state_dtype(first.dtype):
-            continue
-        if t.dtype != first.dtype:
+        if t.device != device:
+            raise ValueError(f"{op}: {name} is on {t.device}, expected {device} like {first_name}")
+        if t.dtype != dtype and not (name == state and t.dtype == state_dtype(dtype)):
             raise TypeError(
-                f"{op}: {name} has dtype {t.dtype}, expected {first.dtype} like {first_name} "
+                f"{op}: {name} has dtype {t.dtype}, expected {dtype} like {first_name} "
                 "(mixed dtypes are not converted outside autocast)"
             )
 
@@ -43,7 +46,7 @@ def check_given(op: str, tensors: Mapping[str, Tensor | None]) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor | None, expected: tuple[int, ...], legend: str) -> None:
-    if tensor is not None and tuple(tensor.shape) != expected:
+    if tensor is not None and tensor.shape != expected:
         raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {list(expected)} ({legend})")
 
 
@@ -120,8 +123,11 @@ def unpack_state(op: str, state: tuple[Tensor | None, Tensor | None] | None) -> 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The type that autocast wants on the tensor's device, None outside autocast."""
     device = tensor.device.type
-    # torch 2.11 cannot trace the question; of what is compiled for, meta alone has no autocast.
-    if device == "meta" or not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)):
+    # Asked only of devices that may have none: to ask takes its time, and torch 2.11 cannot trace it; of what is
+    # compiled for, meta alone has no autocast.
+    if device not in ("cpu", "cuda") and (
+        device == "meta" or not (torch.compiler.is_compiling() or torch.amp.is_autocast_available(device))
+    ):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
@@ -161,6 +167,25 @@ def needs_function(*tensors: Tensor | None) -> bool:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def apply(function: type[Function], *inputs: Any) -> Any:
+    """`function.apply`, by a function without a separate `setup_context` where none is called for: for that of another
+    torch inspects signatures at every call, which takes longer than many a kernel."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*inputs)
+    return _in_one(function).apply(*inputs)
+
+
+@cache
+def _in_one(function: type[Function]) -> type[Function]:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    body = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (Function,), body)
 
 
 def kept_dtype(like: Tensor, narrow: bool) -> torch.dtype:

@@ -11,6 +11,7 @@ from ..reference.padded_conv import same_padding
 from ..reference.sequence import ordered
 from .checks import (
     PADDING_MODES,
+    apply,
     autocast_dtype,
     autocast_to,
     check_choice,
@@ -91,7 +92,7 @@ def conv1d(
     if forward_mode():
         return reference.conv1d_forward(*operands, lengths, *options, False)[0]
     if needs_function(*operands):
-        return _Conv1d.apply(*operands, lengths, *options, name)[0]
+        return apply(_Conv1d, *operands, lengths, *options, name)[0]
     return backends.function(name, "conv1d_forward")(*operands, lengths, *options, False)[0]
 
 
@@ -156,38 +157,41 @@ def check_conv1d(
     check_choice(_OP, "padding_mode", padding_mode, PADDING_MODES)
     check_choice(_OP, "activation", activation, ACTIVATIONS)
     _check_shapes(input, weight, groups, channels_first)
-    check_shape(_OP, "bias", bias, (weight.shape[0],), "[C]")
-    pads = conv1d_pads(padding, weight.shape[2], stride, dilation)
+    channels, _, kernel = weight.shape
+    check_shape(_OP, "bias", bias, (channels,), "[C]")
+    pads = conv1d_pads(padding, kernel, stride, dilation)
     if channels_first:
         input = input.transpose(1, 2)
-    batch, time = input.shape[:2]
-    output_size(_OP, "time", time, weight.shape[2], stride, pads, dilation, padding_mode)
-    lengths = check_lengths(_OP, lengths, batch, time, weight.device)
-    _check_padding_of_lengths(lengths, pads, padding_mode)
+    batch, time, _ = input.shape
+    output_size(_OP, "time", time, kernel, stride, pads, dilation, padding_mode)
+    if lengths is not None:
+        lengths = check_lengths(_OP, lengths, batch, time, weight.device)
+        _check_padding_of_lengths(lengths, pads, padding_mode)
     return input, lengths, pads
 
 
 def _check_shapes(input: Tensor, weight: Tensor, groups: int, channels_first: bool) -> None:
-    shape = list(weight.shape)
-    if weight.ndim != 3 or 0 in shape:
-        raise ValueError(f"{_OP}: weight has shape {shape}, expected [C, F / groups, k]")
+    shape = weight.shape
+    if len(shape) != 3 or 0 in shape:
+        raise ValueError(f"{_OP}: weight has shape {list(shape)}, expected [C, F / groups, k]")
     if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
         raise ValueError(f"{_OP}: groups is {groups!r}, expected a positive divisor of C={shape[0]}")
-    layout = "[B, F, T]" if channels_first else "[B, T, F]"
-    legend = f"input shape {list(input.shape)}, layout {layout}"
-    if input.ndim != 3:
-        raise ValueError(f"{_OP}: input has {input.ndim} dims, expected 3 ({legend})")
-    time, features = input.shape[2 if channels_first else 1], input.shape[1 if channels_first else 2]
-    if features != shape[1] * groups:
-        source = f"weight {shape}, groups={groups}"
-        raise ValueError(f"{_OP}: input has {features} features, expected {shape[1] * groups} from {source} ({legend})")
-    if time == 0:
-        raise ValueError(f"{_OP}: input has 0 time steps, expected at least 1 ({legend})")
+    sizes, expected = input.shape, shape[1] * groups
+    time, features = (2, 1) if channels_first else (1, 2)
+    if len(sizes) == 3 and sizes[features] == expected and sizes[time] > 0:
+        return
+    legend = f"input shape {list(sizes)}, layout {'[B, F, T]' if channels_first else '[B, T, F]'}"
+    if len(sizes) != 3:
+        raise ValueError(f"{_OP}: input has {len(sizes)} dims, expected 3 ({legend})")
+    if sizes[features] != expected:
+        source = f"weight {list(shape)}, groups={groups}"
+        raise ValueError(f"{_OP}: input has {sizes[features]} features, expected {expected} from {source} ({legend})")
+    raise ValueError(f"{_OP}: input has 0 time steps, expected at least 1 ({legend})")
 
 
-def _check_padding_of_lengths(lengths: Tensor | None, pads: list[int], mode: str) -> None:
+def _check_padding_of_lengths(lengths: Tensor, pads: list[int], mode: str) -> None:
     """Each sample by itself has to be long enough for its padding; an empty one has none."""
-    if mode not in ("reflect", "circular") or lengths is None or not values_at_hand(lengths) or not lengths.any():
+    if mode not in ("reflect", "circular") or not values_at_hand(lengths) or not lengths.any():
         return
     least = int(lengths[lengths > 0].min())
     if max(pads) > most_padding(least, mode):

@@ -11,6 +11,7 @@ from ..reference.lstm_gates import state_dtype
 from ..reference.padded_conv import conv, same_padding
 from .checks import (
     PADDING_MODES,
+    apply,
     autocast_dtype,
     autocast_state,
     autocast_to,
@@ -139,7 +140,7 @@ def conv_lstm(
     if forward_mode():
         outputs = reference.conv_lstm_forward(*operands, lengths, *options, "none")
     elif needs_function(*operands):
-        outputs = _ConvLSTM.apply(*operands, lengths, *options, memory, name)
+        outputs = apply(_ConvLSTM, *operands, lengths, *options, memory, name)
     else:
         outputs = backends.function(name, "conv_lstm_forward")(*operands, lengths, *options, "none")
     return outputs[0], (outputs[1], outputs[2])

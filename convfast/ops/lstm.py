@@ -1,5 +1,6 @@
 """One LSTM layer over a whole sequence, in one or both directions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from .. import backends, reference
 from ..reference.lstm_gates import state_dtype
 from ..reference.sequence import ordered
 from .checks import (
+    apply,
     autocast_dtype,
     autocast_state,
     autocast_to,
@@ -91,16 +93,20 @@ def lstm(
     weights = (weight_ih, weight_hh, bias, peephole, weight_hr)
     weights_r = _unpack_reverse(reverse, weights)
     check_given(_OP, {"input": input, "weight_ih": weight_ih, "weight_hh": weight_hh})
-    tensors = {"weight_hh": weight_hh, "input": input} | dict(zip(_WEIGHTS, weights))
-    tensors |= {f"reverse {name}": t for name, t in zip(_WEIGHTS, weights_r)}
-    check_tensors(_OP, tensors | {"state h": h0, "state c": c0}, state="state c")
+    tensors = {
+        "weight_hh": weight_hh, "input": input, "weight_ih": weight_ih, "bias": bias, "peephole": peephole,
+        "weight_hr": weight_hr, "state h": h0, "state c": c0,
+    }  # fmt: skip
+    if reverse is not None:
+        tensors |= {f"reverse {name}": t for name, t in zip(_WEIGHTS, weights_r)}
+    check_tensors(_OP, tensors, state="state c")
     hidden, size = _check_weights(weight_ih, weight_hh, weight_hr)
-    _check_input(input, weight_ih)
-    for prefix, some in (("", weights), ("reverse ", weights_r)):
-        legends = (hidden * 4, input.shape[2]), (hidden * 4, size), (hidden * 4,), (3, hidden), (size, hidden)
-        for name, t, shape, legend in zip(_WEIGHTS, some, legends, ("[4H, I]", "[4H, P]", "[4H]", "[3, H]", "[P, H]")):
-            check_shape(_OP, prefix + name, t, shape, legend)
-    (batch, time), directions = input.shape[:2], 1 if reverse is None else 2
+    batch, time, inputs = _check_input(input, weight_ih)
+    directions = 1
+    _check_shapes("", weights, hidden, size, inputs)
+    if reverse is not None:
+        directions = 2
+        _check_shapes("reverse ", weights_r, hidden, size, inputs)
     check_shape(_OP, "state h", h0, (directions, batch, size), "[D, B, P]")
     check_shape(_OP, "state c", c0, (directions, batch, hidden), "[D, B, H]")
     lengths = check_lengths(_OP, lengths, batch, time, weight_hh.device)
@@ -110,10 +116,51 @@ def lstm(
     if forward_mode():
         outputs = reference.lstm_forward(*operands, lengths, time_major, False)
     elif needs_function(*operands):
-        outputs = _LSTM.apply(*operands, lengths, time_major, name)
+        outputs = apply(_LSTM, *operands, lengths, time_major, name)
     else:
         outputs = backends.function(name, "lstm_forward")(*operands, lengths, time_major, False)
     return outputs[0], (outputs[1], outputs[2])
+
+
+def runs_layers(
+    input: Tensor, weights: Sequence[Tensor], state: tuple[Tensor, Tensor] | None, backend: str | None
+) -> bool:
+    """Whether `lstm_layers` can take the place of `lstm` for each layer: without gradients, on the CPU."""
+    if torch.compiler.is_compiling() or forward_mode() or needs_function(input, *weights, *(state or ())):
+        return False
+    weight = weights[1]
+    return autocast_dtype(weight) is None and backends.select(_OP, backend, weight.device.type, weight.dtype) == "cpu"
+
+
+def lstm_layers(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    peepholes: Sequence[Tensor],
+    bias: bool,
+    projection: bool,
+    bidirectional: bool,
+    state: tuple[Tensor, Tensor] | None,
+    lengths: Tensor | None,
+    head: tuple[Tensor, Tensor | None] | None,
+    time_major: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """All layers of an LSTM in one call, where `runs_layers`: between short ones Python takes a share of the time.
+
+    Args:
+        input: `[B, T, I]`, any memory layout.
+        weights: the parameters of `torch.nn.LSTM` in its order.
+        peepholes: `[3, H]` of each layer and direction, or none.
+        state: `[L·D, B, P]` and `[L·D, B, H]`.
+        head: weight `[O, D·P]` and bias of a linear layer that takes the output's place.
+    """
+    h0, c0 = state or (None, None)
+    check_tensors(_OP, {"weight_hh": weights[1], "input": input, "state h": h0, "state c": c0}, state="state c")
+    batch, time, _ = _check_input(input, weights[0])
+    lengths = check_lengths(_OP, lengths, batch, time, input.device)
+    y, h, c = torch.ops.convfast.lstm_layers(
+        input, weights, peepholes, bias, projection, bidirectional, h0, c0, lengths, *(head or (None, None)), time_major
+    )
+    return y, (h, c)
 
 
 def _unpack_reverse(
@@ -135,31 +182,42 @@ def _unpack_reverse(
 
 def _check_weights(weight_ih: Tensor, weight_hh: Tensor, weight_hr: Tensor | None) -> tuple[int, int]:
     """→ (H, P)."""
-    shape = list(weight_hh.shape)
-    if weight_hh.ndim != 2 or shape[0] % 4 or 0 in shape:
-        raise ValueError(f"{_OP}: weight_hh has shape {shape}, expected [4H, P] with H > 0")
+    shape = weight_hh.shape
+    if len(shape) != 2 or shape[0] % 4 or 0 in shape:
+        raise ValueError(f"{_OP}: weight_hh has shape {list(shape)}, expected [4H, P] with H > 0")
     hidden, size = shape[0] // 4, shape[1]
     if weight_hr is None and size != hidden:
-        raise ValueError(f"{_OP}: weight_hh has shape {shape}, expected [4H, H] where weight_hr is None")
+        raise ValueError(f"{_OP}: weight_hh has shape {list(shape)}, expected [4H, H] where weight_hr is None")
     if weight_ih.ndim != 2 or weight_ih.shape[0] != shape[0] or 0 in weight_ih.shape:
         raise ValueError(
             f"{_OP}: weight_ih has shape {list(weight_ih.shape)}, expected [4H, I] with 4H={shape[0]} like weight_hh "
-            f"{shape}"
+            f"{list(shape)}"
         )
     return hidden, size
 
 
-def _check_input(input: Tensor, weight_ih: Tensor) -> None:
-    legend = f"input shape {list(input.shape)}, layout [B, T, I]"
-    if input.ndim != 3:
-        raise ValueError(f"{_OP}: input has {input.ndim} dims, expected 3 ({legend})")
-    if input.shape[2] != weight_ih.shape[1]:
+def _check_input(input: Tensor, weight_ih: Tensor) -> tuple[int, int, int]:
+    """→ (B, T, I)."""
+    shape, features = input.shape, weight_ih.shape[1]
+    if len(shape) == 3 and shape[2] == features and shape[1] > 0:
+        batch, time, _ = shape
+        return batch, time, features
+    legend = f"input shape {list(shape)}, layout [B, T, I]"
+    if len(shape) != 3:
+        raise ValueError(f"{_OP}: input has {len(shape)} dims, expected 3 ({legend})")
+    if shape[2] != features:
         source = f"weight_ih {list(weight_ih.shape)}"
-        raise ValueError(
-            f"{_OP}: input has {input.shape[2]} features, expected {weight_ih.shape[1]} from {source} ({legend})"
-        )
-    if input.shape[1] == 0:
-        raise ValueError(f"{_OP}: input has 0 time steps, expected at least 1 ({legend})")
+        raise ValueError(f"{_OP}: input has {shape[2]} features, expected {features} from {source} ({legend})")
+    raise ValueError(f"{_OP}: input has 0 time steps, expected at least 1 ({legend})")
+
+
+def _check_shapes(prefix: str, weights: tuple[Tensor | None, ...], hidden: int, size: int, inputs: int) -> None:
+    weight_ih, weight_hh, bias, peephole, weight_hr = weights
+    check_shape(_OP, prefix + "weight_ih", weight_ih, (4 * hidden, inputs), "[4H, I]")
+    check_shape(_OP, prefix + "weight_hh", weight_hh, (4 * hidden, size), "[4H, P]")
+    check_shape(_OP, prefix + "bias", bias, (4 * hidden,), "[4H]")
+    check_shape(_OP, prefix + "peephole", peephole, (3, hidden), "[3, H]")
+    check_shape(_OP, prefix + "weight_hr", weight_hr, (size, hidden), "[P, H]")
 
 
 class _LSTM(torch.autograd.Function):
@@ -231,6 +289,31 @@ def register_fakes(namespace: str, narrow: bool) -> None:
             w_hh.new_empty((directions, batch, hidden), dtype=dtype),
             w_hh.new_empty((*sequence, hidden) if save else 0, dtype=dtype),
             w_hh.new_empty((*sequence, 4 * hidden) if save else 0, dtype=kept_dtype(w_hh, narrow)),
+        )
+
+    @library.register_fake(f"{namespace}::lstm_layers")
+    def _(
+        x: Tensor,
+        weights: list[Tensor],
+        peepholes: list[Tensor],
+        bias: bool,
+        projection: bool,
+        bidirectional: bool,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        head: Tensor | None,
+        head_bias: Tensor | None,
+        time_major: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        w_hh, directions, (batch, time, _) = weights[1], 1 + bidirectional, x.shape
+        hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
+        rows = len(weights) // (2 + 2 * bias + projection)
+        channels = directions * size if head is None else head.shape[0]
+        return (
+            empty_sequence(w_hh, (batch, time, channels), time_major, w_hh.dtype),
+            w_hh.new_empty((rows, batch, size)),
+            w_hh.new_empty((rows, batch, hidden), dtype=state_dtype(w_hh.dtype)),
         )
 
     @library.register_fake(f"{namespace}::lstm_backward")

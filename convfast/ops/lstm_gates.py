@@ -8,6 +8,7 @@ from torch import Tensor, library
 from .. import backends, reference
 from ..reference.lstm_gates import state_dtype
 from .checks import (
+    apply,
     autocast_dtype,
     autocast_to,
     check_shape,
@@ -61,7 +62,7 @@ def lstm_gates(
     if forward_mode():
         return reference.lstm_gates_forward(gates, c, peephole, False)[:2]
     if needs_function(gates, c, peephole):
-        return _LSTMGates.apply(gates, c, peephole, name)[:2]
+        return apply(_LSTMGates, gates, c, peephole, name)[:2]
     return backends.function(name, "lstm_gates_forward")(gates, c, peephole, False)[:2]
 
 

@@ -120,11 +120,11 @@ inline FromBlob from_blob_function() {
   return function;
 }
 
-// Uninitialised, with strides that leave no gaps. Large tensors live in the pool, and go back to it with their last reference.
+// Uninitialised, with strides that leave no gaps; dims may be expanded. Large tensors live in the pool, and go back to it with their last reference.
 inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
   constexpr int64_t kLarge = 1 << 17;
   int64_t elements = 1;
-  for (int64_t n : shape) elements *= n;
+  for (size_t i = 0; i < shape.size(); ++i) elements *= strides[i] || shape[i] == 0 ? shape[i] : 1;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), cpu = aoti_torch_device_type_cpu();
   const int64_t bytes = elements * int64_t(aoti_torch_dtype_element_size(type));
   AtenTensorHandle handle;

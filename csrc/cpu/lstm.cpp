@@ -22,17 +22,19 @@ namespace {
 
 constexpr const char* kForward = "lstm_forward";
 constexpr const char* kBackward = "lstm_backward";
+constexpr const char* kLayers = "lstm_layers";
 constexpr long kNeeds = 13;
 
 struct Direction {
   Tensor w_ih, w_hh;
-  OptionalTensor bias, peephole, w_hr;
+  OptionalTensor bias, peephole, w_hr, second_bias;
 };
 
 struct Inputs {
   Tensor x;
   std::vector<Direction> directions;
   OptionalTensor h0, c0, lengths;
+  long layer = 0, layers = 1;  // of those that the states have rows for
 };
 
 struct Problem {
@@ -67,16 +69,17 @@ Problem make_problem(const char* op, const Inputs& in) {
     check("w_ih", d.w_ih, {4 * p.hidden, p.inputs});
     check("w_hh", d.w_hh, {4 * p.hidden, p.size});
     if (d.bias) check("bias", *d.bias, {4 * p.hidden});
+    if (d.second_bias) check("bias", *d.second_bias, {4 * p.hidden});
     if (d.peephole) check("peephole", *d.peephole, {3, p.hidden});
     if (d.w_hr) check("w_hr", *d.w_hr, {p.size, p.hidden});
     CONVFAST_CHECK(d.w_hr || p.size == p.hidden, op, "w_hr", "given where h is not as large as c", "none");
   }
   if (in.h0) {
-    check_shape(op, "h0", *in.h0, {p.directions, p.batch, p.size});
+    check_shape(op, "h0", *in.h0, {in.layers * p.directions, p.batch, p.size});
     check_dtype(op, "h0", *in.h0, dtype, dtype);
   }
   if (in.c0) {
-    check_shape(op, "c0", *in.c0, {p.directions, p.batch, p.hidden});
+    check_shape(op, "c0", *in.c0, {in.layers * p.directions, p.batch, p.hidden});
     check_dtype(op, "c0", *in.c0, dtype, wide);
   }
   p.lengths = read_lengths(op, in.lengths, p.batch, p.time);
@@ -85,6 +88,11 @@ Problem make_problem(const char* op, const Inputs& in) {
   std::stable_sort(p.order.begin(), p.order.end(), [&](long a, long b) { return p.lengths[a] > p.lengths[b]; });
   return p;
 }
+
+// A linear layer on top: y is what it gives for h.
+struct Head {
+  OptionalTensor weight, bias;  // [O, D P], [O]
+};
 
 constexpr long kZero = 0;
 
@@ -101,7 +109,7 @@ struct Engine {
   Inputs in;
   const Kernels<T>& k = kernels<T>();
   Workspace workspace;
-  const SequenceOf<const A> frames;  // of x
+  SequenceOf<const A> frames;  // of x
   const long hidden, size, inputs, columns, ldz, ldx, ldh;
   const long threads = torch::stable::get_num_threads();  // asked of a thread of the pool it may be another number
 
@@ -116,6 +124,11 @@ struct Engine {
         ldz(leading(round_up(4 * hidden, kSlab))),
         ldx(leading(inputs)),
         ldh(leading(std::max(hidden, size))) {}
+
+  void set_x(const Tensor& x) {
+    in.x = x;
+    frames = SequenceOf<const A>(x);
+  }
 
   static const A* data(const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); }
   static A* out_data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
@@ -279,7 +292,13 @@ struct Engine {
   Packed pack(const Direction& d) {
     const long all_columns = round_up(4 * hidden, kSlab);
     T* bias = workspace.take<T>(all_columns);
-    for (long n = 0; n < all_columns; ++n) bias[n] = d.bias && n < 4 * hidden ? static_cast<T>(data(*d.bias)[p.weight_row(n) * d.bias->stride(0)]) : T(0);
+    std::fill(bias, bias + all_columns, T(0));
+    for (const OptionalTensor& term : {d.bias, d.second_bias}) {
+      if (!term) continue;
+      const A* source = data(*term);
+      const long stride = term->stride(0);
+      for (long n = 0; n < 4 * hidden; ++n) bias[n] = static_cast<T>(static_cast<A>(bias[n] + static_cast<T>(source[p.weight_row(n) * stride])));
+    }
     T* w_hr = nullptr;
     if (d.w_hr) {
       w_hr = workspace.take<T>(hidden * round_up(size, k.lanes));
@@ -321,15 +340,18 @@ struct Engine {
     for (long i = 0; i < n; ++i) to[i * stride] = static_cast<B>(from[i]);
   }
 
-  // Channels [begin, end) of a state [D, B, n] in activations or in the wide type.
-  static void read_state(const OptionalTensor& t, const Group& g, long begin, long end, T* to, long ld) {
+  // Which row of the states a direction has.
+  long state_row(long direction) const { return in.layer * p.directions + direction; }
+
+  // Channels [begin, end) of a state [.., B, n] in activations or in the wide type.
+  void read_state(const OptionalTensor& t, const Group& g, long begin, long end, T* to, long ld) const {
     for (long i = 0; i < g.rows; ++i) {
       T* row = to + i * ld;
       if (!t) {
         std::fill(row + begin, row + end, T(0));
         continue;
       }
-      const long at = g.direction * t->stride(0) + g.sample(i) * t->stride(1) + begin * t->stride(2);
+      const long at = state_row(g.direction) * t->stride(0) + g.sample(i) * t->stride(1) + begin * t->stride(2);
       if (t->scalar_type() == scalar_type<A>()) read(data(*t) + at, t->stride(2), end - begin, row + begin);
       else read(static_cast<const T*>(t->const_data_ptr()) + at, t->stride(2), end - begin, row + begin);
     }
@@ -351,16 +373,74 @@ struct Engine {
         read(frames.at(g.sample(i), g.frame(i, s)), frames.feature, inputs, to + (chunk.at(s) + i) * ldx);
   }
 
-  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+  struct Outputs {
+    OptionalTensor y;
+    Tensor h_n, c_n;
+    OptionalTensor c, gates;  // what is saved
+  };
 
-  Outputs forward(bool time_major, bool save) {
-    const ScalarType narrow = scalar_type<A>(), wide = scalar_type<T>();
+  Tensor empty_output(bool time_major, long channels) const {
     const std::vector<int64_t> order = time_major ? std::vector<int64_t>{1, 0, 2} : std::vector<int64_t>{0, 1, 2};
-    Outputs all{empty_ordered({p.batch, p.time, p.directions * size}, order, narrow), empty_cpu({p.directions, p.batch, size}, narrow),
-                empty_cpu({p.directions, p.batch, hidden}, wide), save ? empty_cpu({p.directions, p.batch, p.time, hidden}, wide) : empty_cpu({0}, wide),
-                save ? empty_cpu({p.directions, p.batch, p.time, 4 * hidden}, wide) : empty_cpu({0}, wide)};
-    if (p.batch == 0) return all;
-    pass = save ? kTraining : kInference;
+    return empty_ordered({p.batch, p.time, channels}, order, scalar_type<A>());
+  }
+  // What the layer above checks its weights against, in place of an output that may never be in memory.
+  Tensor shape_of_output() const { return empty_strided({p.batch, p.time, p.directions * size}, {0, 0, 1}, scalar_type<A>()); }
+  Tensor empty_h() const { return empty_cpu({in.layers * p.directions, p.batch, size}, scalar_type<A>()); }
+  Tensor empty_c() const { return empty_cpu({in.layers * p.directions, p.batch, hidden}, scalar_type<T>()); }
+  Tensor empty_saved(long n) const { return empty_cpu({p.directions, p.batch, p.time, n}, scalar_type<T>()); }
+
+  // A linear layer as the kernels read it.
+  struct PackedHead {
+    const T *weight = nullptr, *bias = nullptr;
+    long inputs = 0, outputs = 0;
+    long ld() const { return leading(outputs); }
+  };
+  PackedHead head;  // of forward(): y is what it gives
+
+  // A head that a thread can apply to h of a step, which it has in cache; else project() does it at the end.
+  bool takes_head() const { return p.directions == 1 && split().team == 1; }
+
+  void set_head(const Head& from) { head = pack(from); }
+
+  PackedHead pack(const Head& from) {
+    const Tensor& w = *from.weight;
+    const long outputs = w.size(0), n = w.size(1), s0 = w.stride(0), s1 = w.stride(1);
+    T *weight = workspace.take<T>(n * round_up(outputs, k.lanes)), *bias = workspace.take<T>(round_up(outputs, k.lanes));
+    pack_panels(k, n, outputs, weight, [&](long i, long o) { return static_cast<T>(data(w)[o * s0 + i * s1]); });
+    std::fill(bias, bias + round_up(outputs, k.lanes), T(0));
+    if (from.bias) read(data(*from.bias), from.bias->stride(0), outputs, bias);
+    return {weight, bias, n, outputs};
+  }
+
+  void apply(const PackedHead& to, long rows, const T* h, long ld, T* out) const {
+    k.gemm({rows, {h}, {rows_of(to.inputs, ld)}, to.weight, to.inputs, to.outputs, to.bias, 0, out, to.ld()});
+  }
+
+  // y [B, T, D P] through a linear layer.
+  void project(const Tensor& y, const Head& from, const Tensor& to) {
+    constexpr long kRows = 64;
+    const PackedHead packed = pack(from);
+    const SequenceOf<const A> rows(y);
+    const SequenceOf<A> results(to);
+    const long chunks = (p.time + kRows - 1) / kRows, ld = leading(packed.inputs);
+    parallel(p.batch * chunks, [&](long begin, long end) {
+      std::vector<T> h(kRows * ld), out(kRows * packed.ld());
+      for (long task = begin; task < end; ++task) {
+        const long sample = task / chunks, first = task % chunks * kRows, n = std::min(kRows, p.time - first);
+        for (long i = 0; i < n; ++i) read(rows.at(sample, first + i), 1, packed.inputs, h.data() + i * ld);
+        apply(packed, n, h.data(), ld, out.data());
+        for (long i = 0; i < n; ++i) write(out.data() + i * packed.ld(), packed.outputs, results.at(sample, first + i));
+      }
+    });
+  }
+
+  struct Buffers {
+    T *z, *h[2], *c, *m, *out;
+    Part* split;        // x and h of a step
+    std::vector<T*> x;  // of each member
+  };
+
+  std::vector<Buffers> buffers() {
     const Split s = split();
     const long rows = most_rows(s), steps = steps_of_chunk();
     std::vector<Buffers> parts(s.parts);
@@ -370,98 +450,205 @@ struct Engine {
       for (T*& h : b.h) h = workspace.take<T>(rows * ldh);
       b.c = workspace.take<T>(rows * ldh);
       b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
+      b.out = head.weight ? workspace.take<T>(rows * head.ld()) : nullptr;
       for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(steps * rows * ldx));
     }
-    for (long d = 0; d < p.directions; ++d) {
-      const Packed w = pack(in.directions[d]);
-      run(d, [&](const Group& g, long part, const Member& member) { run_forward(g, w, parts[part], member, all); });
-    }
-    return all;
+    return parts;
   }
 
-  struct Buffers {
-    T *z, *h[2], *c, *m;
-    Part* split;        // x and h of a step
-    std::vector<T*> x;  // of each member
+  // A member's work on the rows of a group: start(), step() by step, finish().
+  struct Task {
+    const Group& g;
+    const Packed& w;
+    const Buffers& b;
+    const Member& member;
+    const Outputs& outputs;
+    SequenceOf<A> y;  // null: nobody but the layer above reads it
+    T *c, *gates;     // null: not kept
   };
 
-  void run_forward(const Group& g, const Packed& w, const Buffers& b, const Member& member, const Outputs& outputs) {
-    const auto& [y, h_n, c_n, c, gates] = outputs;
-    const SequenceOf<A> results(y);
-    const bool save = gates.numel() > 0;
-    const auto [first, last, ch, ch_end, column, n] = share(member);
-    const long out = w.w_hr ? 0 : ch, out_end = w.w_hr ? size : ch_end, steps = steps_of_chunk(), most = g.length(0);
-    const bool joint = together(), direct_x = joint && (w.split ? regular() && frames.feature == 1 : reads_x_directly(g)), direct_y = regular() && !w.w_hr;
-    const auto split_rows = [&](long rows, long n, const T* from, long ld, long at) {
-      tile_kernels()->split({rows, n, kParts, reinterpret_cast<const float*>(from), ld, b.split + at, split_depth(), split_ld()});
-    };
-    T* x = b.x[member.rank];
-    T *c_all = save ? static_cast<T*>(c.mutable_data_ptr()) : nullptr, *gates_all = save ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
-    read_state(in.c0, g, ch, ch_end, b.c, ldh);
-    read_state(in.h0, g, out, out_end, b.h[0], ldh);
-    if (w.split) split_rows(g.rows, size, b.h[0], ldh, split_x());
-    member.wait();
+  Task task(const Group& g, const Packed& w, const Buffers& b, const Member& member, const Outputs& outputs) const {
+    const auto data = [](const OptionalTensor& t) { return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr; };
+    return {g, w, b, member, outputs, outputs.y ? SequenceOf<A>(*outputs.y) : SequenceOf<A>(), data(outputs.c), data(outputs.gates)};
+  }
+
+  void forward(const Outputs& all) {
+    if (p.batch == 0) return;
+    pass = all.gates ? kTraining : kInference;
+    const std::vector<Buffers> parts = buffers();
+    for (long d = 0; d < p.directions; ++d) {
+      const Packed w = pack(in.directions[d]);
+      run(d, [&](const Group& g, long part, const Member& member) {
+        const Task t = task(g, w, parts[part], member, all);
+        if (together()) run_steps({this}, {t});
+        else run_chunks(t);
+      });
+    }
+  }
+
+  // Layers that take a step together, so that what one gives the next one reads while it is in cache.
+  static void forward(const std::vector<Engine*>& layers, const std::vector<Outputs>& all) {
+    std::vector<std::vector<Buffers>> parts;
+    std::vector<Packed> weights;
+    for (Engine* layer : layers) {
+      parts.push_back(layer->buffers());
+      weights.push_back(layer->pack(layer->in.directions[0]));
+    }
+    layers[0]->run(0, [&](const Group& g, long part, const Member& member) {
+      std::vector<Task> tasks;
+      for (size_t i = 0; i < layers.size(); ++i) tasks.push_back(layers[i]->task(g, weights[i], parts[i][part], member, all[i]));
+      run_steps(layers, tasks);
+    });
+  }
+
+  // Whether these layers do. With few rows to a step, or matrix tiles, weights that L2 does not hold from step to step would cost more
+  // than is saved.
+  static bool forwards_together(const std::vector<Engine*>& layers) {
+    constexpr long kManyRows = 16;
+    long bytes = 0;
+    bool many_rows = true;
+    for (const Engine* layer : layers) {
+      const Split s = layer->split();
+      if (layer->p.batch == 0 || layer->p.directions > 1 || s.team > 1 || !layer->together()) return false;
+      many_rows = many_rows && layer->most_rows(s) >= kManyRows && !layer->by_tiles();
+      bytes += layer->weight_bytes();
+    }
+    return layers.size() > 1 && (many_rows || bytes <= l2_bytes() / 2);
+  }
+
+  long weight_bytes() const {
+    return by_tiles() ? split_size(4 * hidden, split_depth(), kParts) * long(sizeof(Part)) : (inputs + size) * columns * long(sizeof(T));
+  }
+
+  // Rows of x at a step, [row][stride].
+  struct RowsOfX {
+    const T* data;
+    long stride;
+  };
+
+  RowsOfX rows_of_x(const Task& t, const Chunk& chunk) const {
+    if (t.w.split ? regular() && frames.feature == 1 : together() && reads_x_directly(t.g))
+      return {reinterpret_cast<const T*>(frames.at(t.g.sample(0), t.g.frame(0, chunk.begin))), t.g.stride * frames.sample};
+    T* x = t.b.x[t.member.rank];
+    read_x(t.g, chunk, x);
+    return {x, ldx};
+  }
+
+  static void run_steps(const std::vector<Engine*>& layers, const std::vector<Task>& tasks) {
+    for (size_t i = 0; i < layers.size(); ++i) layers[i]->start(tasks[i]);
+    const Group& g = tasks[0].g;
+    for (long s = 0; s < g.length(0); ++s) {
+      RowsOfX x = layers[0]->rows_of_x(tasks[0], Chunk(g, s, s + 1));
+      for (size_t i = 0; i < layers.size(); ++i) x = {layers[i]->step(tasks[i], s, g.active(s), tasks[i].b.z, x), layers[i]->ldh};
+    }
+    for (size_t i = 0; i < layers.size(); ++i) layers[i]->finish(tasks[i]);
+  }
+
+  void run_chunks(const Task& t) const {
+    const Share mine = share(t.member);
+    const long steps = steps_of_chunk(), most = t.g.length(0);
+    start(t);
     for (long begin = 0; begin < most; begin += steps) {
-      const Chunk chunk(g, begin, std::min(most, begin + steps));
-      const A* direct = frames.at(g.sample(0), g.frame(0, begin));
-      if (!direct_x) read_x(g, chunk, x);
-      if (!joint) k.gemm({chunk.rows(), {x}, {rows_of(inputs, ldx)}, w.w_ih + column * inputs, inputs, n, w.bias + column, 0, b.z + column, ldz});
-      for (long s = begin; s < chunk.end; ++s) {
-        const long rows = chunk.active(s);
-        T *z = b.z + chunk.at(s) * ldz, *h = b.h[(s + 1) % 2];
-        LstmCells<T> cells{};
-        cells.rows = rows;
-        cells.channels = hidden;
-        cells.begin = first;
-        cells.end = last;
-        cells.z = z;
-        cells.ldz = ldz;
-        cells.gates = save ? gates_all + g.saved_row(s) * 4 * hidden : nullptr;
-        cells.ldg = g.stride * 4 * hidden;
-        cells.c_prev = save && s > 0 ? c_all + g.saved_row(s - 1) * hidden : b.c;
-        cells.ldc_prev = save && s > 0 ? g.stride * hidden : ldh;
-        cells.c = save ? c_all + g.saved_row(s) * hidden : b.c;
-        cells.ldc = save ? g.stride * hidden : ldh;
-        cells.peephole = w.peephole;
-        cells.h = w.w_hr ? b.m : h;
-        cells.ldh = ldh;
-        A* to = results.at(g.sample(0), g.frame(0, s)) + g.direction * size;
-        if constexpr (!kNarrow) {
-          cells.y = direct_y ? to : nullptr;
-          cells.ldy = g.stride * results.sample;
-        }
-        const T* before = s > 0 || in.h0 ? b.h[s % 2] : nullptr;
-        if (before && member.team->size() > 1)  // what others wrote: all lines at once, not as the sum comes to each
-          for (long i = 0; i < rows; ++i)
-            for (long j = 0; j < size; j += 64 / long(sizeof(T))) __builtin_prefetch(before + i * ldh + j);
-        if constexpr (std::is_same_v<T, float>) {
-          if (w.split) {
-            split_rows(rows, inputs, direct_x ? reinterpret_cast<const T*>(direct) : x, direct_x ? g.stride * frames.sample : ldx, 0);
-            tile_kernels()->lstm_step({rows, kParts, b.split, split_depth(), split_ld(), w.split, split_depth(), round_up(4 * hidden, kSlab), w.bias, z, ldz}, cells);
-          }
-        }
-        if (w.split) {
-        } else if (joint) k.lstm_step({rows, {direct_x ? reinterpret_cast<const T*>(direct) : x, before},
-                                {rows_of(inputs, direct_x ? g.stride * frames.sample : ldx), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
-        else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
-        if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});
-        for (long i = 0; !direct_y && i < rows; ++i) {
-          A* to = results.at(g.sample(i), g.frame(i, s)) + g.direction * size + out;
-          write(h + i * ldh + out, out_end - out, to);
-          if constexpr (kNarrow) read(to, 1, out_end - out, h + i * ldh + out);
-        }
-        if (w.split && s + 1 < most) split_rows(rows, size, h, ldh, split_x());
-        member.wait();
+      const Chunk chunk(t.g, begin, std::min(most, begin + steps));
+      const RowsOfX x = rows_of_x(t, chunk);
+      k.gemm({chunk.rows(), {x.data}, {rows_of(inputs, x.stride)}, t.w.w_ih + mine.column * inputs, inputs, mine.columns, t.w.bias + mine.column, 0,
+              t.b.z + mine.column, ldz});
+      for (long s = begin; s < chunk.end; ++s) step(t, s, chunk.active(s), t.b.z + chunk.at(s) * ldz, {nullptr, 0});
+    }
+    finish(t);
+  }
+
+  // What of h is a member's: all of it where a projection mixes the hidden units.
+  std::pair<long, long> outputs_of(const Task& t) const {
+    const Share mine = share(t.member);
+    return t.w.w_hr ? std::make_pair(0l, size) : std::make_pair(mine.ch, mine.ch_end);
+  }
+
+  void split_rows(const Buffers& b, long rows, long n, const T* from, long ld, long at) const {
+    tile_kernels()->split({rows, n, kParts, reinterpret_cast<const float*>(from), ld, b.split + at, split_depth(), split_ld()});
+  }
+
+  void start(const Task& t) const {
+    const Share mine = share(t.member);
+    const auto [out, out_end] = outputs_of(t);
+    read_state(in.c0, t.g, mine.ch, mine.ch_end, t.b.c, ldh);
+    read_state(in.h0, t.g, out, out_end, t.b.h[0], ldh);
+    if (t.w.split) split_rows(t.b, t.g.rows, size, t.b.h[0], ldh, split_x());
+    t.member.wait();
+  }
+
+  // → h of the step's rows, [row][ldh]. Without x, its part of the gates is in z.
+  const T* step(const Task& t, long s, long rows, T* z, const RowsOfX& x) const {
+    const auto& [g, w, b, member, outputs, y, c, gates] = t;
+    const Share mine = share(member);
+    T* h = b.h[(s + 1) % 2];
+    const T* before = s > 0 || in.h0 ? b.h[s % 2] : nullptr;
+    const bool inside = !y.data || head.weight, direct_y = !inside && regular() && !w.w_hr;
+    LstmCells<T> cells{};
+    cells.rows = rows;
+    cells.channels = hidden;
+    cells.begin = mine.block;
+    cells.end = mine.block_end;
+    cells.z = z;
+    cells.ldz = ldz;
+    cells.gates = gates ? gates + g.saved_row(s) * 4 * hidden : nullptr;
+    cells.ldg = g.stride * 4 * hidden;
+    cells.c_prev = c && s > 0 ? c + g.saved_row(s - 1) * hidden : b.c;
+    cells.ldc_prev = c && s > 0 ? g.stride * hidden : ldh;
+    cells.c = c ? c + g.saved_row(s) * hidden : b.c;
+    cells.ldc = c ? g.stride * hidden : ldh;
+    cells.peephole = w.peephole;
+    cells.h = w.w_hr ? b.m : h;
+    cells.ldh = ldh;
+    if constexpr (!kNarrow) {
+      cells.y = direct_y ? y.at(g.sample(0), g.frame(0, s)) + g.direction * size : nullptr;
+      cells.ldy = g.stride * y.sample;
+    }
+    if (before && member.team->size() > 1)  // what others wrote: all lines at once, not as the sum comes to each
+      for (long i = 0; i < rows; ++i)
+        for (long j = 0; j < size; j += 64 / long(sizeof(T))) __builtin_prefetch(before + i * ldh + j);
+    if constexpr (std::is_same_v<T, float>) {
+      if (w.split) {
+        split_rows(b, rows, inputs, x.data, x.stride, 0);
+        tile_kernels()->lstm_step({rows, kParts, b.split, split_depth(), split_ld(), w.split, split_depth(), round_up(4 * hidden, kSlab), w.bias, z, ldz}, cells);
       }
     }
+    if (w.split) {
+    } else if (x.data)
+      k.lstm_step({rows, {x.data, before}, {rows_of(inputs, x.stride), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
+    else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
+    if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});
+    if (inside && kNarrow)
+      for (long i = 0; i < rows; ++i)
+        for (long j = 0; j < size; ++j) h[i * ldh + j] = static_cast<T>(static_cast<A>(h[i * ldh + j]));
+    if (head.weight) {
+      apply(head, rows, h, ldh, b.out);
+      for (long i = 0; i < rows; ++i) write(b.out + i * head.ld(), head.outputs, y.at(g.sample(i), g.frame(i, s)));
+    }
+    const auto [out, out_end] = outputs_of(t);
+    for (long i = 0; !inside && !direct_y && i < rows; ++i) {
+      A* to = y.at(g.sample(i), g.frame(i, s)) + g.direction * size + out;
+      write(h + i * ldh + out, out_end - out, to);
+      if constexpr (kNarrow) read(to, 1, out_end - out, h + i * ldh + out);
+    }
+    if (w.split && s + 1 < g.length(0)) split_rows(b, rows, size, h, ldh, split_x());
+    member.wait();
+    return h;
+  }
+
+  void finish(const Task& t) const {
+    const auto& [g, w, b, member, outputs, y, c, gates] = t;
+    const Share mine = share(member);
+    const auto [out, out_end] = outputs_of(t);
     for (long i = 0; i < g.rows; ++i) {
-      const long sample = g.sample(i), length = g.length(i), row = g.direction * p.batch + sample;
-      write(b.h[length % 2] + i * ldh + out, out_end - out, out_data(h_n) + row * size + out);
-      const T* last_c = save && length > 0 ? c_all + (g.saved_row(length - 1) + i * g.stride) * hidden : b.c + i * ldh;
-      std::memcpy(static_cast<T*>(c_n.mutable_data_ptr()) + row * hidden + ch, last_c + ch, (ch_end - ch) * sizeof(T));
-      for (long t = length; t < p.time; ++t) {
-        A* to = results.at(sample, t) + g.direction * size;
-        std::fill(to + out, to + out_end, static_cast<A>(T(0)));
+      const long sample = g.sample(i), length = g.length(i), row = state_row(g.direction) * p.batch + sample;
+      write(b.h[length % 2] + i * ldh + out, out_end - out, out_data(outputs.h_n) + row * size + out);
+      const T* last_c = c && length > 0 ? c + (g.saved_row(length - 1) + i * g.stride) * hidden : b.c + i * ldh;
+      std::memcpy(static_cast<T*>(outputs.c_n.mutable_data_ptr()) + row * hidden + mine.ch, last_c + mine.ch, (mine.ch_end - mine.ch) * sizeof(T));
+      for (long step = length; y.data && step < p.time; ++step) {
+        A* to = y.at(sample, step) + g.direction * size;
+        if (head.weight) write(head.bias, head.outputs, to);
+        else std::fill(to + out, to + out_end, static_cast<A>(T(0)));
       }
     }
     member.wait();
@@ -819,6 +1006,61 @@ struct Backward : Engine<A> {
   }
 };
 
+template <class A>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_layer(const Problem& p, const Inputs& in, bool time_major, bool save) {
+  Engine<A> engine(p, in);
+  typename Engine<A>::Outputs out{engine.empty_output(time_major, p.directions * p.size), engine.empty_h(), engine.empty_c(), {}, {}};
+  if (save) {
+    out.c = engine.empty_saved(p.hidden);
+    out.gates = engine.empty_saved(4 * p.hidden);
+  }
+  engine.forward(out);
+  const auto saved = [](const OptionalTensor& t) { return t ? *t : empty_cpu({0}, scalar_type<Wide<A>>()); };
+  return {*out.y, out.h_n, out.c_n, saved(out.c), saved(out.gates)};
+}
+
+template <class A>
+std::tuple<Tensor, Tensor, Tensor> run_layers(Inputs in, const std::vector<std::vector<Direction>>& layers, const Head& head, bool time_major) {
+  std::vector<std::unique_ptr<Engine<A>>> engines;
+  std::vector<Engine<A>*> all;
+  in.layers = layers.size();
+  for (in.layer = 0; in.layer < in.layers; ++in.layer) {
+    in.directions = layers[in.layer];
+    engines.push_back(std::make_unique<Engine<A>>(make_problem(kLayers, in), in));
+    all.push_back(engines.back().get());
+    in.x = all.back()->shape_of_output();
+  }
+  Engine<A>& last = *all.back();
+  const long channels = last.p.directions * last.size;
+  if (head.weight) {
+    const Tensor& w = *head.weight;
+    check_shape(kLayers, "head", w, {w.size(0), channels});
+    check_dtype(kLayers, "head", w, scalar_type<A>(), scalar_type<A>());
+    if (head.bias) check_shape(kLayers, "head_bias", *head.bias, {w.size(0)});
+    if (head.bias) check_dtype(kLayers, "head_bias", *head.bias, scalar_type<A>(), scalar_type<A>());
+  }
+  const bool in_steps = head.weight && last.takes_head();
+  if (in_steps) last.set_head(head);
+  typename Engine<A>::Outputs out{{}, last.empty_h(), last.empty_c(), {}, {}};
+  const Tensor y = last.empty_output(time_major, in_steps ? head.weight->size(0) : channels);
+  if (Engine<A>::forwards_together(all)) {
+    std::vector<typename Engine<A>::Outputs> outs(all.size(), out);
+    outs.back().y = y;
+    Engine<A>::forward(all, outs);
+  } else {
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (i > 0) all[i]->set_x(*out.y);
+      // Rows of a step lie together where the next layer reads them.
+      out.y = i + 1 < all.size() ? all[i]->empty_output(true, channels) : y;
+      all[i]->forward(out);
+    }
+  }
+  if (!head.weight || in_steps) return {y, out.h_n, out.c_n};
+  const Tensor through = last.empty_output(time_major, head.weight->size(0));
+  last.project(y, head, through);
+  return {through, out.h_n, out.c_n};
+}
+
 Inputs make_inputs(const Tensor& x, const Direction& first, const OptionalTensor& w_ih_r, const OptionalTensor& w_hh_r, const OptionalTensor& bias_r,
                    const OptionalTensor& peephole_r, const OptionalTensor& w_hr_r, const OptionalTensor& h0, const OptionalTensor& c0,
                    const OptionalTensor& lengths) {
@@ -833,7 +1075,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
     OptionalTensor lengths, bool time_major, bool save) {
   const Inputs in = make_inputs(x, {w_ih, w_hh, bias, peephole, w_hr}, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r, h0, c0, lengths);
   const Problem p = make_problem(kForward, in);
-  return switch_dtype(kForward, "w_hh", w_hh, [&](auto a) { return Engine<decltype(a)>(p, in).forward(time_major, save); });
+  return switch_dtype(kForward, "w_hh", w_hh, [&](auto a) { return run_layer<decltype(a)>(p, in, time_major, save); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_layers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> peepholes, bool bias, bool projection,
+                                               bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor head, OptionalTensor head_bias,
+                                               bool time_major) {
+  const size_t directions = bidirectional ? 2 : 1, each = 2 + (bias ? 2 : 0) + (projection ? 1 : 0);
+  CONVFAST_CHECK(!weights.empty() && weights.size() % (directions * each) == 0, kLayers, "weights", "a multiple of " + std::to_string(directions * each),
+                 weights.size());
+  CONVFAST_CHECK(peepholes.empty() || peepholes.size() == weights.size() / each, kLayers, "peepholes", "none, or one for each of weights", peepholes.size());
+  std::vector<std::vector<Direction>> layers(weights.size() / (directions * each));
+  for (size_t i = 0; i < weights.size(); i += each) {
+    const Tensor* w = &weights[i];
+    Direction d{w[0], w[1], {}, {}, {}, {}};
+    if (bias) {
+      d.bias = w[2];
+      d.second_bias = w[3];
+    }
+    if (projection) d.w_hr = w[each - 1];
+    if (!peepholes.empty()) d.peephole = peepholes[i / each];
+    layers[i / each / directions].push_back(d);
+  }
+  return switch_dtype(kLayers, "weights", weights[1], [&](auto a) {
+    return run_layers<decltype(a)>({x, {}, h0, c0, lengths}, layers, {head, head_bias}, time_major);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
@@ -868,5 +1134,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 STABLE_TORCH_LIBRARY_IMPL(convfast, CPU, m) {
   m.impl("lstm_forward", TORCH_BOX(&convfast::cpu::lstm_forward));
+  m.impl("lstm_layers", TORCH_BOX(&convfast::cpu::lstm_layers));
   m.impl("lstm_backward", TORCH_BOX(&convfast::cpu::lstm_backward));
 }
