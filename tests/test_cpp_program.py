@@ -12,6 +12,7 @@ import torch
 
 import convfast
 from convfast import native
+from tests.once import built_once
 
 ROOT = Path(native.PACKAGE).parent
 
@@ -28,10 +29,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no cmake: the C++ program cannot be built")
     if why := native.reason():
         pytest.skip(f"no native library here, so no C++ program either: {why}")
-    build = tmp_path_factory.mktemp("cmake")
-    run("cmake", "-S", ROOT, "-B", build, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
-    run("cmake", "--build", build, "--parallel", str(os.cpu_count()))
-    return build / "run_scripted"
+
+    def build(folder: Path) -> None:
+        run("cmake", "-S", ROOT, "-B", folder, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
+        run("cmake", "--build", folder, "--parallel", str(os.cpu_count()))
+
+    return built_once(tmp_path_factory, "cmake", build) / "run_scripted"
 
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "return_all_layers": True}], ids=["plain", "all"])

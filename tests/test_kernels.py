@@ -9,13 +9,16 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
 from convfast import native
+from tests.once import built_once
 
 NAMES = ["baseline", "avx2", "avx512"]
 DTYPES = [np.float32, np.float64]
@@ -28,13 +31,23 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     include = sysconfig.get_path("include")
     if not shutil.which(compiler[0]) or not Path(include, "Python.h").is_file():
         pytest.skip("no C++ compiler or no Python.h: the kernels cannot be bound")
-    build = native.read_build(native.BUILD_FILE)
-    sources = [source for source in build.sources if Path(source).parent.name == "kernels"]
-    bindings = native.BUILD_FILE.parent / "testing" / "bindings.cpp"
-    library = tmp_path_factory.mktemp("kernels") / f"convfast_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = [*compiler, *build.cflags, f"-I{include}", f"-I{pybind11.get_include()}", "-shared", "-o", library]
-    done = subprocess.run([*command, bindings, *sources], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    listed = native.read_build(native.BUILD_FILE)
+    sources = [source for source in listed.sources if Path(source).parent.name == "kernels"]
+    sources.append(native.BUILD_FILE.parent / "testing" / "bindings.cpp")
+    name = f"convfast_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [*compiler, *listed.cflags, f"-I{include}", f"-I{pybind11.get_include()}"]
+
+    def build(folder: Path) -> None:
+        def run(*arguments: Any) -> None:
+            done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+
+        objects = [folder / f"{Path(source).stem}.o" for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda source, to: run("-c", source, "-o", to), sources, objects))
+        run("-shared", "-o", folder / name, *objects)
+
+    library = built_once(tmp_path_factory, "kernels", build) / name
     spec = importlib.util.spec_from_file_location("convfast_kernels", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""`torch.nn.LSTM` as one op a layer, and the LSTM with a regression head."""
+"""`torch.nn.LSTM` as one op a layer or one for all, and the LSTM with a regression head."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,8 @@ from .state import Pair
 
 
 class LSTM(nn.RNNBase):
-    """`torch.nn.LSTM` with the same arguments, parameters, initial values and checkpoints; each layer is one op.
+    """`torch.nn.LSTM` with the same arguments, parameters, initial values and checkpoints; each layer is one op,
+    without gradients on the CPU all layers are one.
 
     i = σ(W_xi x + W_hi h + p_i∘c + b_i), f = σ(W_xf x + W_hf h + p_f∘c + b_f), g = tanh(W_xg x + W_hg h + b_g),
     c' = f∘c + i∘g, o = σ(W_xo x + W_ho h + p_o∘c' + b_o), h' = o∘tanh(c'), or W_hr (o∘tanh(c')) with `proj_size`.
