@@ -95,7 +95,7 @@
 //
 // lstm_layers(x, weights, peepholes, bias, projection, bidirectional, h0, c0, lengths, head, head_bias, time_major)
 //     -> (y, h_n, c_n)
-//   lstm_forward without saving, layer after layer, L of them; on the CPU only
+//   lstm_forward without saving, layer after layer, L of them
 //   weights   of each layer and direction in turn: w_ih, w_hh, with `bias` also b_ih and b_hh [4H], with `projection` also
 //             w_hr. From the second layer on w_ih is [4H, D P]
 //   peepholes one of each layer and direction, or none

@@ -32,6 +32,8 @@ FEW = {
     "test_ops_and_their_fakes_agree": ("everything", "frame_2d", "batch_0"),
     "test_chunks_equal_the_whole_sequence": ("4, 1, 1",),
     "test_compiles_whole": ("both_pools", "everything"),
+    "test_one_op_gives_the_bits_of_layers": ("float32-3", "everything-torch.float16-19", "peephole-torch.bfloat16-1"),
+    "test_linear_layer_on_top_in_the_op": ("float32-3-1", "everything-torch.float16-19-33"),
 }
 
 hypothesis.settings.register_profile(
@@ -58,7 +60,7 @@ def can_run(item: pytest.Item) -> bool:
     """Whether the backend that a test is parametrized with, or made for, is here and takes what the test gives it."""
     params: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
     only = next((name for name in ON_GPU if f"{name}_ops" in item.fixturenames), None)
-    backend = params.get("backend", params.get("kernel_backend", only))
+    backend = next((value for name, value in params.items() if name.endswith("backend")), only)
     few = FEW.get(item.originalname, ("",))
     if ALONE and (backend != ALONE or not any(text in item.name for text in few)):
         return False
@@ -131,6 +133,13 @@ def widest(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
 @pytest.fixture(params=[name for name in PRESENT if name in NAMESPACES])
 def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend with kernels, whose calls are one op each."""
+    with usable(request, request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in PRESENT if name in backends.NAMESPACES])
+def compiled_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend of the compiled libraries."""
     with usable(request, request.param):
         yield request.param
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import NAMESPACES
 from modules import assert_close, assert_same, check_against, flat, scripted
 from oracle import assert_close_to_oracle, lstm_gates
 from torch import Tensor, library, nn
@@ -404,7 +405,7 @@ def test_scripting_a_model_leaves_it_as_it_is(native_ops) -> None:
         assert_same(script(x), model(x))
 
 
-# Without gradients all layers, and a linear layer on top, are one op on the CPU.
+# Without gradients all layers, and a linear layer on top, are one op of the compiled backends.
 
 
 class Called(TorchDispatchMode):
@@ -433,9 +434,9 @@ def without_gradients(module: nn.Module, *arguments: Any, ops: list[str]) -> Any
 @pytest.mark.parametrize("batch", [1, 3, 19, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [*OPTIONS, "peephole"])
-def test_one_op_gives_the_bits_of_layers(name: str, dtype: torch.dtype, batch: int, native_ops) -> None:
+def test_one_op_gives_the_bits_of_layers(name: str, dtype: torch.dtype, batch: int, compiled_backend: str) -> None:
     options = OPTIONS | {"peephole": {"peephole": True, "num_layers": 2}}
-    module = with_peepholes(build(dtype=dtype, backend="cpu", **options[name]))
+    module = with_peepholes(build(dtype=dtype, backend=compiled_backend, **options[name]))
     x, hx = sequence(module, batch, dtype=dtype), state_of(module, batch, dtype)
     some = torch.arange(batch) * 2 % (TIME + 1)
     for arguments in ((x,), (x, hx), (x, None, torch.full((batch,), TIME)), (x, hx, some)):
@@ -446,8 +447,8 @@ def test_one_op_gives_the_bits_of_layers(name: str, dtype: torch.dtype, batch: i
 
 
 @pytest.mark.parametrize(("batch", "hidden"), [(40, 128), (16, 256), (9, 20)])
-def test_one_op_gives_the_bits_of_layers_of_any_size(batch: int, hidden: int, native_ops) -> None:
-    module = LSTM(7, hidden, 2, backend="cpu")
+def test_one_op_gives_the_bits_of_layers_of_any_size(batch: int, hidden: int, compiled_backend: str) -> None:
+    module = LSTM(7, hidden, 2, backend=compiled_backend)
     x = sequence(module, batch)
     assert_same(without_gradients(module, x, ops=["lstm_layers"]), module(x))
 
@@ -456,8 +457,10 @@ def test_one_op_gives_the_bits_of_layers_of_any_size(batch: int, hidden: int, na
 @pytest.mark.parametrize("batch", [1, 3, 19, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_linear_layer_on_top_in_the_op(name: str, dtype: torch.dtype, batch: int, outputs: int, native_ops) -> None:
-    module = build(dtype=dtype, backend="cpu", **OPTIONS[name])
+def test_linear_layer_on_top_in_the_op(
+    name: str, dtype: torch.dtype, batch: int, outputs: int, compiled_backend: str
+) -> None:
+    module = build(dtype=dtype, backend=compiled_backend, **OPTIONS[name])
     size = (module.proj_size or HIDDEN) * (2 if module.bidirectional else 1)
     head = nn.Linear(size, outputs, bias=module.bias, dtype=dtype)
     x, hx = sequence(module, batch, dtype=dtype), state_of(module, batch, dtype)
@@ -471,14 +474,15 @@ def test_linear_layer_on_top_in_the_op(name: str, dtype: torch.dtype, batch: int
         assert output.is_contiguous()
 
 
-def test_reg_lstm_is_one_op_and_one_conv_each_in_cnn_lstm(native_ops) -> None:
-    reg, cnn = RegLSTM(INPUT, HIDDEN, 2), CNN_LSTM(INPUT, 3, 4, 3, HIDDEN)
+def test_reg_lstm_is_one_op_and_one_conv_each_in_cnn_lstm(compiled_backend: str) -> None:
+    reg = RegLSTM(INPUT, HIDDEN, 2, backend=compiled_backend)
+    cnn = CNN_LSTM(INPUT, 3, 4, 3, HIDDEN, backend=compiled_backend)
     without_gradients(reg, torch.randn(TIME, BATCH, INPUT), ops=["lstm_layers"])
     without_gradients(cnn.eval(), torch.randn(BATCH, TIME, INPUT), ops=["conv1d_forward"] * 2 + ["lstm_layers"])
 
 
-def test_dropout_keeps_layers_apart_without_gradients(native_ops) -> None:
-    module = build(num_layers=2, dropout=1.0)
+def test_dropout_keeps_layers_apart_without_gradients(compiled_backend: str) -> None:
+    module = build(num_layers=2, dropout=1.0, backend=compiled_backend)
     x = sequence(module)
     kept = without_gradients(module.eval(), x, ops=["lstm_layers"])
     with torch.no_grad():
@@ -537,13 +541,13 @@ def test_frozen_lstm_under_a_linear_layer_that_learns(native_ops) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_op_of_layers_and_its_fake_agree(name: str, dtype: torch.dtype, native_ops) -> None:
+def test_op_of_layers_and_its_fake_agree(name: str, dtype: torch.dtype, compiled_backend: str) -> None:
     module = with_peepholes(build(dtype=dtype, peephole=name == "projection", **OPTIONS[name])).requires_grad_(False)
     weights = [parameter for key, parameter in module.named_parameters() if not key.startswith("peephole")]
     peepholes = [parameter for key, parameter in module.named_parameters() if key.startswith("peephole")]
     head = torch.randn(2, (module.proj_size or HIDDEN) * (2 if module.bidirectional else 1), dtype=dtype)
     options = (module.bias, module.proj_size > 0, module.bidirectional)
-    op = torch.ops.convfast.lstm_layers.default
+    op = getattr(torch.ops, NAMESPACES[compiled_backend]).lstm_layers.default
     for state, on_top in (((None, None), (None, None)), (state_of(module, dtype=dtype), (head, head[:, 0]))):
         arguments = (torch.randn(BATCH, TIME, INPUT, dtype=dtype), weights, peepholes, *options, *state)
         for lengths, time_major in ((None, True), (torch.tensor(LENGTHS), False)):

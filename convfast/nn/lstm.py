@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ..ops import lstm
 from ..ops.checks import needs_function
-from ..ops.lstm import lstm_layers, runs_layers
+from ..ops.lstm import backend_of_layers, lstm_layers
 from .options import check_count, kind
 from .scripted_lstm import ScriptedLSTM, ScriptedRegLSTM
 from .state import Pair
@@ -174,11 +174,13 @@ class LSTM(nn.RNNBase):
         directions = self._directions()
         if first is lstm and not (self.dropout > 0 and self.training):
             weights = [getattr(self, name) for name in self._flat_weights_names]
-            if runs_layers(x, weights, hx, self.backend):
+            if backend := backend_of_layers(x, weights, hx, self.backend):
                 peepholes = [getattr(self, f"peephole{end}") for end in self.ends()] if self.peephole else []
                 options = (self.bias, self.proj_size > 0, self.bidirectional)
                 inside = None if head is None or needs_function(*head.parameters()) else (head.weight, head.bias)
-                x, state = lstm_layers(x, weights, peepholes, *options, hx, lengths, inside, not self.batch_first)
+                x, state = lstm_layers(
+                    x, weights, peepholes, *options, hx, lengths, inside, not self.batch_first, backend
+                )
                 return x if inside else self._through(head, x), state
         last = []
         for k in range(self.num_layers):

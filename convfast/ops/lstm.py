@@ -122,14 +122,17 @@ def lstm(
     return outputs[0], (outputs[1], outputs[2])
 
 
-def runs_layers(
+def backend_of_layers(
     input: Tensor, weights: Sequence[Tensor], state: tuple[Tensor, Tensor] | None, backend: str | None
-) -> bool:
-    """Whether `lstm_layers` can take the place of `lstm` for each layer: without gradients, on the CPU."""
+) -> str | None:
+    """That of `lstm_layers` where it can take the place of `lstm` for each layer: without gradients, compiled."""
     if torch.compiler.is_compiling() or forward_mode() or needs_function(input, *weights, *(state or ())):
-        return False
+        return None
     weight = weights[1]
-    return autocast_dtype(weight) is None and backends.select(_OP, backend, weight.device.type, weight.dtype) == "cpu"
+    if autocast_dtype(weight) is not None:
+        return None
+    name = backends.select(_OP, backend, weight.device.type, weight.dtype)
+    return name if name in backends.NAMESPACES else None
 
 
 def lstm_layers(
@@ -143,8 +146,9 @@ def lstm_layers(
     lengths: Tensor | None,
     head: tuple[Tensor, Tensor | None] | None,
     time_major: bool,
+    backend: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """All layers of an LSTM in one call, where `runs_layers`: between short ones Python takes a share of the time.
+    """All layers of an LSTM in one call of `backend_of_layers`: between short ones Python takes a share of the time.
 
     Args:
         input: `[B, T, I]`, any memory layout.
@@ -157,7 +161,7 @@ def lstm_layers(
     check_tensors(_OP, {"weight_hh": weights[1], "input": input, "state h": h0, "state c": c0}, state="state c")
     batch, time, _ = _check_input(input, weights[0])
     lengths = check_lengths(_OP, lengths, batch, time, input.device)
-    y, h, c = torch.ops.convfast.lstm_layers(
+    y, h, c = backends.function(backend, "lstm_layers")(
         input, weights, peepholes, bias, projection, bidirectional, h0, c0, lengths, *(head or (None, None)), time_major
     )
     return y, (h, c)

@@ -12,6 +12,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "../lstm_layers.h"
 #include "frames.h"
 #include "team.h"
 #include "tiles.h"
@@ -1081,21 +1082,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
 std::tuple<Tensor, Tensor, Tensor> lstm_layers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> peepholes, bool bias, bool projection,
                                                bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor head, OptionalTensor head_bias,
                                                bool time_major) {
-  const size_t directions = bidirectional ? 2 : 1, each = 2 + (bias ? 2 : 0) + (projection ? 1 : 0);
-  CONVFAST_CHECK(!weights.empty() && weights.size() % (directions * each) == 0, kLayers, "weights", "a multiple of " + std::to_string(directions * each),
-                 weights.size());
-  CONVFAST_CHECK(peepholes.empty() || peepholes.size() == weights.size() / each, kLayers, "peepholes", "none, or one for each of weights", peepholes.size());
-  std::vector<std::vector<Direction>> layers(weights.size() / (directions * each));
-  for (size_t i = 0; i < weights.size(); i += each) {
-    const Tensor* w = &weights[i];
-    Direction d{w[0], w[1], {}, {}, {}, {}};
-    if (bias) {
-      d.bias = w[2];
-      d.second_bias = w[3];
-    }
-    if (projection) d.w_hr = w[each - 1];
-    if (!peepholes.empty()) d.peephole = peepholes[i / each];
-    layers[i / each / directions].push_back(d);
+  std::vector<std::vector<Direction>> layers;
+  for (const std::vector<LSTMWeights>& layer : lstm_weights(kLayers, weights, peepholes, bias, projection, bidirectional)) {
+    layers.emplace_back();
+    for (const LSTMWeights& w : layer) layers.back().push_back({w.w_ih, w.w_hh, w.bias_ih, w.peephole, w.w_hr, w.bias_hh});
   }
   return switch_dtype(kLayers, "weights", weights[1], [&](auto a) {
     return run_layers<decltype(a)>({x, {}, h0, c0, lengths}, layers, {head, head_bias}, time_major);

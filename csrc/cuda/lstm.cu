@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../lstm_layers.h"
 #include "aten.h"
 #include "lstm_recurrence.h"
 
@@ -15,6 +16,7 @@ namespace lstm {
 namespace {
 
 constexpr const char* kForwardName = "lstm_forward";
+constexpr const char* kLayersName = "lstm_layers";
 constexpr const char* kBackwardName = "lstm_backward";
 constexpr int kNeeds = 13;
 constexpr int kThreads = 256;
@@ -659,6 +661,40 @@ Outputs lstm_forward(Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor bias, Op
   return switch_type(kForwardName, w_hh, [&](auto a) { return forward<decltype(a)>(call, time_major, save); });
 }
 
+// Layer after layer, the linear layer by the library.
+std::tuple<Tensor, Tensor, Tensor> lstm_layers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> peepholes, bool bias,
+                                               bool projection, bool bidirectional, OptionalTensor h0, OptionalTensor c0,
+                                               OptionalTensor lengths, OptionalTensor head, OptionalTensor head_bias, bool time_major) {
+  const auto layers = lstm_weights(kLayersName, weights, peepholes, bias, projection, bidirectional);
+  const int64_t count = layers[0].size(), rows = layers.size() * count;
+  for (const auto& [name, state] : {std::make_pair("h0", h0), std::make_pair("c0", c0)})
+    CONVFAST_CHECK(!state || state->size(0) == rows, kLayersName, name, "of " + std::to_string(rows) + " rows", shape_string(shape_of(*state)));
+  std::vector<Tensor> h_n, c_n;
+  for (size_t k = 0; k < layers.size(); ++k) {
+    std::vector<Direction> directions;
+    for (const LSTMWeights& w : layers[k]) {
+      OptionalTensor sum;
+      if (w.bias_ih) sum = torch::stable::sum(torch::stable::view(both({*w.bias_ih, *w.bias_hh}), {2, w.bias_ih->numel()}), Sizes{0});
+      directions.push_back({w.w_ih, w.w_hh, sum, w.peephole, w.w_hr});
+    }
+    const Direction none, &one = directions[0], &two = count == 2 ? directions[1] : none;
+    const auto given = [&](const Tensor& t) { return count == 2 ? OptionalTensor(t) : OptionalTensor(); };
+    const auto state = [&](const OptionalTensor& t) { return t ? OptionalTensor(narrow(*t, 0, k * count, count)) : t; };
+    const bool last = k + 1 == layers.size();
+    const auto [y, h, c, c_saved, gates] =
+        lstm_forward(x, one.w_ih, one.w_hh, one.bias, one.peephole, one.w_hr, given(two.w_ih), given(two.w_hh), two.bias, two.peephole,
+                     two.w_hr, state(h0), state(c0), lengths, time_major || !last, false);
+    x = y;
+    h_n.push_back(h);
+    c_n.push_back(c);
+  }
+  if (head) {
+    const auto apply = [&](const Tensor& y) { return call<1>("aten::linear", "", y, *head, head_bias)[0]; };
+    x = time_major ? transposed(apply(transposed(x))) : apply(x);
+  }
+  return {x, both(h_n), both(c_n)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor bias,
     OptionalTensor peephole, OptionalTensor w_hr, OptionalTensor w_ih_r, OptionalTensor w_hh_r, OptionalTensor bias_r,
@@ -688,5 +724,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 CONVFAST_CUDA_LIBRARY_IMPL(m) {
   m.impl("lstm_forward", TORCH_BOX(&convfast::cuda::lstm::lstm_forward));
+  m.impl("lstm_layers", TORCH_BOX(&convfast::cuda::lstm::lstm_layers));
   m.impl("lstm_backward", TORCH_BOX(&convfast::cuda::lstm::lstm_backward));
 }
