@@ -295,31 +295,6 @@ def register_fakes(namespace: str, narrow: bool) -> None:
             w_hh.new_empty((*sequence, 4 * hidden) if save else 0, dtype=kept_dtype(w_hh, narrow)),
         )
 
-    @library.register_fake(f"{namespace}::lstm_layers")
-    def _(
-        x: Tensor,
-        weights: list[Tensor],
-        peepholes: list[Tensor],
-        bias: bool,
-        projection: bool,
-        bidirectional: bool,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        lengths: Tensor | None,
-        head: Tensor | None,
-        head_bias: Tensor | None,
-        time_major: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        w_hh, directions, (batch, time, _) = weights[1], 1 + bidirectional, x.shape
-        hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
-        rows = len(weights) // (2 + 2 * bias + projection)
-        channels = directions * size if head is None else head.shape[0]
-        return (
-            empty_sequence(w_hh, (batch, time, channels), time_major, w_hh.dtype),
-            w_hh.new_empty((rows, batch, size)),
-            w_hh.new_empty((rows, batch, hidden), dtype=state_dtype(w_hh.dtype)),
-        )
-
     @library.register_fake(f"{namespace}::lstm_backward")
     def _(
         dy: Tensor | None,
@@ -349,4 +324,32 @@ def register_fakes(namespace: str, narrow: bool) -> None:
             torch.empty_like(x) if needs[0] else w_hh.new_empty(0),
             *(t.new_empty(t.shape) if need else w_hh.new_empty(0) for t, need in zip((*weights, h0), needs[1:12])),
             c0.new_empty(c0.shape) if needs[12] else w_hh.new_empty(0, dtype=c.dtype),
+        )
+
+    if namespace not in backends.NAMESPACES.values():
+        return
+
+    @library.register_fake(f"{namespace}::lstm_layers")
+    def _(
+        x: Tensor,
+        weights: list[Tensor],
+        peepholes: list[Tensor],
+        bias: bool,
+        projection: bool,
+        bidirectional: bool,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        head: Tensor | None,
+        head_bias: Tensor | None,
+        time_major: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        w_hh, directions, (batch, time, _) = weights[1], 1 + bidirectional, x.shape
+        hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
+        rows = len(weights) // (2 + 2 * bias + projection)
+        channels = directions * size if head is None else head.shape[0]
+        return (
+            empty_sequence(w_hh, (batch, time, channels), time_major, w_hh.dtype),
+            w_hh.new_empty((rows, batch, size)),
+            w_hh.new_empty((rows, batch, hidden), dtype=state_dtype(w_hh.dtype)),
         )
