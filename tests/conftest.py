@@ -32,8 +32,6 @@ FEW = {
     "test_ops_and_their_fakes_agree": ("everything", "frame_2d", "batch_0"),
     "test_chunks_equal_the_whole_sequence": ("4, 1, 1",),
     "test_compiles_whole": ("both_pools", "everything"),
-    "test_compiled_call_is_one_op_a_direction_whatever_time_and_batch": (),
-    "test_every_tile_and_way_through_the_inner_axis": ("132-float32", "1-float16"),
     "test_one_op_gives_the_bits_of_layers": ("float32-3", "everything-torch.float16-19", "peephole-torch.bfloat16-1"),
     "test_linear_layer_on_top_in_the_op": ("float32-3-1", "everything-torch.float16-19-33"),
 }

@@ -632,6 +632,24 @@ def test_bad_call_is_named_with_what_was_expected(name: str, grad: bool) -> None
         build()(*arguments)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no_grad"])
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l1", "bias_ih_l1"])
+def test_parameter_unlike_the_others_is_refused(name: str, grad: bool) -> None:
+    for change, error in ((torch.Tensor.double, TypeError), (lambda t: t.to("meta"), (ValueError, RuntimeError))):
+        module = build(num_layers=2)
+        setattr(module, name, nn.Parameter(change(getattr(module, name).detach())))
+        with torch.set_grad_enabled(grad), pytest.raises(error):
+            module(X)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.double, lambda t: t.to("meta")], ids=["dtype", "device"])
+def test_linear_layer_unlike_the_lstm_is_refused(change) -> None:
+    model = RegLSTM(INPUT, HIDDEN)
+    model.reg.weight = nn.Parameter(change(model.reg.weight.detach()))
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match="lstm: head weight "):
+        model(X)
+
+
 def test_unknown_backend_is_named() -> None:
     module = build(backend="abacus")
     with pytest.raises(ValueError, match="lstm: backend is 'abacus', expected one of"):

@@ -1,6 +1,6 @@
 """One LSTM layer over a whole sequence, in one or both directions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,12 +123,12 @@ def lstm(
 
 
 def backend_of_layers(
-    input: Tensor, weights: Sequence[Tensor], state: tuple[Tensor, Tensor] | None, backend: str | None
+    input: Tensor, weights: Mapping[str, Tensor], state: tuple[Tensor, Tensor] | None, backend: str | None
 ) -> str | None:
     """That of `lstm_layers` where it can take the place of `lstm` for each layer: without gradients, compiled."""
-    if torch.compiler.is_compiling() or forward_mode() or needs_function(input, *weights, *(state or ())):
+    if torch.compiler.is_compiling() or forward_mode() or needs_function(input, *weights.values(), *(state or ())):
         return None
-    weight = weights[1]
+    weight = next(iter(weights.values()))
     if autocast_dtype(weight) is not None:
         return None
     name = backends.select(_OP, backend, weight.device.type, weight.dtype)
@@ -137,7 +137,7 @@ def backend_of_layers(
 
 def lstm_layers(
     input: Tensor,
-    weights: Sequence[Tensor],
+    weights: Mapping[str, Tensor],
     peepholes: Sequence[Tensor],
     bias: bool,
     projection: bool,
@@ -152,17 +152,21 @@ def lstm_layers(
 
     Args:
         input: `[B, T, I]`, any memory layout.
-        weights: the parameters of `torch.nn.LSTM` in its order.
+        weights: the parameters of `torch.nn.LSTM` in its order, by name.
         peepholes: `[3, H]` of each layer and direction, or none.
         state: `[L·D, B, P]` and `[L·D, B, H]`.
         head: weight `[O, D·P]` and bias of a linear layer that takes the output's place.
     """
     h0, c0 = state or (None, None)
-    check_tensors(_OP, {"weight_hh": weights[1], "input": input, "state h": h0, "state c": c0}, state="state c")
-    batch, time, _ = _check_input(input, weights[0])
+    head, head_bias = head or (None, None)
+    tensors = {**weights, "input": input, "state h": h0, "state c": c0, "head weight": head, "head bias": head_bias}
+    tensors |= {f"peephole {n}": peephole for n, peephole in enumerate(peepholes)}
+    check_tensors(_OP, tensors, state="state c")
+    values = list(weights.values())
+    batch, time, _ = _check_input(input, values[0])
     lengths = check_lengths(_OP, lengths, batch, time, input.device)
     y, h, c = backends.function(backend, "lstm_layers")(
-        input, weights, peepholes, bias, projection, bidirectional, h0, c0, lengths, *(head or (None, None)), time_major
+        input, values, peepholes, bias, projection, bidirectional, h0, c0, lengths, head, head_bias, time_major
     )
     return y, (h, c)
 
