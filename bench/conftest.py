@@ -1,11 +1,13 @@
-"""`pytest bench/ [--device cuda] [--short] [--case TEXT] [--out DIR]`: rows, then the report."""
+"""`pytest bench/ [--device cuda] [--short] [--case TEXT] [--at-peak RATE] [--out DIR]`: rows, then the report."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from bench import cases, machine
+from bench.gate import Gate
 from bench.report import Report
 from bench.setting import SETTINGS
 
@@ -17,12 +19,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=list(SETTINGS), default="cpu")
     group.addoption("--short", action="store_true", help="few cases, few rounds, fewer compiled opponents")
     group.addoption("--case", action="append", default=[], help="only cases whose id contains this text (repeatable)")
+    group.addoption(
+        "--at-peak",
+        type=float,
+        default=0.0,
+        metavar="RATE",
+        help="on a shared CPU: only rounds before and after which a matmul reaches RATE GFLOP/s",
+    )
     group.addoption("--out", type=Path, help="folder of the report (default: bench/results/<machine>-<date>)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ or getattr(config.option, "numprocesses", None):
         raise pytest.UsageError("bench/: timings need the machine for themselves; expected one process, got -n")
+    if config.option.at_peak and config.option.device != "cpu":
+        raise pytest.UsageError(f"--at-peak: expected --device cpu, got {config.option.device}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -48,8 +59,11 @@ def report(pytestconfig: pytest.Config) -> Report:
     device = pytestconfig.option.device
     described = machine.describe(device)
     described["command"] = _command(pytestconfig)
+    described["gate"] = pytestconfig.option.at_peak
+    gate = Gate(pytestconfig.option.at_peak)
+    gate.wait(time.perf_counter() + gate.patience)
     described["peaks"] = machine.peaks(0.2 if pytestconfig.option.short else 2.0, device)
-    pytestconfig.stash[REPORT] = Report(described)
+    pytestconfig.stash[REPORT] = Report(described, gate=gate)
     return pytestconfig.stash[REPORT]
 
 

@@ -1,6 +1,7 @@
 """Fair timing: contestants agree with a float64 oracle first, then run interleaved in one process."""
 
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench.gate import ALWAYS, Gate
 
 # Another order of summation rounds a few times worse or better; a wrong formula is wrong by orders of magnitude more.
 ERROR_FACTOR = 16.0
@@ -114,12 +117,16 @@ def race(
     max_rounds: int = 60,
     at_least: float = 25e-3,
     clock: Clock = wall_clock,
+    gate: Gate = ALWAYS,
 ) -> dict[str, Timing]:
     """Time all contestants in turn, round after round, in about `budget` seconds; each round starts at the next one.
 
     Runs shorter than `at_least` seconds are repeated inside a round. At least `min_rounds` rounds whatever the budget.
     Each has a run that is not timed right before: what ran before it may have left a core asleep or the caches cold.
+    A round counts if the gate is open before and after it.
     """
+    end = time.perf_counter() + gate.patience
+    gate.wait(end)
     loops = {}
     round_time = 0.0
     for contestant in contestants:
@@ -132,12 +139,20 @@ def race(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for i in range(min(max_rounds, max(min_rounds, int(budget / round_time)))):
-            first = i % len(contestants)
+        rounds = min(max_rounds, max(min_rounds, int(budget / round_time)))
+        for first in itertools.cycle(range(len(contestants))):
+            gate.wait(end)
+            seconds = {}
             for contestant in contestants[first:] + contestants[:first]:
                 contestant.run()
-                timings[contestant.name].rounds.append(clock(contestant.run, loops[contestant.name]))
+                seconds[contestant.name] = clock(contestant.run, loops[contestant.name])
             gc.collect()
+            if gate.is_open():
+                for name, timing in timings.items():
+                    timing.rounds.append(seconds[name])
+                rounds -= 1
+            if rounds == 0:
+                break
     finally:
         if collecting:
             gc.enable()

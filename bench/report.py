@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.cases import Case
+from bench.gate import ALWAYS, Gate
 from bench.harness import Contestant, Timing, ratio
 from bench.machine import slug
 from bench.setting import Setting
@@ -75,10 +76,17 @@ def refused_row(op: str, case: Case, mode: str, reason: str) -> Row:
 
 
 class Report:
-    """`machine`: what machine.describe() says, and the peaks; `rows` of races; `memory` rows of training steps."""
+    """`machine`: what machine.describe() says, and the peaks; `rows` of races; `memory` rows of training steps.
+    `gate`: when rounds of the races to come count."""
 
-    def __init__(self, machine: dict[str, Any], rows: list[Row] | None = None, memory: list[Row] | None = None) -> None:
-        self.machine, self.rows, self.memory = machine, rows or [], memory or []
+    def __init__(
+        self,
+        machine: dict[str, Any],
+        rows: list[Row] | None = None,
+        memory: list[Row] | None = None,
+        gate: Gate = ALWAYS,
+    ) -> None:
+        self.machine, self.rows, self.memory, self.gate = machine, rows or [], memory or [], gate
 
     @classmethod
     def load(cls, path: Path) -> "Report":
@@ -91,7 +99,8 @@ class Report:
     def save(self, folder: Path) -> list[str]:
         """Writes report.json, report.md and the picture of each op that was run; their names."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(vars(self), indent=1) + "\n")
+        kept = {"machine": self.machine, "rows": self.rows, "memory": self.memory}
+        (folder / "report.json").write_text(json.dumps(kept, indent=1) + "\n")
         (folder / "report.md").write_text(self.markdown())
         pictures = {op: f"{op}.png" for op in DRAWN if self._races(op)}
         for op, name in pictures.items():
@@ -119,12 +128,13 @@ class Report:
                 f"Measured peaks of matmul and copy: {peaks}."
             )
         isa = f"{m['isa_torch']} (torch), {m['isa_convfast']} (convfast)"
+        gate = f" Rounds count while a matmul reaches {m['gate']:.0f} GFLOP/s." if m.get("gate") else ""
         return (
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {isa}; torch {m['torch']}, "
             f"convfast {m['convfast']} ({m['commit'] or 'no commit'}), Python {m['python']}, "
             f"{m['system']}; {m['date']}; `{m['command']}`. Measured peaks: "
             f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul or convolution, {m['peaks']['GB/s']:.1f} GB/s copy, "
-            f"{m['peaks']['L2 GB/s']:.0f} GB/s from a core's L2."
+            f"{m['peaks']['L2 GB/s']:.0f} GB/s from a core's L2.{gate}"
         )
 
     def summary(self) -> str:

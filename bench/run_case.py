@@ -43,7 +43,8 @@ def run_case(
         report.rows.append(refused_row(op, case, setting.mode(train), str(reason)))
         raise
     on_gpu = setting.device == "cuda"
-    timings = race(contestants, budget=2.0 if short else 20.0, clock=GpuClock() if on_gpu else wall_clock)
+    clock = GpuClock() if on_gpu else wall_clock
+    timings = race(contestants, budget=2.0 if short else 20.0, clock=clock, gate=report.gate)
     chosen = f"convfast {backends.select(deciding_op(op), None, setting.device, setting.dtype)}"
     headline = chosen if chosen in timings else f"{chosen} fast"
     peaks, size = report.machine["peaks"], setting.dtype.itemsize

@@ -41,6 +41,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("convfast")
 
+if ALONE == "triton":
+    from tests import interpreter
+
+    interpreter.make_faster()
+
 if ALONE == "cuda":
     # What the library computes on a GPU aten computes here, and oneDNN has a wrong gradient (reference/padded_conv.py).
     torch.backends.mkldnn.enabled = False
