@@ -2,8 +2,15 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +27,7 @@ import convfast
 from convfast.nn import CNN_LSTM, LSTM, RegLSTM
 
 OPS = ("lstm",)
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 BATCH, TIME, INPUT, HIDDEN = 3, 5, 4, 6
@@ -451,6 +459,71 @@ def test_one_op_gives_the_bits_of_layers_of_any_size(batch: int, hidden: int, co
     module = LSTM(7, hidden, 2, backend=compiled_backend)
     x = sequence(module, batch)
     assert_same(without_gradients(module, x, ops=["lstm_layers"]), module(x))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# Stages of a pipeline that take steps in chunks (up to 7 samples a thread of one stage) or one by one.
+@pytest.mark.parametrize("batch", [2, 3, 9, 19, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("layers", "count", "options"),
+    [(2, 2, {}), (2, 4, {}), (3, 3, {"bias": False}), (4, 2, {"peephole": True}), (2, 2, {"proj_size": 5})],
+    ids=["2_layers_2_threads", "2_layers_4_threads", "3_layers_3_threads", "4_layers_2_threads", "projection"],
+)
+def test_pipeline_of_layers_gives_the_bits_of_layers(
+    layers: int, count: int, options: dict[str, Any], dtype: torch.dtype, batch: int, native_ops: Any
+) -> None:
+    time, size = 531, options.get("proj_size", 9)
+    module = with_peepholes(LSTM(size, 9, layers, backend="cpu", dtype=dtype, **options))
+    head = nn.Linear(size, 3, dtype=dtype)
+    x, hx = torch.randn(time, batch, size, dtype=dtype), state_of(module, batch, dtype)
+    some = torch.arange(batch) * 97 % (time + 1)
+    with threads(count):
+        short = x[:33], None, some.clamp(max=33)
+        for arguments in ((x, None, None), (x, hx, None), (x, hx, some), short):
+            found = without_gradients(module, *arguments, ops=["lstm_layers"])
+            layers_alone = module(*arguments)
+            assert_same(found, layers_alone)
+            output, _ = without_gradients(partial(module.under, head), *arguments, ops=["lstm_layers"])
+            torch.testing.assert_close(output, head(layers_alone[0]))
+
+
+def test_pipeline_of_layers_with_fewer_threads_than_asked_for(native_ops: Any) -> None:
+    script = """
+import torch
+from convfast import LSTM
+torch.set_num_threads(4)
+module, x = LSTM(16, 16, 4, backend="cpu"), torch.randn(100, 20, 16)
+expected = module(x)[0]
+with torch.no_grad():
+    for _ in range(50):
+        assert torch.equal(module(x)[0], expected)
+"""
+    env = os.environ | {"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "4", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_pipelines_of_several_python_threads_at_once(native_ops: Any) -> None:
+    module, x = LSTM(16, 16, 2, backend="cpu"), torch.randn(200, 4, 16)
+    expected = module(x)[0]
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return module(x)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for job in [pool.submit(call) for _ in range(32)]:
+            assert torch.equal(job.result(timeout=120), expected)
 
 
 @pytest.mark.parametrize("outputs", [1, 33])

@@ -1,9 +1,10 @@
 // LSTM on the CPU: glue between tensors and the kernels. The contract is in ops.h.
 //
-// A thread owns rows (samples) and runs their whole sequence, waiting for nobody; where rows are few, threads share out the hidden
-// units instead and wait for each other once a step (team.h). Steps are taken in chunks: the input part of a chunk's gates is one GEMM
-// over all its rows, and so are dx and the weights' gradients, while the chunk is in L2. Inside a step, GEMM and cell alternate block
-// by block. Samples are ordered by length, so that the rows of a step are the first ones.
+// A thread owns rows (samples) and runs their whole sequence, waiting for nobody. Where rows are few, threads share out the hidden units
+// instead and wait for each other once a step (team.h); or, without gradients, the layers, each a few steps behind the one below. Steps
+// are taken in chunks: the input part of a chunk's gates is one GEMM over all its rows, and so are dx and the weights' gradients, while
+// the chunk is in L2. Inside a step, GEMM and cell alternate block by block. Samples are ordered by length, so that the rows of a step
+// are the first ones.
 // Floor: 8 H (I + P) operations per row and step at the FMA peak, three times that for training; for few rows, 16 H P bytes of w_hh a
 // step from L2.
 #include <torch/csrc/stable/library.h>
@@ -138,16 +139,19 @@ struct Engine {
   // Members of a team share out pairs of blocks: whole panels of hidden units, too.
   long units() const { return (p.blocks() + 1) / 2; }
 
-  // How the threads share the work: parts of the rows, each with a team that shares the blocks of hidden units.
+  // How the threads share the work: parts of the rows, each with a team that shares the blocks of hidden units, or the layers of a
+  // pipeline.
   struct Split {
     long parts, team;
   };
+  long stages = 1;  // of the pipeline
 
   // Few rows: teams as large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at
   // every step: teams whose members' shares it holds.
   Split split() const {
     constexpr long kFewRows = 4, kSomeRows = 16;
     const long weights = (inputs + size) * columns * long(sizeof(T));
+    if (stages > 1) return {threads / stages, stages};
     long team = 1;
     if (size == hidden && !in.directions[0].w_hr) {
       if (p.batch < kFewRows * threads) team = std::min(threads, units());
@@ -156,13 +160,15 @@ struct Engine {
     return {std::clamp<long>(p.batch, 1, threads / team), team};
   }
 
+  bool shares_units() const { return stages == 1 && split().team > 1; }
+
   // Rows enough for whole tiles: x and h are then one operand of a step's GEMM. Fewer rows: the input part of a chunk of steps is a
   // GEMM of its own, over the rows of all its steps.
   bool together() const { return most_rows(split()) >= kTogether; }
 
   // Whether the GEMM of a step is split into parts of bfloat16 for matrix tiles.
   static constexpr long kParts = kSplitParts<A>;
-  bool by_tiles() const { return !std::is_same_v<T, double> && tile_kernels() && together() && split().team == 1; }
+  bool by_tiles() const { return !std::is_same_v<T, double> && tile_kernels() && together() && !shares_units(); }
   long split_x() const { return round_up(inputs, kSplitDepth); }
   long split_depth() const { return split_x() + round_up(size, kSplitDepth); }
   // Of a step's rows of x and h, [row][part][split_depth()], with a gap for the sets of the cache.
@@ -176,10 +182,13 @@ struct Engine {
   };
   static constexpr Pass kInference = {true, 64, 256 << 10}, kTraining = {true, 32, 256 << 10}, kBackward = {false, 32, 512 << 10};
   static constexpr long kTogether = 8;
+  // Bytes of h that a stage of a pipeline may be ahead of the next one: what a busy machine takes from one, the other does not lose.
+  static constexpr long kAhead = 1 << 20;
   Pass pass = kInference;
   long most_rows(const Split& s) const { return std::clamp<long>((p.batch + s.parts - 1) / s.parts, 1, pass.most_rows); }
   long steps_of_chunk() const {
     if (pass.forward && together()) return 1;
+    if (stages > 1) return std::clamp<long>(p.time / 32, 1, 16);  // the next stage begins so much later
     return std::min(p.time, std::max<long>(1, pass.bytes / (most_rows(split()) * ldz * long(sizeof(T)))));
   }
 
@@ -399,7 +408,7 @@ struct Engine {
   PackedHead head;  // of forward(): y is what it gives
 
   // A head that a thread can apply to h of a step, which it has in cache; else project() does it at the end.
-  bool takes_head() const { return p.directions == 1 && split().team == 1; }
+  bool takes_head() const { return p.directions == 1 && !shares_units(); }
 
   void set_head(const Head& from) { head = pack(from); }
 
@@ -436,9 +445,12 @@ struct Engine {
   }
 
   struct Buffers {
-    T *z, *h[2], *c, *m, *out;
+    T *z, *h, *c, *m, *out;
+    long slots, slot;   // steps that h is kept of, the newest in place of the oldest; elements of one, [rows][ldh]
     Part* split;        // x and h of a step
     std::vector<T*> x;  // of each member
+
+    T* h_after(long steps) const { return h + (steps + slots - 1) % slots * slot; }
   };
 
   std::vector<Buffers> buffers() {
@@ -448,7 +460,9 @@ struct Engine {
     for (Buffers& b : parts) {
       b.z = workspace.take<T>(steps * (by_tiles() ? round_up(rows, kTileRows) : rows) * ldz);
       b.split = by_tiles() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
-      for (T*& h : b.h) h = workspace.take<T>(rows * ldh);
+      b.slot = rows * ldh;
+      b.slots = stages > 1 ? round_up(std::clamp<long>(kAhead / (b.slot * long(sizeof(T))), 2 * steps, p.time + 1), steps) : 2;
+      b.h = workspace.take<T>(b.slots * b.slot);
       b.c = workspace.take<T>(rows * ldh);
       b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
       b.out = head.weight ? workspace.take<T>(rows * head.ld()) : nullptr;
@@ -480,25 +494,31 @@ struct Engine {
     for (long d = 0; d < p.directions; ++d) {
       const Packed w = pack(in.directions[d]);
       run(d, [&](const Group& g, long part, const Member& member) {
-        const Task t = task(g, w, parts[part], member, all);
-        if (together()) run_steps({this}, {t});
-        else run_chunks(t);
+        run_layers({this}, {task(g, w, parts[part], member, all)}, 0, 1, nullptr);
       });
     }
   }
 
-  // Layers that take a step together, so that what one gives the next one reads while it is in cache.
+  // Layers of a pipeline, or that take a step together, so that what one gives the next one reads while it is in cache.
   static void forward(const std::vector<Engine*>& layers, const std::vector<Outputs>& all) {
     std::vector<std::vector<Buffers>> parts;
     std::vector<Packed> weights;
+    std::vector<std::vector<Progress>> progress;  // of each part, layer by layer
     for (Engine* layer : layers) {
       parts.push_back(layer->buffers());
       weights.push_back(layer->pack(layer->in.directions[0]));
     }
+    const long n = layers.size();
+    const bool pipeline = layers[0]->stages > 1;
+    for (size_t part = 0; pipeline && part < parts[0].size(); ++part) progress.emplace_back(n);
     layers[0]->run(0, [&](const Group& g, long part, const Member& member) {
+      Team alone(1);
+      long turn = 0;
+      const Member one{&alone, alone.join(), &turn};
       std::vector<Task> tasks;
-      for (size_t i = 0; i < layers.size(); ++i) tasks.push_back(layers[i]->task(g, weights[i], parts[i][part], member, all[i]));
-      run_steps(layers, tasks);
+      for (long i = 0; i < n; ++i) tasks.push_back(layers[i]->task(g, weights[i], parts[i][part], pipeline ? one : member, all[i]));
+      if (pipeline) run_layers(layers, tasks, member.begin(n), member.end(n), progress[part].data());
+      else run_layers(layers, tasks, 0, n, nullptr);
     });
   }
 
@@ -515,6 +535,34 @@ struct Engine {
       bytes += layer->weight_bytes();
     }
     return layers.size() > 1 && (many_rows || bytes <= l2_bytes() / 2);
+  }
+
+  // Stages of a pipeline: a thread has layers of its own and runs behind the thread of those below. A step then has the rows of all
+  // stages' threads, and a core's L2 holds its own layers' weights only. 1 where rows are many, steps few or layers unlike, so that
+  // nothing is gained by it. `outputs`: of a linear layer on top.
+  static long pipeline_of(const std::vector<Engine*>& layers, long outputs) {
+    constexpr long kMostRows = 32, kFewestSteps = 32;
+    const Engine& first = *layers[0];
+    const long n = layers.size();
+    if (first.p.time < kFewestSteps || first.p.directions > 1) return 1;
+    for (long stages = std::min(n, first.threads); stages > 1; --stages) {
+      const long parts = first.threads / stages, rows = (first.p.batch + parts - 1) / parts;
+      if (first.threads % stages || first.p.batch < parts || rows > (tile_kernels() ? kTogether - 1 : kMostRows)) continue;
+      long work = 0, most_work = 0, most_bytes = 0;
+      for (long stage = 0; stage < stages; ++stage) {
+        long own = stage + 1 < stages ? 0 : layers[n - 1]->size * outputs, bytes = 0;
+        for (long i = n * stage / stages; i < n * (stage + 1) / stages; ++i) {
+          const Engine& layer = *layers[i];
+          own += 4 * layer.hidden * (layer.inputs + layer.size) + (layer.in.directions[0].w_hr ? layer.hidden * layer.size : 0);
+          bytes += layer.weight_bytes();
+        }
+        work += own;
+        most_work = std::max(most_work, own);
+        most_bytes = std::max(most_bytes, bytes);
+      }
+      if (20 * stages * most_work <= 21 * work && most_bytes <= l2_bytes()) return stages;
+    }
+    return 1;
   }
 
   long weight_bytes() const {
@@ -535,28 +583,44 @@ struct Engine {
     return {x, ldx};
   }
 
-  static void run_steps(const std::vector<Engine*>& layers, const std::vector<Task>& tasks) {
-    for (size_t i = 0; i < layers.size(); ++i) layers[i]->start(tasks[i]);
-    const Group& g = tasks[0].g;
-    for (long s = 0; s < g.length(0); ++s) {
-      RowsOfX x = layers[0]->rows_of_x(tasks[0], Chunk(g, s, s + 1));
-      for (size_t i = 0; i < layers.size(); ++i) x = {layers[i]->step(tasks[i], s, g.active(s), tasks[i].b.z, x), layers[i]->ldh};
-    }
-    for (size_t i = 0; i < layers.size(); ++i) layers[i]->finish(tasks[i]);
+  // The same of what the layer below gives.
+  RowsOfX rows_of_h(const Task& t, const Chunk& chunk, const Engine& below, const Buffers& given) const {
+    if (chunk.end - chunk.begin == 1 || chunk.rows() * below.ldh == (chunk.end - chunk.begin) * given.slot) return {given.h_after(chunk.begin + 1), below.ldh};
+    T* x = t.b.x[t.member.rank];
+    for (long s = chunk.begin; s < chunk.end; ++s)
+      for (long i = 0; i < chunk.active(s); ++i) read(given.h_after(s + 1) + i * below.ldh, 1, inputs, x + (chunk.at(s) + i) * ldx);
+    return {x, ldx};
   }
 
-  void run_chunks(const Task& t) const {
-    const Share mine = share(t.member);
-    const long steps = steps_of_chunk(), most = t.g.length(0);
-    start(t);
+  // Layers [first, last), chunk by chunk. `progress`: of every layer, where others are other threads'.
+  static void run_layers(const std::vector<Engine*>& layers, const std::vector<Task>& tasks, long first, long last, Progress* progress) {
+    const Group& g = tasks[0].g;
+    const long steps = layers[0]->steps_of_chunk(), most = g.length(0);
+    for (long i = first; i < last; ++i) layers[i]->start(tasks[i]);
     for (long begin = 0; begin < most; begin += steps) {
-      const Chunk chunk(t.g, begin, std::min(most, begin + steps));
-      const RowsOfX x = rows_of_x(t, chunk);
+      const Chunk chunk(g, begin, std::min(most, begin + steps));
+      for (long i = first; i < last; ++i) {
+        if (progress && i > 0) progress[i - 1].wait(chunk.end);
+        const RowsOfX x = i > 0 ? layers[i]->rows_of_h(tasks[i], chunk, *layers[i - 1], tasks[i - 1].b) : layers[i]->rows_of_x(tasks[i], chunk);
+        layers[i]->take(tasks[i], chunk, x, progress && i + 1 < long(layers.size()) ? &progress[i + 1] : nullptr);
+        if (progress) progress[i].reach(chunk.end);
+      }
+    }
+    for (long i = first; i < last; ++i) layers[i]->finish(tasks[i]);
+  }
+
+  // The steps of a chunk. `above`: who reads h, which must not be overwritten before.
+  void take(const Task& t, const Chunk& chunk, const RowsOfX& x, const Progress* above) const {
+    const bool whole = together();
+    if (!whole) {
+      const Share mine = share(t.member);
       k.gemm({chunk.rows(), {x.data}, {rows_of(inputs, x.stride)}, t.w.w_ih + mine.column * inputs, inputs, mine.columns, t.w.bias + mine.column, 0,
               t.b.z + mine.column, ldz});
-      for (long s = begin; s < chunk.end; ++s) step(t, s, chunk.active(s), t.b.z + chunk.at(s) * ldz, {nullptr, 0});
     }
-    finish(t);
+    for (long s = chunk.begin; s < chunk.end; ++s) {
+      if (above) above->wait(s + 1 - t.b.slots);
+      step(t, s, chunk.active(s), t.b.z + chunk.at(s) * ldz, whole ? x : RowsOfX{nullptr, 0});
+    }
   }
 
   // What of h is a member's: all of it where a projection mixes the hidden units.
@@ -573,17 +637,17 @@ struct Engine {
     const Share mine = share(t.member);
     const auto [out, out_end] = outputs_of(t);
     read_state(in.c0, t.g, mine.ch, mine.ch_end, t.b.c, ldh);
-    read_state(in.h0, t.g, out, out_end, t.b.h[0], ldh);
-    if (t.w.split) split_rows(t.b, t.g.rows, size, t.b.h[0], ldh, split_x());
+    read_state(in.h0, t.g, out, out_end, t.b.h_after(0), ldh);
+    if (t.w.split) split_rows(t.b, t.g.rows, size, t.b.h_after(0), ldh, split_x());
     t.member.wait();
   }
 
-  // → h of the step's rows, [row][ldh]. Without x, its part of the gates is in z.
-  const T* step(const Task& t, long s, long rows, T* z, const RowsOfX& x) const {
+  // Without x, its part of the gates is in z.
+  void step(const Task& t, long s, long rows, T* z, const RowsOfX& x) const {
     const auto& [g, w, b, member, outputs, y, c, gates] = t;
     const Share mine = share(member);
-    T* h = b.h[(s + 1) % 2];
-    const T* before = s > 0 || in.h0 ? b.h[s % 2] : nullptr;
+    T* h = b.h_after(s + 1);
+    const T* before = s > 0 || in.h0 ? b.h_after(s) : nullptr;
     const bool inside = !y.data || head.weight, direct_y = !inside && regular() && !w.w_hr;
     LstmCells<T> cells{};
     cells.rows = rows;
@@ -634,7 +698,6 @@ struct Engine {
     }
     if (w.split && s + 1 < g.length(0)) split_rows(b, rows, size, h, ldh, split_x());
     member.wait();
-    return h;
   }
 
   void finish(const Task& t) const {
@@ -643,7 +706,7 @@ struct Engine {
     const auto [out, out_end] = outputs_of(t);
     for (long i = 0; i < g.rows; ++i) {
       const long sample = g.sample(i), length = g.length(i), row = state_row(g.direction) * p.batch + sample;
-      write(b.h[length % 2] + i * ldh + out, out_end - out, out_data(outputs.h_n) + row * size + out);
+      write(b.h_after(length) + i * ldh + out, out_end - out, out_data(outputs.h_n) + row * size + out);
       const T* last_c = c && length > 0 ? c + (g.saved_row(length - 1) + i * g.stride) * hidden : b.c + i * ldh;
       std::memcpy(static_cast<T*>(outputs.c_n.mutable_data_ptr()) + row * hidden + mine.ch, last_c + mine.ch, (mine.ch_end - mine.ch) * sizeof(T));
       for (long step = length; y.data && step < p.time; ++step) {
@@ -1040,11 +1103,13 @@ std::tuple<Tensor, Tensor, Tensor> run_layers(Inputs in, const std::vector<std::
     if (head.bias) check_shape(kLayers, "head_bias", *head.bias, {w.size(0)});
     if (head.bias) check_dtype(kLayers, "head_bias", *head.bias, scalar_type<A>(), scalar_type<A>());
   }
+  const long stages = Engine<A>::pipeline_of(all, head.weight ? head.weight->size(0) : 0);
+  for (Engine<A>* layer : all) layer->stages = stages;
   const bool in_steps = head.weight && last.takes_head();
   if (in_steps) last.set_head(head);
   typename Engine<A>::Outputs out{{}, last.empty_h(), last.empty_c(), {}, {}};
   const Tensor y = last.empty_output(time_major, in_steps ? head.weight->size(0) : channels);
-  if (Engine<A>::forwards_together(all)) {
+  if (stages > 1 || Engine<A>::forwards_together(all)) {
     std::vector<typename Engine<A>::Outputs> outs(all.size(), out);
     outs.back().y = y;
     Engine<A>::forward(all, outs);
