@@ -17,12 +17,13 @@ class Gate:
         self.factors = torch.randn(2, 1024, 1024) if self.rate else None
 
     def is_open(self) -> bool:
-        if self.factors is None:
-            return True
+        return self.factors is None or any(self._rate() >= self.rate for _ in range(5))  # the first ones wake the cores
+
+    def _rate(self) -> float:
         a, b = self.factors
         start = time.perf_counter()
         torch.mm(a, b)
-        return 2e-9 * len(a) ** 3 >= self.rate * (time.perf_counter() - start)
+        return 2e-9 * len(a) ** 3 / (time.perf_counter() - start)
 
     def wait(self, until: float) -> None:
         """Returns as soon as it is open.
