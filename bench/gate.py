@@ -29,11 +29,13 @@ class Gate:
         """Returns as soon as it is open.
 
         Raises:
-            TimeoutError: it was not by `until`, a time of `time.perf_counter`.
+            TimeoutError: there is a rate to reach and it is later than `until`, a time of `time.perf_counter`.
         """
-        while not self.is_open():
+        while self.factors is not None:
             if time.perf_counter() > until:
-                raise TimeoutError(f"--at-peak: no matmul reached {self.rate:g} GFLOP/s in {self.patience:g} s")
+                raise TimeoutError(f"--at-peak: too few rounds at {self.rate:g} GFLOP/s within {self.patience:g} s")
+            if self.is_open():
+                return
             time.sleep(0.1)
 
 

@@ -21,8 +21,8 @@ from .cell import cell_backward, cell_forward
 from .lstm_gates import lstm_gates_backward, lstm_gates_forward
 from .weight_grad import weight_grad
 
-# Registers a thread on NVIDIA, where they are given out in eights: 255, the most there are, cost no more than 249.
-REGISTERS = {"_recurrence_forward": 248, "_recurrence_backward": 255}
+# Registers a thread on NVIDIA.
+REGISTERS = {"_recurrence_forward": 248, "_recurrence_backward": 253}
 _SCRATCH = 24 * 1024  # bytes of shared memory beside the weights: h, and tiles on their way to another layout
 _CUDNN_LSTM = 2  # of cudnnRNNMode_t
 
