@@ -38,46 +38,52 @@ struct LinesAhead {
   }
 };
 
-// out[m, :] = init + sum over both operands' runs of a[m, k] b[k, :]. kNext: a holds the next tile right behind this one, in lines
-// that are not in L1 yet.
+// out[m, :] = init + sum over both operands' runs of a[m, k] b[k, :]; one of them at least is there, and no run is empty. kNext: a holds
+// the next tile right behind this one, in lines that are not in L1 yet.
 template <class T, int M, int NV, bool kNext>
 static void tile_gemm(const T* const* a, const Runs* const* runs, const T* b, const T* init, T* out, long ldo) {
   typedef Simd<T> S;
   typedef typename S::V V;
+  static const T zeros[NV * S::W] = {};
+  if (!init) init = zeros;
   V acc[M][NV];
-  for (int n = 0; n < NV; ++n) {
-    const V v = init ? S::load(init + n * S::W) : V{};
-    for (int m = 0; m < M; ++m) acc[m][n] = v;
-  }
-  for (int o = 0; o < 2; ++o) {
-    if (!a[o]) continue;
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < NV; ++n) acc[m][n] = S::load(init + n * S::W);
+  // No loop without a turn, nothing but loops between the first and the last use of the sums: else the compiler takes them through memory.
+  int o = a[0] ? 0 : 1;
+  long i = 0;
+  do {
     const Runs& run = *runs[o];
     const long stride = run.stride;
-    for (long i = 0; i < run.count; ++i) {
-      // One pointer for three pixels: base, base + stride, base + 2 stride are all addressing modes.
-      const T* p[(M + 2) / 3];
-      for (int j = 0; j < (M + 2) / 3; ++j) p[j] = a[o] + run.offset[i] + 3 * j * stride;
-      const T* next = a[o] + run.offset[i] + M * stride;
-      for (const T* end = b + run.length * NV * S::W; b != end; b += NV * S::W) {
-        V bv[NV];
-        for (int n = 0; n < NV; ++n) bv[n] = S::load(b + n * S::W);
-        for (int n = 0; n < NV; ++n) __builtin_prefetch(b + (12 * NV + n) * S::W);  // L2 does not keep up by itself
-        if (kNext) __builtin_prefetch(next);
-        next += 64 / sizeof(T);
+    // One pointer for three pixels: base, base + stride, base + 2 stride are all addressing modes.
+    const T* p[(M + 2) / 3];
+    for (int j = 0; j < (M + 2) / 3; ++j) p[j] = a[o] + run.offset[i] + 3 * j * stride;
+    const T* next = a[o] + run.offset[i] + M * stride;
+    const T* const end = b + run.length * NV * S::W;
+    do {
+      V bv[NV];
+      for (int n = 0; n < NV; ++n) bv[n] = S::load(b + n * S::W);
+      for (int n = 0; n < NV; ++n) __builtin_prefetch(b + (12 * NV + n) * S::W);  // L2 does not keep up by itself
+      if (kNext) __builtin_prefetch(next);
+      next += 64 / sizeof(T);
 #pragma GCC unroll 14
-        for (int m = 0; m < M; ++m) {
-          const V av = S::set1(p[m / 3][(m % 3) * stride]);
-          for (int n = 0; n < NV; ++n) acc[m][n] += av * bv[n];
-        }
-        for (int j = 0; j < (M + 2) / 3; ++j) ++p[j];
+      for (int m = 0; m < M; ++m) {
+        const V av = S::set1(p[m / 3][(m % 3) * stride]);
+        for (int n = 0; n < NV; ++n) acc[m][n] += av * bv[n];
       }
+      for (int j = 0; j < (M + 2) / 3; ++j) ++p[j];
+      b += NV * S::W;
+    } while (b != end);
+    if (++i == run.count) {
+      i = 0;
+      ++o;
     }
-  }
+  } while (o < 2 && a[o]);
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < NV; ++n) S::store(out + m * ldo + n * S::W, acc[m][n]);
 }
 
-// dw[m, :] += sum over pixels of a[pixel, m] g[pixel, :], over row segments of n pixels each.
+// dw[m, :] += sum over pixels of a[pixel, m] g[pixel, :], over row segments of n pixels each, none empty.
 template <class T, int M, int NV>
 static void tile_weight_grad(long segments, const T* const* a, long a_stride, const T* const* g, long g_stride, const long* pixels,
                              T* dw, long ldw) {
@@ -90,10 +96,12 @@ static void tile_weight_grad(long segments, const T* const* a, long a_stride, co
       acc[m][n] = V{};
       __builtin_prefetch(dw + m * ldw + n * S::W, 1);  // read at the end
     }
-  for (long s = 0; s < segments; ++s) {
+  long s = 0;
+  do {
     const T* p = a[s];
     const T* q = g[s];
-    for (long x = 0; x < pixels[s]; ++x, p += a_stride, q += g_stride) {
+    const T* const end = q + pixels[s] * g_stride;
+    do {
       V gv[NV];
       for (int n = 0; n < NV; ++n) gv[n] = S::load(q + n * S::W);
       __builtin_prefetch(p + kAhead * a_stride);
@@ -103,8 +111,10 @@ static void tile_weight_grad(long segments, const T* const* a, long a_stride, co
         const V av = S::set1(p[m]);
         for (int n = 0; n < NV; ++n) acc[m][n] += av * gv[n];
       }
-    }
-  }
+      p += a_stride;
+      q += g_stride;
+    } while (q != end);
+  } while (++s != segments);
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < NV; ++n) {
       T* d = dw + m * ldw + n * S::W;
@@ -149,6 +159,11 @@ template <class T, bool kNext = false>
 static INLINE void tile_all_columns(long m, const T* const* a, const Runs* const* runs, const T* b, long b_rows, const T* init,
                                     long columns, T* out, long ldo) {
   enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel };
+  if (!a[0] && !a[1]) {
+    for (long i = 0; i < m; ++i)
+      for (long n = 0; n < columns; n += W) Simd<T>::store(out + i * ldo + n, init ? Simd<T>::load(init + n) : typename Simd<T>::V{});
+    return;
+  }
   long n = 0;
   for (; columns - n > W; n += kPanel) TileTable<T>::template gemm<2, kNext>(m, a, runs, b + b_rows * n, init ? init + n : 0, out + n, ldo);
   if (n < columns) TileTable<T>::template gemm<1, kNext>(m, a, runs, b + b_rows * n, init ? init + n : 0, out + n, ldo);
@@ -164,65 +179,82 @@ constexpr int vectors_for(int m) {
 #endif
 }
 
-// out[m, :] = init[m, :] + sum over both operands' runs of a[m, k] b[k, :] for NV vectors, two of a panel; rows of B lie `ldb` apart,
-// panels `panel`. Or the relu of that.
+// Rows [row, row + M) by NV vectors of columns from n on, two of a panel. `ahead`: M rows of results, g.ldo apart, that are not in cache;
+// their lines are asked for one row after another, so that no load waits behind them.
 template <class T, int M, int NV>
-static void few_rows_gemm(const T* const* operand, const Runs* operand_runs, const T* b, long ldb, long panel, const T* init, long ld_init, T* out, long ldo,
-                          bool relu) {
+static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
   typedef Simd<T> S;
   typedef typename S::V V;
   enum { kEach = NV > 1 ? 2 : 1 };
+  static const T zeros[NV * S::W] = {};
+  const long column = g.ldb ? 1 : g.k, ldb = g.ldb ? g.ldb : (long)(kEach * S::W), panel = column * 2 * S::W;
+  const T *b = g.b + n * column, *init = g.init ? g.init + row * g.ld_init + n : zeros;
+  const long ld_init = g.init ? g.ld_init : 0, ldo = g.ldo, part = (g.k + M - 1) / M * ldb;
+  T* out = g.out + row * ldo + n;
   V acc[M][NV];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < NV; ++n) acc[m][n] = init ? S::load(init + m * ld_init + n * S::W) : V{};
-  for (int o = 0; o < 2; ++o) {
-    if (!operand[o]) continue;
-    const Runs runs = operand_runs[o];
-    for (long i = 0; i < runs.count; ++i) {
-      const T* p[(M + 2) / 3];
-      for (int j = 0; j < (M + 2) / 3; ++j) p[j] = operand[o] + runs.offset[i] + 3 * j * runs.stride;
-      for (const T* end = b + runs.length * ldb; b != end; b += ldb) {
+    for (int v = 0; v < NV; ++v) acc[m][v] = S::load(init + m * ld_init + v * S::W);
+  // As in tile_gemm: no loop without a turn.
+  int operand = 0, left = ahead ? M : 0;
+  long run = 0;
+  do {
+    const Runs& runs = g.runs[operand];
+    const long stride = runs.stride;
+    // One pointer for three rows, as in tile_gemm.
+    const T* p[(M + 2) / 3];
+    for (int j = 0; j < (M + 2) / 3; ++j) p[j] = g.a[operand] + runs.offset[run] + (row + 3 * j) * stride;
+    const T* const last = b + runs.length * ldb;
+    do {
+      const T* end = last;
+      if (left > 0) {
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(ahead + v * S::W, 1);
+        ahead += ldo;
+        --left;
+        if (last - b > part) end = b + part;
+      }
+      do {
         V bv[NV];
 #pragma GCC unroll 8
-        for (int n = 0; n < NV; ++n) {
-          const long at = n / kEach * panel + n % kEach * S::W;
-          bv[n] = S::load(b + at);
+        for (int v = 0; v < NV; ++v) {
+          const long at = v / kEach * panel + v % kEach * S::W;
+          bv[v] = S::load(b + at);
           if (M > 2) __builtin_prefetch(b + 12 * ldb + at);  // L2 does not keep up by itself; fewer rows wait for its bandwidth alone
         }
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
-          const V av = S::set1(p[m / 3][(m % 3) * runs.stride]);
+          const V av = S::set1(p[m / 3][(m % 3) * stride]);
 #pragma GCC unroll 8
-          for (int n = 0; n < NV; ++n) acc[m][n] += av * bv[n];
+          for (int v = 0; v < NV; ++v) acc[m][v] += av * bv[v];
         }
         for (int j = 0; j < (M + 2) / 3; ++j) ++p[j];
-      }
+        b += ldb;
+      } while (b != end);
+    } while (b != last);
+    if (++run == runs.count) {
+      run = 0;
+      ++operand;
     }
+  } while (operand < 2 && g.a[operand]);
+  if (g.relu) {
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < NV; ++v) S::store(out + m * ldo + v * S::W, relu_of(acc[m][v]));
+  } else {
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < NV; ++v) S::store(out + m * ldo + v * S::W, acc[m][v]);
   }
-  for (int m = 0; relu && m < M; ++m)
-    for (int n = 0; n < NV; ++n) acc[m][n] = relu_of(acc[m][n]);
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < NV; ++n) S::store(out + m * ldo + n * S::W, acc[m][n]);
 }
 
-// Columns [begin, end) of M rows.
+// Columns [begin, end) of the only M rows, as many vectors at once as M rows are fastest with.
 template <class T, int M>
-static void few_rows_columns(const Gemm<T>& g, long row, long begin, long end) {
+static void few_rows_columns(const Gemm<T>& g, long begin, long end) {
   enum { W = Simd<T>::W, kMost = vectors_for<T>(M) };
-  const T* a[2] = {g.a[0] ? g.a[0] + row * g.runs[0].stride : 0, g.a[1] ? g.a[1] + row * g.runs[1].stride : 0};
-  const long column = g.ldb ? 1 : g.k, ldb = g.ldb ? g.ldb : 2 * W, panel = column * 2 * W;
-  const T *b = g.b + begin * column, *init = g.init ? g.init + row * g.ld_init + begin : 0;
-  T* out = g.out + row * g.ldo + begin;
   for (long n = begin; n < end;) {
     const long left = (end - n + W - 1) / W, step = left >= kMost ? (long)kMost : left >= 4 && kMost > 4 ? 4 : left >= 2 ? 2 : 1;
-    if (step == kMost) few_rows_gemm<T, M, kMost>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo, g.relu);
-    else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost)>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo, g.relu);
-    else if (step == 2) few_rows_gemm<T, M, 2>(a, g.runs, b, ldb, panel, init, g.ld_init, out, g.ldo, g.relu);
-    else few_rows_gemm<T, M, 1>(a, g.runs, b, g.ldb ? g.ldb : (long)W, panel, init, g.ld_init, out, g.ldo, g.relu);
+    if (step == kMost) few_rows_gemm<T, M, kMost>(g, 0, n, 0);
+    else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost)>(g, 0, n, 0);
+    else if (step == 2) few_rows_gemm<T, M, 2>(g, 0, n, 0);
+    else few_rows_gemm<T, M, 1>(g, 0, n, 0);
     n += step * W;
-    b += step * W * column;
-    if (init) init += step * W;
-    out += step * W;
   }
 }
 
@@ -237,34 +269,46 @@ static INLINE long tiles_of(long rows, long columns) {
 // copied: its fields may still be on their way to the cache, behind stores that wait for another core.
 template <class T, class F>
 static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F& before) {
-  typedef void (*Columns)(const Gemm<T>&, long, long, long);
-  static const Columns table[] = {
-      few_rows_columns<T, 1>, few_rows_columns<T, 2>, few_rows_columns<T, 3>, few_rows_columns<T, 4>, few_rows_columns<T, 5>, few_rows_columns<T, 6>,
+  typedef void (*Columns)(const Gemm<T>&, long, long);
+  typedef void (*TileOf)(const Gemm<T>&, long, long, const T*);
 #if CONVFAST_BYTES == 64
-      few_rows_columns<T, 7>, few_rows_columns<T, 8>, few_rows_columns<T, 9>, few_rows_columns<T, 10>, few_rows_columns<T, 11>,
-      few_rows_columns<T, 12>, few_rows_columns<T, 13>, few_rows_columns<T, 14>,
+#define CONVFAST_UP_TO_A_TILE(f) f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14)
+#else
+#define CONVFAST_UP_TO_A_TILE(f) f(1), f(2), f(3), f(4), f(5), f(6)
 #endif
-  };
-  enum { kPanel = Tile<T>::kPanel };
+#define CONVFAST_COLUMNS(M) few_rows_columns<T, M>
+#define CONVFAST_PANEL(M) few_rows_gemm<T, M, 2>
+#define CONVFAST_VECTOR(M) few_rows_gemm<T, M, 1>
+  static const Columns columns[] = {CONVFAST_UP_TO_A_TILE(CONVFAST_COLUMNS)};
+  static const TileOf panels[] = {CONVFAST_UP_TO_A_TILE(CONVFAST_PANEL)}, vectors[] = {CONVFAST_UP_TO_A_TILE(CONVFAST_VECTOR)};
+#undef CONVFAST_UP_TO_A_TILE
+#undef CONVFAST_COLUMNS
+#undef CONVFAST_PANEL
+#undef CONVFAST_VECTOR
+  enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel };
   const Cut cut(g.rows, Tile<T>::kPixels);
   if (cut.tiles <= 1) {
     if (!g.rows) return;
     before(0, g.rows, begin, end);
-    return table[g.rows - 1](g, 0, begin, end);
+    return columns[g.rows - 1](g, begin, end);
   }
   // One panel after another stays in L1 while the rows pass by.
-  for (long n = begin; n < end; n += kPanel)
+  for (long n = begin; n < end; n += kPanel) {
+    const TileOf* const tiles = end - n > W ? panels : vectors;
     for (long i = 0; i < cut.tiles; ++i) {
-      const long row = cut.at(i), rows = cut.at(i + 1) - row, last = n + kPanel < end ? n + kPanel : end;
-      before(row, rows, n, last);
-      table[rows - 1](g, row, n, last);
+      const long row = cut.at(i), next = cut.at(i + 1);
+      before(row, next - row, n, n + kPanel < end ? n + kPanel : end);
+      const T* ahead = g.far ? i + 1 < cut.tiles ? g.out + next * g.ldo + n : n + kPanel < end ? g.out + n + kPanel : 0 : 0;
+      tiles[next - row - 1](g, row, n, ahead);
     }
+  }
 }
 
 template <class T>
 static void gemm(const Gemm<T>& g) {
   gemm_columns(g, 0, g.columns, [&](long row, long rows, long column, long end) {
-    LinesAhead<T>(g.far ? g.out + row * g.ldo + column : 0, rows, g.ldo, end - column).fetch(rows * (end - column));  // all
+    // The first results; those of the other tiles are asked for by the tile before.
+    if (g.far && row == 0 && column == 0) LinesAhead<T>(g.out, rows, g.ldo, end).fetch(rows * end);  // all
   });
 }
 

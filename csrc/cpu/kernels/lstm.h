@@ -104,7 +104,7 @@ static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
   for (long block = p.begin; block < p.end; block += together) {
     const long end = block + together < p.end ? block + together : p.end, first = block * kSlab, last = end * kSlab < columns ? end * kSlab : columns;
     LinesAhead<T> y(p.y ? p.y + block * kBlock : 0, p.rows, p.ldy, (end - block) * kBlock);
-    if (sum.a[0] || sum.a[1] || sum.init != sum.out) gemm_columns(sum, first, last, [&](long, long, long, long) { y.fetch(y_lines); });
+    if (sum.a[0]) gemm_columns(sum, first, last, [&](long, long, long, long) { y.fetch(y_lines); });
     lstm_cells_forward(p, block, end);
   }
 }

@@ -231,7 +231,7 @@ static void winograd_products(const Winograd<T>& w, long planes, long tiles, con
           const T* b = w.weights + (slab.first * planes + p * ld + n) * w.k + first * width;
           for (long i = 0; i < cut.tiles; ++i) {
             const long x = cut.at(i), m = cut.at(i + 1) - x;
-            const T* a[2] = {v + p * plane_v + x * ldv + first, 0};
+            const T* a[2] = {depth.tiles ? v + p * plane_v + x * ldv + first : 0, 0};
             T* out = to + x * ld + n;
             tile_all_columns<T, true>(m, a, runs, b, w.k, 0, width, first ? part : out, first ? width : ld);
             if (!first) continue;
