@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -211,6 +213,24 @@ def test_gemm_over_rows(kernels: ModuleType, isa: str, dtype: type, k: int, colu
             np.testing.assert_array_equal(part, whole[:rows])
         if columns % (64 // a.itemsize) == 0:  # whole vectors of any instruction set: b can be read as it lies
             np.testing.assert_array_equal(kernels.gemm(isa, a, b, start, pack_b=False), whole)
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_sums_of_a_tile_stay_in_registers(kernels: ModuleType, name: str) -> None:
+    """Through memory before and after the loop they cost a tile of few terms a third of its time."""
+    tool = shutil.which("objdump")
+    if tool is None or platform.machine() != "x86_64":
+        pytest.skip("no objdump, or not an x86-64: instructions were not looked at")
+    code = subprocess.run(
+        [tool, "-d", "--no-show-raw-insn", kernels.__file__], capture_output=True, text=True, check=True
+    )
+    tiles, moves = set(), []
+    for function in code.stdout.split("\n\n"):
+        title, _, body = function.partition("\n")
+        if re.search(rf"{name}\w*(tile_gemm|few_rows_gemm|tile_weight_grad)I", title):
+            tiles.add(title)
+            moves += [title for line in body.splitlines() if re.search(r"mov[au]p[sd] .*\(%r[sb]p", line)]
+    assert len(tiles) > 60 and not moves, sorted(set(moves))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
