@@ -83,7 +83,7 @@ static void tile_gemm(const T* const* a, const Runs* const* runs, const T* b, co
     for (int n = 0; n < NV; ++n) S::store(out + m * ldo + n * S::W, acc[m][n]);
 }
 
-// dw[m, :] += sum over pixels of a[pixel, m] g[pixel, :], over row segments of n pixels each, none empty.
+// dw[m, :] += sum over pixels of a[pixel, m] g[pixel, :], over row segments of n pixels each, none empty; g_stride is not 0.
 template <class T, int M, int NV>
 static void tile_weight_grad(long segments, const T* const* a, long a_stride, const T* const* g, long g_stride, const long* pixels,
                              T* dw, long ldw) {
