@@ -177,7 +177,9 @@ class LSTM(nn.RNNBase):
             if backend := backend_of_layers(x, weights, hx, self.backend):
                 peepholes = [getattr(self, f"peephole{end}") for end in self.ends()] if self.peephole else []
                 options = (self.bias, self.proj_size > 0, self.bidirectional)
-                inside = None if head is None or needs_function(head.weight, head.bias) else (head.weight, head.bias)
+                inside = None if head is None else (head.weight, head.bias)
+                if inside and needs_function(*inside):
+                    inside = None
                 x, state = lstm_layers(
                     x, weights, peepholes, *options, hx, lengths, inside, not self.batch_first, backend
                 )

@@ -298,7 +298,9 @@ static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F&
     for (long i = 0; i < cut.tiles; ++i) {
       const long row = cut.at(i), next = cut.at(i + 1);
       before(row, next - row, n, n + kPanel < end ? n + kPanel : end);
-      const T* ahead = g.far ? i + 1 < cut.tiles ? g.out + next * g.ldo + n : n + kPanel < end ? g.out + n + kPanel : 0 : 0;
+      const T* ahead = 0;
+      if (g.far && i + 1 < cut.tiles) ahead = g.out + next * g.ldo + n;
+      else if (g.far && n + kPanel < end) ahead = g.out + n + kPanel;
       tiles[next - row - 1](g, row, n, ahead);
     }
   }

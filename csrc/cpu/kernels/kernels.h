@@ -186,7 +186,7 @@ struct WinogradKernels {
 template <class T>
 struct Gemm {
   long rows;
-  const T* a[2];         // the second null = absent
+  const T* a[2];         // the second null = absent; to lstm_step the first too, where nothing is to be added to out
   Runs runs[2];
   const T* b;            // packed by pack_panels, k rows, from the first column wanted
   long k, columns;
