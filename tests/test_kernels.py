@@ -197,7 +197,7 @@ def test_gemm_over_frames(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k, columns", [(1, 1), (5, 16), (33, 33), (64, 132), (7, 272)])
+@pytest.mark.parametrize("k, columns", [(1, 1), (5, 16), (33, 33), (64, 132), (7, 272), (400, 100)])
 def test_gemm_over_rows(kernels: ModuleType, isa: str, dtype: type, k: int, columns: int) -> None:
     random = np.random.default_rng(0)
     a, b, init = (random.normal(size=size).astype(dtype) for size in ((40, k), (k, columns), (40, columns)))
@@ -234,7 +234,9 @@ def test_sums_of_a_tile_stay_in_registers(kernels: ModuleType, name: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, k, columns", [(1, 1, 1), (3, 14, 16), (130, 15, 33), (300, 33, 64)])
+@pytest.mark.parametrize(
+    "rows, k, columns", [(1, 1, 1), (3, 14, 16), (130, 15, 33), (300, 33, 64), (70, 9, 132), (130, 15, 96)]
+)
 def test_outer_sum(kernels: ModuleType, isa: str, dtype: type, rows: int, k: int, columns: int) -> None:
     random = np.random.default_rng(0)
     a, g = (random.normal(size=size).astype(dtype) for size in ((rows, k), (rows, columns)))

@@ -478,14 +478,21 @@ struct Engine {
     if (needs[1]) {
       dweight = empty_cpu({p.channels, fg, p.taps}, narrow);
       A* to = out_data(dweight);
-      for (long c = 0; c < p.channels; ++c)
-        for (long f = 0; f < fg; ++f)
-          for (long j = 0; j < p.taps; ++j) {
-            T total = 0;
-            for (long i = 0; i < adders; ++i)
-              total += sums[i * sums_size + (p.depthwise() ? j * width + c : ((c / cg * p.taps + j) * fg + f) * ldg + c % cg)];
-            *to++ = static_cast<A>(total);
-          }
+      constexpr long kTogether = 16;  // channels, whose sums share a cache line
+      parallel((p.channels + kTogether - 1) / kTogether, [&](long begin, long end) {
+        for (long first = begin * kTogether; first < std::min(p.channels, end * kTogether); first += kTogether) {
+          const long n = std::min(kTogether, p.channels - first);
+          const T* sum[kTogether];
+          for (long c = 0; c < n; ++c) sum[c] = sums + (p.depthwise() ? first + c : (first + c) / cg * p.taps * fg * ldg + (first + c) % cg);
+          for (long f = 0; f < fg; ++f)
+            for (long j = 0; j < p.taps; ++j)
+              for (long c = 0; c < n; ++c) {
+                T total = 0;
+                for (long i = 0; i < adders; ++i) total += sum[c][i * sums_size + (j * fg + f) * ldg];
+                to[((first + c) * fg + f) * p.taps + j] = static_cast<A>(total);
+              }
+        }
+      });
     }
     if (need_bias) {
       dbias = empty_cpu({p.channels}, narrow);

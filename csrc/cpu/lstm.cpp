@@ -818,10 +818,19 @@ struct Backward : Engine<A> {
     return w;
   }
 
-  T* cleared(long n) {
-    T* sum = workspace.template take<T>(n);
-    std::fill(sum, sum + n, T(0));
+  std::vector<std::pair<T*, long>> uncleared;
+
+  T* cleared(T* sum, long n) {
+    uncleared.emplace_back(sum, n);
     return sum;
+  }
+  T* cleared(long n) { return cleared(workspace.template take<T>(n), n); }
+
+  void clear() {
+    parallel(uncleared.size(), [&](long begin, long end) {
+      for (long i = begin; i < end; ++i) std::fill_n(uncleared[i].first, uncleared[i].second, T(0));
+    });
+    uncleared.clear();
   }
 
   // A part's sum of a weight's gradient, [4H][rounded up to vectors]: the gradient itself where it can be.
@@ -829,9 +838,7 @@ struct Backward : Engine<A> {
 
   T* weight_sum(const Tensor& gradient, long channels, bool first) {
     if (!first || !sums_in_place(channels)) return cleared(4 * hidden * round_up(channels, k.lanes));
-    T* sum = static_cast<T*>(gradient.mutable_data_ptr());
-    std::fill(sum, sum + gradient.numel(), T(0));
-    return sum;
+    return cleared(static_cast<T*>(gradient.mutable_data_ptr()), gradient.numel());
   }
 
   // Adds rows of z (columns of blocks [begin, end)) times rows of x or h to the gradient of a weight.
@@ -895,6 +902,7 @@ struct Backward : Engine<A> {
           b.dy.push_back(given.dy ? workspace.template take<T>(rows * ldh) : nullptr);
         }
       }
+      clear();
       Base::run(d, [&](const Group& g, long part, const Member& member) { run_backward(g, w, parts[part], member, given, dx, dx_sum, grads[kH0], grads[kC0]); });
       finish(w, parts, to);
     }

@@ -363,9 +363,9 @@ static void weight_grad(const WeightGrad<T>& p, long begin, long end) {
         for (long i = 0; i < segments; ++i) a[i] = row_a[i] + p.a.runs.offset[run] + k;
         T* dw = p.dw + (run * p.a.runs.length + k) * ldw + n;
         if (width == kPanel)
-          TileTable<T>::template weight_grad<2>(m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
+          TileTable<T>::weight_grad(2, m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
         else
-          TileTable<T>::template weight_grad<1>(m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
+          TileTable<T>::weight_grad(1, m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
       }
     }
   }

@@ -1,12 +1,23 @@
-// GEMM micro-kernels. A tile is up to kTile pixels of one row by one panel of B (kPanel columns) and lives in registers for the
-// whole K axis: per step of k one or two vector loads of B, one broadcast of A per pixel, no store. B streams from L2 once per
-// tile (panel bytes per k / tile pixels = 9 bytes a cycle at full FMA rate with AVX-512), A lies in L1.
+// GEMM micro-kernels. A tile is up to kPixels pixels of one row by one panel of B (kPanel columns), or kTriple by three vectors, and lives
+// in registers for the whole K axis: per step of k the vector loads of B, one broadcast of A per pixel, no store. B streams from L2 once
+// per tile (bytes per k / tile pixels = 9 bytes a cycle at full FMA rate with AVX-512, 14 in threes), A lies in L1.
 
 template <class T>
 struct Tile {
   // 28 accumulators + 2 of B + 1 of A fill 32 registers; 12 + 2 + 1 fit in 16.
   enum { kVectors = 2, kPixels = CONVFAST_BYTES == 64 ? 14 : 6, W = Simd<T>::W, kPanel = kVectors * W };
+  // So many rows of three vectors, 27 + 3 + 1: fewer loads and broadcasts to an FMA than in a low tile of two. 0: no such tiles.
+  enum { kTriple = CONVFAST_BYTES == 64 ? 9 : 0, kLeastTriple = CONVFAST_BYTES == 64 ? 6 : 1 };
 };
+
+// f of every height of a tile.
+#if CONVFAST_BYTES == 64
+#define CONVFAST_TILES(f) f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14)
+#define CONVFAST_TRIPLES(f) f(6), f(7), f(8), f(9)
+#else
+#define CONVFAST_TILES(f) f(1), f(2), f(3), f(4), f(5), f(6)
+#define CONVFAST_TRIPLES(f) 0
+#endif
 
 template <class T>
 static INLINE const T* row_start(const Operand<T>& o, long sample, long d, long y) {
@@ -89,7 +100,7 @@ static void tile_weight_grad(long segments, const T* const* a, long a_stride, co
                              T* dw, long ldw) {
   typedef Simd<T> S;
   typedef typename S::V V;
-  enum { kAhead = 8 };  // every pixel of a is on other cache lines
+  enum { kAhead = NV == 3 ? 4 : 8 };  // every pixel of a is on other cache lines
   V acc[M][NV];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < NV; ++n) {
@@ -129,30 +140,29 @@ struct TileTable {
 
   template <int NV, bool kNext>
   static INLINE void gemm(long m, const T* const* a, const Runs* const* runs, const T* b, const T* init, T* out, long ldo) {
-    static const Gemm table[] = {
-        tile_gemm<T, 1, NV, kNext>, tile_gemm<T, 2, NV, kNext>, tile_gemm<T, 3, NV, kNext>, tile_gemm<T, 4, NV, kNext>, tile_gemm<T, 5, NV, kNext>, tile_gemm<T, 6, NV, kNext>,
-#if CONVFAST_BYTES == 64
-        tile_gemm<T, 7, NV, kNext>, tile_gemm<T, 8, NV, kNext>, tile_gemm<T, 9, NV, kNext>, tile_gemm<T, 10, NV, kNext>, tile_gemm<T, 11, NV, kNext>,
-        tile_gemm<T, 12, NV, kNext>, tile_gemm<T, 13, NV, kNext>, tile_gemm<T, 14, NV, kNext>,
-#endif
-    };
+#define CONVFAST_TILE(M) tile_gemm<T, M, NV, kNext>
+    static const Gemm table[] = {CONVFAST_TILES(CONVFAST_TILE)};
+#undef CONVFAST_TILE
     table[m - 1](a, runs, b, init, out, ldo);
   }
 
-  template <int NV>
-  static INLINE void weight_grad(long m, long segments, const T* const* a, long a_stride, const T* const* g, long g_stride,
+  static INLINE void weight_grad(long vectors, long m, long segments, const T* const* a, long a_stride, const T* const* g, long g_stride,
                                  const long* pixels, T* dw, long ldw) {
-    static const WeightGradTile table[] = {
-        tile_weight_grad<T, 1, NV>, tile_weight_grad<T, 2, NV>, tile_weight_grad<T, 3, NV>, tile_weight_grad<T, 4, NV>,
-        tile_weight_grad<T, 5, NV>, tile_weight_grad<T, 6, NV>,
-#if CONVFAST_BYTES == 64
-        tile_weight_grad<T, 7, NV>, tile_weight_grad<T, 8, NV>, tile_weight_grad<T, 9, NV>, tile_weight_grad<T, 10, NV>,
-        tile_weight_grad<T, 11, NV>, tile_weight_grad<T, 12, NV>, tile_weight_grad<T, 13, NV>, tile_weight_grad<T, 14, NV>,
-#endif
-    };
-    table[m - 1](segments, a, a_stride, g, g_stride, pixels, dw, ldw);
+#define CONVFAST_TRIPLE(M) tile_weight_grad<T, M, 3>
+#define CONVFAST_PAIR(M) tile_weight_grad<T, M, 2>
+#define CONVFAST_VECTOR(M) tile_weight_grad<T, M, 1>
+    static const WeightGradTile triples[] = {CONVFAST_TRIPLES(CONVFAST_TRIPLE)}, pairs[] = {CONVFAST_TILES(CONVFAST_PAIR)}, single[] = {CONVFAST_TILES(CONVFAST_VECTOR)};
+#undef CONVFAST_TRIPLE
+#undef CONVFAST_PAIR
+#undef CONVFAST_VECTOR
+    const WeightGradTile tile = vectors == 3 ? triples[m - Tile<T>::kLeastTriple] : vectors == 2 ? pairs[m - 1] : single[m - 1];
+    tile(segments, a, a_stride, g, g_stride, pixels, dw, ldw);
   }
 };
+
+// How many of `left` vectors, from the `at`th of a row on, the next tile takes where three can be: two such tiles share three panels, what
+// is left over goes in pairs.
+static INLINE long triple_or_less(long at, long left) { return at % 2 || left >= 6 ? 3 : left >= 2 ? 2 : 1; }
 
 // Pixels [x, x + m) of one row by all columns: panel after panel, the last one a single vector wide where that is enough.
 template <class T, bool kNext = false>
@@ -173,24 +183,36 @@ static INLINE void tile_all_columns(long m, const T* const* a, const Runs* const
 template <class T>
 constexpr int vectors_for(int m) {
 #if CONVFAST_BYTES == 64
-  return m <= 2 ? 8 : m <= 6 ? 4 : 2;
+  return m <= 2 ? 8 : m <= 6 ? 4 : m <= Tile<T>::kTriple ? 3 : 2;
 #else
   return m == 1 ? 8 : m == 2 ? 4 : 2;
 #endif
 }
 
-// Rows [row, row + M) by NV vectors of columns from n on, two of a panel. `ahead`: M rows of results, g.ldo apart, that are not in cache;
-// their lines are asked for one row after another, so that no load waits behind them.
+// Whether a GEMM of so many rows is done in tiles of three vectors. Their columns of B are read again for every few rows: where L1 cannot
+// keep even half of them only against low tiles.
+template <class T>
+static INLINE bool in_triples(long rows, long k) {
+  enum { kBytes = 64 << 10, kHigh = 11, kPixels = Tile<T>::kPixels };
+  if (!Tile<T>::kTriple || (rows <= kPixels && vectors_for<T>(rows) != 3)) return false;
+  return k * 3 * Simd<T>::W * (long)sizeof(T) <= kBytes || (rows > kPixels && Cut(rows, kPixels).least < kHigh);
+}
+
+// Rows [row, row + M) by NV vectors of columns from n on, which is where a panel begins or, of three, its second vector. `ahead`: M rows
+// of results, g.ldo apart, that are not in cache; their lines are asked for one row after another, so that no load waits behind them.
 template <class T, int M, int NV>
 static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
   typedef Simd<T> S;
   typedef typename S::V V;
-  enum { kEach = NV > 1 ? 2 : 1 };
+  enum { kEach = NV > 1 ? 2 : 1, kAhead = NV == 3 ? 8 : 12 };
   static const T zeros[NV * S::W] = {};
   const long column = g.ldb ? 1 : g.k, ldb = g.ldb ? g.ldb : (long)(kEach * S::W), panel = column * 2 * S::W;
-  const T *b = g.b + n * column, *init = g.init ? g.init + row * g.ld_init + n : zeros;
+  const long second = NV == 3 ? n / S::W % 2 : 0;  // 1: b begins with the second vector of a panel
+  const T *b = g.b + (n - second * S::W) * column + second * S::W, *init = g.init ? g.init + row * g.ld_init + n : zeros;
   const long ld_init = g.init ? g.ld_init : 0, ldo = g.ldo, part = (g.k + M - 1) / M * ldb;
   T* out = g.out + row * ldo + n;
+  long apart[NV];  // of each vector from the first
+  for (int v = 0; v < NV; ++v) apart[v] = (second + v) / kEach * panel + ((second + v) % kEach - second) * S::W;
   V acc[M][NV];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < NV; ++v) acc[m][v] = S::load(init + m * ld_init + v * S::W);
@@ -216,9 +238,8 @@ static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
         V bv[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
-          const long at = v / kEach * panel + v % kEach * S::W;
-          bv[v] = S::load(b + at);
-          if (M > 2) __builtin_prefetch(b + 12 * ldb + at);  // L2 does not keep up by itself; fewer rows wait for its bandwidth alone
+          bv[v] = S::load(b + apart[v]);
+          if (M > 2) __builtin_prefetch(b + kAhead * ldb + apart[v]);  // L2 does not keep up by itself; fewer rows wait for its bandwidth alone
         }
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m) {
@@ -248,8 +269,10 @@ static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
 template <class T, int M>
 static void few_rows_columns(const Gemm<T>& g, long begin, long end) {
   enum { W = Simd<T>::W, kMost = vectors_for<T>(M) };
+  const bool triples = kMost == 3 && in_triples<T>(M, g.k);
   for (long n = begin; n < end;) {
-    const long left = (end - n + W - 1) / W, step = left >= kMost ? (long)kMost : left >= 4 && kMost > 4 ? 4 : left >= 2 ? 2 : 1;
+    const long left = (end - n + W - 1) / W;
+    const long step = triples ? triple_or_less(n / W, left) : left >= kMost && kMost != 3 ? (long)kMost : left >= 4 && kMost > 4 ? 4 : left >= 2 ? 2 : 1;
     if (step == kMost) few_rows_gemm<T, M, kMost>(g, 0, n, 0);
     else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost)>(g, 0, n, 0);
     else if (step == 2) few_rows_gemm<T, M, 2>(g, 0, n, 0);
@@ -258,78 +281,74 @@ static void few_rows_columns(const Gemm<T>& g, long begin, long end) {
   }
 }
 
-// Tiles that gemm_columns sums one after another; few rows are one.
-template <class T>
-static INLINE long tiles_of(long rows, long columns) {
-  const Cut cut(rows, Tile<T>::kPixels);
-  return cut.tiles <= 1 ? 1 : cut.tiles * ((columns + Tile<T>::kPanel - 1) / Tile<T>::kPanel);
-}
-
-// Columns [begin, end), from the first of a panel on; before(row, rows, column, end) is called before each tile. Nothing of g is
-// copied: its fields may still be on their way to the cache, behind stores that wait for another core.
+// Columns [begin, end), from the first of a panel on; before(rows, columns) is called before each tile. Nothing of g is copied: its
+// fields may still be on their way to the cache, behind stores that wait for another core.
 template <class T, class F>
 static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F& before) {
   typedef void (*Columns)(const Gemm<T>&, long, long);
   typedef void (*TileOf)(const Gemm<T>&, long, long, const T*);
-#if CONVFAST_BYTES == 64
-#define CONVFAST_UP_TO_A_TILE(f) f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14)
-#else
-#define CONVFAST_UP_TO_A_TILE(f) f(1), f(2), f(3), f(4), f(5), f(6)
-#endif
 #define CONVFAST_COLUMNS(M) few_rows_columns<T, M>
-#define CONVFAST_PANEL(M) few_rows_gemm<T, M, 2>
+#define CONVFAST_TRIPLE(M) few_rows_gemm<T, M, 3>
+#define CONVFAST_PAIR(M) few_rows_gemm<T, M, 2>
 #define CONVFAST_VECTOR(M) few_rows_gemm<T, M, 1>
-  static const Columns columns[] = {CONVFAST_UP_TO_A_TILE(CONVFAST_COLUMNS)};
-  static const TileOf panels[] = {CONVFAST_UP_TO_A_TILE(CONVFAST_PANEL)}, vectors[] = {CONVFAST_UP_TO_A_TILE(CONVFAST_VECTOR)};
-#undef CONVFAST_UP_TO_A_TILE
+  static const Columns columns[] = {CONVFAST_TILES(CONVFAST_COLUMNS)};
+  static const TileOf triples[] = {CONVFAST_TRIPLES(CONVFAST_TRIPLE)}, pairs[] = {CONVFAST_TILES(CONVFAST_PAIR)}, single[] = {CONVFAST_TILES(CONVFAST_VECTOR)};
 #undef CONVFAST_COLUMNS
-#undef CONVFAST_PANEL
+#undef CONVFAST_TRIPLE
+#undef CONVFAST_PAIR
 #undef CONVFAST_VECTOR
-  enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel };
-  const Cut cut(g.rows, Tile<T>::kPixels);
-  if (cut.tiles <= 1) {
+  enum { W = Simd<T>::W, kPixels = Tile<T>::kPixels, kTriple = Tile<T>::kTriple };
+  if (g.rows <= kPixels) {
     if (!g.rows) return;
-    before(0, g.rows, begin, end);
+    before(g.rows, end - begin);
     return columns[g.rows - 1](g, begin, end);
   }
-  // One panel after another stays in L1 while the rows pass by.
-  for (long n = begin; n < end; n += kPanel) {
-    const TileOf* const tiles = end - n > W ? panels : vectors;
+  // The vectors of one tile after another stay in cache while the rows pass by.
+  const bool in_threes = in_triples<T>(g.rows, g.k);
+  for (long n = begin; n < end;) {
+    const long left = (end - n + W - 1) / W, width = in_threes ? triple_or_less(n / W, left) : left >= 2 ? 2 : 1, beyond = n + width * W;
+    const TileOf* const tiles = width == 3 ? triples : width == 2 ? pairs : single;
+    const long least = width == 3 ? (long)Tile<T>::kLeastTriple : 1;
+    const Cut cut(g.rows, width == 3 ? kTriple : kPixels);
     for (long i = 0; i < cut.tiles; ++i) {
       const long row = cut.at(i), next = cut.at(i + 1);
-      before(row, next - row, n, n + kPanel < end ? n + kPanel : end);
+      before(next - row, (beyond < end ? beyond : end) - n);
       const T* ahead = 0;
       if (g.far && i + 1 < cut.tiles) ahead = g.out + next * g.ldo + n;
-      else if (g.far && n + kPanel < end) ahead = g.out + n + kPanel;
-      tiles[next - row - 1](g, row, n, ahead);
+      else if (g.far && beyond < end) ahead = g.out + beyond;
+      tiles[next - row - least](g, row, n, ahead);
     }
+    n = beyond;
   }
 }
 
 template <class T>
 static void gemm(const Gemm<T>& g) {
-  gemm_columns(g, 0, g.columns, [&](long row, long rows, long column, long end) {
-    // The first results; those of the other tiles are asked for by the tile before.
-    if (g.far && row == 0 && column == 0) LinesAhead<T>(g.out, rows, g.ldo, end).fetch(rows * end);  // all
+  bool first = g.far;  // those of the other tiles are asked for by the tile before
+  gemm_columns(g, 0, g.columns, [&](long rows, long columns) {
+    if (first) LinesAhead<T>(g.out, rows, g.ldo, columns).fetch(rows * columns);  // all
+    first = false;
   });
 }
 
 // dw[k, n] += sum over rows of window(row)[k] g[row, n]
 template <class T>
 static void outer_sum(const OuterSum<T>& p) {
-  enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel, kRows = 128 };  // so many rows of a panel of g stay in L1
+  enum { W = Simd<T>::W, kRows = 64 };  // so many rows of a tile's columns of g stay in L1
   const Cut cut(p.runs.length, Tile<T>::kPixels);
+  const bool triples = cut.least >= Tile<T>::kLeastTriple && cut.at(1) <= Tile<T>::kTriple && p.columns > 5 * W;
   for (long row = 0; row < p.rows; row += kRows) {
     const long rows = p.rows - row < kRows ? p.rows - row : (long)kRows;
-    for (long n = 0; n < p.columns; n += kPanel) {
+    for (long n = 0, width; n < p.columns; n += width * W) {
+      const long left = (p.columns - n + W - 1) / W;
+      width = triples ? triple_or_less(n / W, left) : left >= 2 ? 2 : 1;
       const T* g = p.g + row * p.ldg + n;
       for (long run = 0; run < p.runs.count; ++run)
         for (long i = 0; i < cut.tiles; ++i) {
           const long k = cut.at(i), m = cut.at(i + 1) - k;
           const T* a = p.a + row * p.runs.stride + p.runs.offset[run] + k;
           T* dw = p.dw + (p.at ? p.at[run] : run * p.runs.length * p.ldw) + k * p.ldw + n;
-          if (p.columns - n > W) TileTable<T>::template weight_grad<2>(m, 1, &a, p.runs.stride, &g, p.ldg, &rows, dw, p.ldw);
-          else TileTable<T>::template weight_grad<1>(m, 1, &a, p.runs.stride, &g, p.ldg, &rows, dw, p.ldw);
+          TileTable<T>::weight_grad(width, m, 1, &a, p.runs.stride, &g, p.ldg, &rows, dw, p.ldw);
         }
     }
   }

@@ -95,16 +95,16 @@ static void lstm_cells_forward(const LstmCells<T>& p, long begin, long end) {
   }
 }
 
-// Pre-activations by GEMM into p.z, then the cell, block by block while they are in cache; one row stays there, and its cells wait for
-// nothing but each other.
+// Pre-activations by GEMM into p.z, then the cell, a few blocks at a time while they are in cache: as many as fill the widest tiles. One
+// row stays there, and its cells wait for nothing but each other.
 template <class T>
 static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
-  const long together = sum.rows == 1 ? p.end - p.begin : sum.rows == 2 ? 2 : 1, columns = sum.columns;
-  const long tiles = tiles_of<T>(sum.rows, together * kSlab), y_lines = (p.rows * together + tiles - 1) / tiles;
+  const long together = sum.rows == 1 ? p.end - p.begin : sum.rows == 2 ? 2 : in_triples<T>(sum.rows, sum.k) ? 3 : 1, columns = sum.columns;
   for (long block = p.begin; block < p.end; block += together) {
     const long end = block + together < p.end ? block + together : p.end, first = block * kSlab, last = end * kSlab < columns ? end * kSlab : columns;
     LinesAhead<T> y(p.y ? p.y + block * kBlock : 0, p.rows, p.ldy, (end - block) * kBlock);
-    if (sum.a[0]) gemm_columns(sum, first, last, [&](long, long, long, long) { y.fetch(y_lines); });
+    // Four gates to a line of y.
+    if (sum.a[0]) gemm_columns(sum, first, last, [&](long rows, long columns) { y.fetch((rows * columns * (long)sizeof(T) / 4 + 63) / 64); });
     lstm_cells_forward(p, block, end);
   }
 }
