@@ -11,14 +11,21 @@ struct FloatMath {
   static INLINE Number zero() { return Number{}; }
   static INLINE Number fma(Number a, Number b, Number c) { return S::fma(a, b, c); }
 
-  // e^-x = 2^n e^-r with n = round(-x / ln 2), |r| <= ln 2 / 2; e^-r by its Taylor polynomial of degree 7 (2e-9).
+  // e^-x = 2^n e^-r with n = -x / ln 2, rounded to a multiple of 1 / kParts, and |r| <= ln 2 / (2 kParts). e^-r by its Taylor polynomial:
+  // of degree 7 (2e-9) with whole numbers n, of degree 3 (9e-9) with sixteenths, whose powers of two are in a register.
   // x is held to +-87, inside the normal numbers; a NaN passes through r.
   static INLINE Number exp_minus(Number x) {
+    constexpr int kParts = S::kParts;
     x = S::max(S::set1(-87.f), S::min(S::set1(87.f), x));
-    const Number magic = S::set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const Number magic = S::set1(12582912.f / kParts);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const Number t = magic - x * S::set1(1.44269504f);
     const Number n = t - magic;
     const Number r = (x + n * S::set1(0.693359375f)) - n * S::set1(2.12194440e-4f);
+    if constexpr (kParts == 16) {
+      const Number power = S::power_of_sixteenths(t);
+      const Number p = ((S::set1(.5f) - S::set1(1.f / 6) * r) * r - S::set1(1.f)) * r;
+      return S::scale(power + power * p, n, t);
+    }
     Number p = S::set1(-1.f / 5040);
     p = p * r + S::set1(1.f / 720);
     p = p * r - S::set1(1.f / 120);
@@ -34,8 +41,7 @@ struct FloatMath {
 
   // x P(x^2) / Q(x^2), minimax in relative error (2e-8) on [0, 9.02], past which tanh rounds to 1.
   static INLINE Number tanh(Number x) {
-    x = S::max(S::set1(-9.02f), S::min(S::set1(9.02f), x));
-    const Number u = x * x;
+    const Number u = S::min(S::set1(9.02f * 9.02f), x * x);  // past it the product grows with x, and is cut at 1
     Number p = S::set1(1.331856669e-08f);
     p = p * u + S::set1(2.058313033e-05f);
     p = p * u + S::set1(3.494014023e-03f);

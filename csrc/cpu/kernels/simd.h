@@ -31,9 +31,16 @@ struct Simd<float> {
   enum { W = CONVFAST_BYTES / 4 };
   static INLINE V load(const float* p) { return *(const U*)p; }
   static INLINE void store(float* p, V v) { *(U*)p = v; }
-  // p 2^n, with the integer n also in the low bits of t.
+  // p 2^floor(n), with n, a multiple of 1 / kParts, also in the low bits of t.
+  enum { kParts = CONVFAST_BYTES == 64 ? 16 : 1 };
 #if CONVFAST_BYTES == 64
   static INLINE V scale(V p, V n, V) { return (V)_mm512_scalef_ps((__m512)p, (__m512)n); }
+  // 2^(n - floor(n)).
+  static INLINE V power_of_sixteenths(V t) {
+    const __m512 powers = _mm512_setr_ps(1.f, 1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f,
+                                         1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f);
+    return (V)_mm512_permutexvar_ps((__m512i)t, powers);
+  }
 #else
   static INLINE V scale(V p, V, V t) { return p * (V)(((I)t << 23) + 0x3f800000); }
 #endif
@@ -129,7 +136,9 @@ struct Several {
   static INLINE Several max(Several a, Several b) { CONVFAST_EACH(Simd<T>::max(a.v[i], b.v[i])); }
   static INLINE Several fma(Several a, Several b, Several c) { CONVFAST_EACH(Simd<T>::fma(a.v[i], b.v[i], c.v[i])); }
   static INLINE Several divide(Several n, Several d) { CONVFAST_EACH(Simd<T>::divide(n.v[i], d.v[i])); }
+  enum { kParts = Simd<T>::kParts };
   static INLINE Several scale(Several p, Several n, Several t) { CONVFAST_EACH(Simd<T>::scale(p.v[i], n.v[i], t.v[i])); }
+  static INLINE Several power_of_sixteenths(Several t) { CONVFAST_EACH(Simd<T>::power_of_sixteenths(t.v[i])); }
   // Of N places, `apart` elements from one to the next.
   static INLINE Several load(const T* p, long apart) { CONVFAST_EACH(Simd<T>::load(p + i * apart)); }
   INLINE void store(T* p, long apart) const {
