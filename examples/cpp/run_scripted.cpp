@@ -3,7 +3,7 @@
 // MODEL.pt comes from torch.jit.save; INPUT.pt is a tensor from torch.save, OUTPUT.pt one for torch.load. Where
 // the model returns a tuple, its first tensor is saved.
 #include <torch/script.h>
-#include <torch/torch.h>
+#include <torch/serialize.h>
 
 #include <chrono>
 #include <cstdlib>
