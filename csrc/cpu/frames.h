@@ -106,6 +106,7 @@ void pack_panels(const Kernels<T>& kernels, long k, long columns, T* dst, const 
 // Row of a weight [4C, ..] whose gates lie in a column: columns are [block][gate][channel of the block], rows [gate][channel].
 inline long gate_row(long column, long channels) {
   const long block = column / kSlab, n = std::min<long>(kBlock, channels - block * kBlock), j = column % kSlab;
+  if (n == kBlock) return j / kBlock * channels + block * kBlock + j % kBlock;  // no division at run time
   return j / n * channels + block * kBlock + j % n;
 }
 

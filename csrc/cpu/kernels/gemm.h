@@ -272,7 +272,9 @@ static void few_rows_columns(const Gemm<T>& g, long begin, long end) {
   const bool triples = kMost == 3 && in_triples<T>(M, g.k);
   for (long n = begin; n < end;) {
     const long left = (end - n + W - 1) / W;
-    const long step = triples ? triple_or_less(n / W, left) : left >= kMost && kMost != 3 ? (long)kMost : left >= 4 && kMost > 4 ? 4 : left >= 2 ? 2 : 1;
+    long step = left >= 4 && kMost > 4 ? 4 : left >= 2 ? 2 : 1;
+    if (triples) step = triple_or_less(n / W, left);
+    else if (kMost != 3 && left >= kMost) step = kMost;
     if (step == kMost) few_rows_gemm<T, M, kMost>(g, 0, n, 0);
     else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost)>(g, 0, n, 0);
     else if (step == 2) few_rows_gemm<T, M, 2>(g, 0, n, 0);
