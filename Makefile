@@ -40,12 +40,14 @@ demo: $(STAMP)-demo
 	$(PY) examples/moving_digits.py $(ARGS)
 	$(PY) examples/digit_rows.py $(ARGS)
 
-# Two processes of two threads each: waiting threads should sleep, not spin on each other's processor.
+# Two processes of two threads each: waiting threads should sleep, not spin on each other's processor. Each begins with a half of its
+# own, so that neither waits while the other builds what a file's tests share.
+TESTS := -m pytest -n 2 --dist worksteal $(ARGS)
 test: export OMP_WAIT_POLICY ?= passive
 test: $(STAMP)-test
-	$(PY) -m pytest -n 2 $(ARGS)
-	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 $(ARGS) $(if $(ARGS),|| test $$? -eq 5  # 5: ARGS chose nothing of Triton's)
-	CONVFAST_EMULATE_CUDA=1 $(PY) -m pytest -n 2 $(ARGS) $(if $(ARGS),|| test $$? -eq 5)
+	$(PY) $(TESTS)
+	TRITON_INTERPRET=1 $(PY) $(TESTS) $(if $(ARGS),|| test $$? -eq 5  # 5: ARGS chose nothing of Triton's)
+	CONVFAST_EMULATE_CUDA=1 $(PY) $(TESTS) $(if $(ARGS),|| test $$? -eq 5)
 
 bench: $(STAMP)-test
 	$(PY) -m pytest bench $(ARGS)
