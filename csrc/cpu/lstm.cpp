@@ -818,27 +818,27 @@ struct Backward : Engine<A> {
     return w;
   }
 
-  std::vector<std::pair<T*, long>> uncleared;
+  std::vector<std::pair<T*, long>> sums;  // that clear_sums() has still to set to zero
 
-  T* cleared(T* sum, long n) {
-    uncleared.emplace_back(sum, n);
+  T* new_sum(T* sum, long n) {
+    sums.emplace_back(sum, n);
     return sum;
   }
-  T* cleared(long n) { return cleared(workspace.template take<T>(n), n); }
+  T* new_sum(long n) { return new_sum(workspace.template take<T>(n), n); }
 
-  void clear() {
-    parallel(uncleared.size(), [&](long begin, long end) {
-      for (long i = begin; i < end; ++i) std::fill_n(uncleared[i].first, uncleared[i].second, T(0));
+  void clear_sums() {
+    parallel(sums.size(), [&](long begin, long end) {
+      for (long i = begin; i < end; ++i) std::fill_n(sums[i].first, sums[i].second, T(0));
     });
-    uncleared.clear();
+    sums.clear();
   }
 
   // A part's sum of a weight's gradient, [4H][rounded up to vectors]: the gradient itself where it can be.
   bool sums_in_place(long channels) const { return !Base::kNarrow && channels % k.lanes == 0; }
 
   T* weight_sum(const Tensor& gradient, long channels, bool first) {
-    if (!first || !sums_in_place(channels)) return cleared(4 * hidden * round_up(channels, k.lanes));
-    return cleared(static_cast<T*>(gradient.mutable_data_ptr()), gradient.numel());
+    if (!first || !sums_in_place(channels)) return new_sum(4 * hidden * round_up(channels, k.lanes));
+    return new_sum(static_cast<T*>(gradient.mutable_data_ptr()), gradient.numel());
   }
 
   // Adds rows of z (columns of blocks [begin, end)) times rows of x or h to the gradient of a weight.
@@ -892,9 +892,9 @@ struct Backward : Engine<A> {
         b.m = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
         b.dw_ih = w.need_ih ? weight_sum(to[kWih], inputs, &b == parts.data()) : nullptr;
         b.dw_hh = w.need_hh ? weight_sum(to[kWhh], size, &b == parts.data()) : nullptr;
-        b.dbias = w.need_bias ? cleared(ldz) : nullptr;
-        b.dpeephole = w.need_peephole ? cleared(3 * hidden) : nullptr;
-        b.dw_hr = w.need_hr ? cleared(size * ldh) : nullptr;
+        b.dbias = w.need_bias ? new_sum(ldz) : nullptr;
+        b.dpeephole = w.need_peephole ? new_sum(3 * hidden) : nullptr;
+        b.dw_hr = w.need_hr ? new_sum(size * ldh) : nullptr;
         for (long i = 0; i < s.team; ++i) {
           b.x.push_back(w.need_ih ? workspace.template take<T>(steps * rows * ldx) : nullptr);
           b.h.push_back(w.need_hh ? workspace.template take<T>(steps * rows * ldh) : nullptr);
@@ -902,7 +902,7 @@ struct Backward : Engine<A> {
           b.dy.push_back(given.dy ? workspace.template take<T>(rows * ldh) : nullptr);
         }
       }
-      clear();
+      clear_sums();
       Base::run(d, [&](const Group& g, long part, const Member& member) { run_backward(g, w, parts[part], member, given, dx, dx_sum, grads[kH0], grads[kC0]); });
       finish(w, parts, to);
     }

@@ -362,10 +362,7 @@ static void weight_grad(const WeightGrad<T>& p, long begin, long end) {
         const long run = task / cut.tiles, k = cut.at(task % cut.tiles), m = cut.at(task % cut.tiles + 1) - k;
         for (long i = 0; i < segments; ++i) a[i] = row_a[i] + p.a.runs.offset[run] + k;
         T* dw = p.dw + (run * p.a.runs.length + k) * ldw + n;
-        if (width == kPanel)
-          TileTable<T>::weight_grad(2, m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
-        else
-          TileTable<T>::weight_grad(1, m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
+        TileTable<T>::weight_grad(width / W, m, segments, a, p.a.runs.stride, g, dense ? width : p.columns, pixels, dw, ldw);
       }
     }
   }

@@ -103,7 +103,7 @@ static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
   for (long block = p.begin; block < p.end; block += together) {
     const long end = block + together < p.end ? block + together : p.end, first = block * kSlab, last = end * kSlab < columns ? end * kSlab : columns;
     LinesAhead<T> y(p.y ? p.y + block * kBlock : 0, p.rows, p.ldy, (end - block) * kBlock);
-    // Four gates to a line of y.
+    // y has an element for every four columns.
     if (sum.a[0]) gemm_columns(sum, first, last, [&](long rows, long columns) { y.fetch((rows * columns * (long)sizeof(T) / 4 + 63) / 64); });
     lstm_cells_forward(p, block, end);
   }

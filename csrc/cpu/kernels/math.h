@@ -17,7 +17,7 @@ struct FloatMath {
   static INLINE Number exp_minus(Number x) {
     constexpr int kParts = S::kParts;
     x = S::max(S::set1(-87.f), S::min(S::set1(87.f), x));
-    const Number magic = S::set1(12582912.f / kParts);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const Number magic = S::set1(12582912.f / kParts);  // 1.5 * 2^23 / kParts: adding it rounds, and the low bits count the parts
     const Number t = magic - x * S::set1(1.44269504f);
     const Number n = t - magic;
     const Number r = (x + n * S::set1(0.693359375f)) - n * S::set1(2.12194440e-4f);

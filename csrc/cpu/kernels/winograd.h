@@ -352,8 +352,7 @@ static void winograd_weight_grad(const Winograd<T>& w, const GateFrames<T>& dgat
             const long k = cut.at(i), m = cut.at(i + 1) - k;
             const T* a = scratch + p * plane_v + k;
             T* to = sum + k * ld + c;
-            if (n - c > W) TileTable<T>::weight_grad(2, m, 1, &a, ldv, &g, ld, &tiles, to, ld);
-            else TileTable<T>::weight_grad(1, m, 1, &a, ldv, &g, ld, &tiles, to, ld);
+            TileTable<T>::weight_grad(n - c > W ? 2 : 1, m, 1, &a, ldv, &g, ld, &tiles, to, ld);
           }
         }
     }
