@@ -74,7 +74,9 @@ def nvcc() -> str:
 
 def compiled(file: Path, target: str) -> list[Kernel]:
     with TemporaryDirectory() as scratch:
-        flags = [*COMMON_NVCC_FLAGS, *BUILD.cflags, *(f"-I{path}" for path in include_paths())]
+        # For nvcc -O3 is about the host's part alone, of which only the compiler's yes is wanted.
+        cflags = [flag for flag in BUILD.cflags if flag != "-O3"]
+        flags = [*COMMON_NVCC_FLAGS, *cflags, *(f"-I{path}" for path in include_paths())]
         one = f"-gencode=arch={target.replace('sm', 'compute')},code={target}"
         # The host's part is the same for every target, and takes half of the time.
         what, result = ("-c", "host.o") if target == TARGETS[0] else ("-cubin", "device.cubin")

@@ -11,10 +11,8 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,30 +25,35 @@ DTYPES = [np.float32, np.float64]
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def library() -> Path:
+    """The library whose kernels are tested: the one that convfast loads."""
+    if why := native.reason():
+        pytest.skip(f"no native library: {why}")
+    path = Path(native.origin().partition(" (")[0])
+    if not path.is_file():
+        pytest.skip(f"the native library is no file to link with: {native.origin()}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def kernels(library: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     pybind11 = pytest.importorskip("pybind11", reason="no pybind11: the kernels cannot be bound")
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     include = sysconfig.get_path("include")
     if not shutil.which(compiler[0]) or not Path(include, "Python.h").is_file():
         pytest.skip("no C++ compiler or no Python.h: the kernels cannot be bound")
-    listed = native.read_build(native.BUILD_FILE)
-    sources = [source for source in listed.sources if Path(source).parent.name == "kernels"]
-    sources.append(native.BUILD_FILE.parent / "testing" / "bindings.cpp")
     name = f"convfast_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = [*compiler, *listed.cflags, f"-I{include}", f"-I{pybind11.get_include()}"]
 
     def build(folder: Path) -> None:
-        def run(*arguments: Any) -> None:
-            done = subprocess.run([*command, *arguments], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+        source = native.BUILD_FILE.parent / "testing" / "bindings.cpp"
+        flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{include}", f"-I{pybind11.get_include()}"]
+        done = subprocess.run(
+            [*compiler, *flags, "-shared", source, library, "-o", folder / name], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
 
-        objects = [folder / f"{Path(source).stem}.o" for source in sources]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda source, to: run("-c", source, "-o", to), sources, objects))
-        run("-shared", "-o", folder / name, *objects)
-
-    library = built_once(tmp_path_factory, "kernels", build) / name
-    spec = importlib.util.spec_from_file_location("convfast_kernels", library)
+    path = built_once(tmp_path_factory, "kernels", build) / name
+    spec = importlib.util.spec_from_file_location("convfast_kernels", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -216,14 +219,12 @@ def test_gemm_over_rows(kernels: ModuleType, isa: str, dtype: type, k: int, colu
 
 
 @pytest.mark.parametrize("name", ["avx2", "avx512"])
-def test_sums_of_a_tile_stay_in_registers(kernels: ModuleType, name: str) -> None:
+def test_sums_of_a_tile_stay_in_registers(library: Path, name: str) -> None:
     """Through memory before and after the loop they cost a tile of few terms a third of its time."""
     tool = shutil.which("objdump")
     if tool is None or platform.machine() != "x86_64":
         pytest.skip("no objdump, or not an x86-64: instructions were not looked at")
-    code = subprocess.run(
-        [tool, "-d", "--no-show-raw-insn", kernels.__file__], capture_output=True, text=True, check=True
-    )
+    code = subprocess.run([tool, "-d", "--no-show-raw-insn", library], capture_output=True, text=True, check=True)
     tiles, moves = set(), []
     for function in code.stdout.split("\n\n"):
         title, _, body = function.partition("\n")

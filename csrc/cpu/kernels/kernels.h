@@ -306,8 +306,9 @@ struct Kernels {
   const WinogradKernels<T>* winograd[2];  // F(4×4, 3×3), F(2×2, 5×5); null for double
 };
 
+// The library exports these: tests run the kernels that it runs.
 template <class T>
-struct Table {
+struct __attribute__((visibility("default"))) Table {
   static const Kernels<T>* baseline();
   static const Kernels<T>* avx2();     // null where it was not built
   static const Kernels<T>* avx512();
