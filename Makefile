@@ -10,7 +10,8 @@
 TORCH_ASKED := $(filter command line environment,$(origin TORCH))
 TORCH ?= torch==2.13.0
 DEMO_NEEDS := numpy scikit-learn matplotlib tqdm ninja
-TEST_NEEDS := $(DEMO_NEEDS) setuptools pybind11 pytest pytest-benchmark pytest-xdist hypothesis triton
+TEST_NEEDS := numpy ninja setuptools pybind11 pytest pytest-xdist hypothesis triton
+BENCH_NEEDS := $(TEST_NEEDS) pytest-benchmark matplotlib
 LINT_NEEDS := ruff
 
 BASE := python3
@@ -49,7 +50,7 @@ test: $(STAMP)-test
 	TRITON_INTERPRET=1 $(PY) $(TESTS) $(if $(ARGS),|| test $$? -eq 5  # 5: ARGS chose nothing of Triton's)
 	CONVFAST_EMULATE_CUDA=1 $(PY) $(TESTS) $(if $(ARGS),|| test $$? -eq 5)
 
-bench: $(STAMP)-test
+bench: $(STAMP)-bench
 	$(PY) -m pytest bench $(ARGS)
 
 lint: $(STAMP)-lint
@@ -71,6 +72,10 @@ $(STAMP)-demo: $(STAMP)-torch Makefile
 
 $(STAMP)-test: $(STAMP)-torch Makefile
 	$(INSTALL) $(TEST_NEEDS)
+	touch $@
+
+$(STAMP)-bench: $(STAMP)-torch Makefile
+	$(INSTALL) $(BENCH_NEEDS)
 	touch $@
 
 $(STAMP)-lint: $(STAMP)-env Makefile
