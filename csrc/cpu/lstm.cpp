@@ -277,6 +277,10 @@ struct Engine {
           while (j + same < real && p.weight_row(start + j + same) == row + same) ++same;
           if constexpr (!kNarrow) {
             if (s1 == 1) {
+              // The next rows are those of another gate: the processor does not foresee them.
+              const T* ahead = source + p.weight_row(std::min(start + j + same, 4 * hidden - 1)) * s0;
+              for (long q = 0; q < same; ++q)
+                for (long i = 0; i < n; i += 64 / long(sizeof(T))) __builtin_prefetch(ahead + q * s0 + i);
               k.transpose(same, n, source + row * s0, s0, panel + j, width);
               j += same;
               continue;

@@ -81,10 +81,7 @@ static void lstm_cells_forward(const LstmCells<T>& p, long begin, long end) {
         for (; begin + 4 <= whole; begin += 4) lstm_cells_together<T, 4>(p, 0, begin, {4 * kBlock, kBlock, kBlock, kBlock, kBlock, 4 * kBlock});
       for (; begin < whole; ++begin) {
         long row = 0;
-        if (!p.gates) {  // kept, they would be too many streams of stores at once
-          row = lstm_rows_together<T, 8>(p, row, begin);
-          row = lstm_rows_together<T, 4>(p, row, begin);
-        }
+        if (!p.gates) row = lstm_rows_together<T, 4>(p, row, begin);  // kept, they would be too many streams of stores at once
         lstm_rows_together<T, 1>(p, row, begin);
       }
     }
