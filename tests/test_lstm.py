@@ -694,9 +694,10 @@ def test_more_samples_than_a_thread_runs_together(lengths: bool, native_ops: Any
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("batch, threads", [(40, 3), (63, 5), (9, 5)])
+@pytest.mark.parametrize("batch, threads", [(40, 3), (63, 5), (9, 5), (12, 2)])
 def test_teams_of_threads_share_large_weights(batch: int, threads: int, native_ops: Any) -> None:
-    # 3.4 MB of weights: a team, with groups of 32 and 8 samples in training; two where L2 holds 2 MB; few samples.
+    # 3.4 MB of weights: a team, with groups of 32 and 8 samples in training; two where L2 holds 2 MB; few samples; some
+    # more, whose input part is a GEMM of its own.
     lengths = tuple(b % 4 for b in range(batch))
     case = LSTMCase("large", batch=batch, time=3, features=500, hidden=272, lengths=lengths)
     found, before = [], torch.get_num_threads()
@@ -704,6 +705,7 @@ def test_teams_of_threads_share_large_weights(batch: int, threads: int, native_o
         for count in (1, threads):
             torch.set_num_threads(count)
             found.append(results(case, lstm, case.arguments(torch.float32), backend="cpu"))
+        check(case, torch.float32, "cpu")
     finally:
         torch.set_num_threads(before)
     tiles = "amx" in torch.ops.convfast.cpu_capability()  # their order of sums depends on how many samples a thread has

@@ -139,6 +139,8 @@ struct Engine {
   // Members of a team share out pairs of blocks: whole panels of hidden units, too.
   long units() const { return (p.blocks() + 1) / 2; }
 
+  long operand_bytes() const { return (inputs + size) * columns * long(sizeof(T)); }  // of both weights for GEMM
+
   // How the threads share the work: parts of the rows, each with a team that shares the blocks of hidden units, or the layers of a
   // pipeline.
   struct Split {
@@ -150,21 +152,24 @@ struct Engine {
   // every step: teams whose members' shares it holds.
   Split split() const {
     constexpr long kFewRows = 4, kSomeRows = 16;
-    const long weights = (inputs + size) * columns * long(sizeof(T));
     if (stages > 1) return {threads / stages, stages};
     long team = 1;
     if (size == hidden && !in.directions[0].w_hr) {
       if (p.batch < kFewRows * threads) team = std::min(threads, units());
-      else if (p.batch < kSomeRows * threads && !tile_kernels()) team = std::min({threads, units(), (weights + l2_bytes() - 1) / l2_bytes()});
+      else if (p.batch < kSomeRows * threads && !tile_kernels()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
     }
     return {std::clamp<long>(p.batch, 1, threads / team), team};
   }
 
   bool shares_units() const { return stages == 1 && split().team > 1; }
 
-  // Rows enough for whole tiles: x and h are then one operand of a step's GEMM. Fewer rows: the input part of a chunk of steps is a
-  // GEMM of its own, over the rows of all its steps.
-  bool together() const { return most_rows(split()) >= kTogether; }
+  // Rows enough for whole tiles: x and h are then one operand of a step's GEMM. Fewer rows, or few against weights that L2 does not hold
+  // from step to step: the input part of a chunk of steps is a GEMM of its own, over the rows of all its steps.
+  bool together() const {
+    const Split s = split();
+    const long rows = most_rows(s);
+    return rows >= 2 * kTogether || (rows >= kTogether && (tile_kernels() || 4 * operand_bytes() <= 3 * s.team * l2_bytes()));
+  }
 
   // Whether the GEMM of a step is split into parts of bfloat16 for matrix tiles.
   static constexpr long kParts = kSplitParts<A>;
@@ -570,7 +575,7 @@ struct Engine {
   }
 
   long weight_bytes() const {
-    return by_tiles() ? split_size(4 * hidden, split_depth(), kParts) * long(sizeof(Part)) : (inputs + size) * columns * long(sizeof(T));
+    return by_tiles() ? split_size(4 * hidden, split_depth(), kParts) * long(sizeof(Part)) : operand_bytes();
   }
 
   // Rows of x at a step, [row][stride].
