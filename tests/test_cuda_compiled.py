@@ -26,9 +26,7 @@ REGISTERS = 65536  # of a processor
 # Kernels that move 16 bytes at a time (the others of that name are for sizes that do not allow it), and kernels that
 # multiply 16-bit numbers.
 MOVING = r"gates_(for|back)ward_kernelI(fLi4|N3c10(4Half|8BFloat16)ELi8)E"
-MULTIPLYING = (
-    r"(forward_step|forward_sequence|backward_step|recurrence_(for|back)ward|conv1d_kernel)I.*(4Half|8BFloat16)E"
-)
+MULTIPLYING = r"((for|back)ward_(step|sequence)|recurrence_(for|back)ward|conv1d_kernel)I.*(4Half|8BFloat16)E"
 
 
 def find_nvcc() -> str | None:

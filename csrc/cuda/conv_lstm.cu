@@ -1,10 +1,10 @@
 // ConvLSTM on a GPU: a launch a step each way, or one for all steps. The contract is in ops.h, the kernels in conv_lstm_step.h.
 //
 // Forward: the input convolution of all frames is the library's, a chunk of steps at a time; then each step is one launch, which
-// adds the recurrent convolution and runs the cell, or the library's convolution and a launch of the cell (`engine`). Where all tiles
-// of a step run at the same time, so do all steps: in one launch that keeps its weights (`one_launch`). Backward: a
+// adds the recurrent convolution and runs the cell, or the library's convolution and a launch of the cell (`engine`). Backward: a
 // launch a step computes dh by dgrad of the successor's dgates and the cell's gradients; weights' gradients and dx are the library's,
-// over all frames at once. Every sample is at frame t at step t: one past its length keeps its state, which is the same as to start
+// over all frames at once. Where all tiles of a step run at the same time, so do all steps: in one launch that keeps its weights
+// (`fits_one_launch`). Every sample is at frame t at step t: one past its length keeps its state, which is the same as to start
 // at its own end, and reads no lengths on the host.
 #include <algorithm>
 #include <string>
@@ -227,28 +227,34 @@ int64_t chunk_frames(const Problem& p, int64_t element) {
   return std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, 4 * p.batch * p.frame() * element));
 }
 
-using SequenceTile = std::tuple_element_t<std::tuple_size_v<ForwardTiles> - 1, ForwardTiles>;
-
-// Whether all steps are one launch: the small tile is taken, all of its tiles run at once and weights fit beside them.
-template <class A>
-bool one_launch(const Problem& p, const Inputs& in) {
-  using T = SequenceTile;
-  if (engine(p, scalar_type<A>()) != Engine::kImplicitGemm || p.time < 2 || p.pixels() == 0) return false;
-  if (defined(in.x) && chunk_frames(p, sizeof(A)) < p.time) return false;
-  bool taken = false;
-  with_tile<ForwardTiles>(p, false, [&](auto tile) { taken = std::is_same_v<decltype(tile), T>; });
-  const int64_t k_blocks = (p.taps() * p.channels + T::kDepth - 1) / T::kDepth;
-  const int64_t tiles = (p.pixels() + T::kPixels - 1) / T::kPixels * ((p.channels + kForwardChannels<T> - 1) / kForwardChannels<T>);
-  if (!taken || k_blocks * T::kWeights + T::kStages * T::kRows > int64_t(shared_limit())) return false;
-  return tiles <= resident_blocks(forward_sequence<A, T>, T::kThreads, sequence_shared<T>(int(k_blocks)));
-}
-
 // The recurrent convolution as the kernels see it, forward or (sign -1) as the gradient of its input.
 Convolution step_convolution(const Problem& p, bool backward) {
   const Extent kernel = extent(from(shape_of(p.of_h.weight), 2));
   const int sign = backward ? -1 : 1, channels = int(p.channels * (backward ? 4 : 1));
   const Extent origin{-sign * ((kernel.d - 1) / 2), -sign * ((kernel.h - 1) / 2), -sign * ((kernel.w - 1) / 2)};
   return {extent(p.space), kernel, origin, sign, channels, int((p.taps() * channels + 31) / 32), 0};
+}
+
+template <class Tiles>
+using SmallTile = std::tuple_element_t<std::tuple_size_v<Tiles> - 1, Tiles>;
+
+// Whether all steps can be one launch of `kernel`: the small tile is taken, all of its tiles run at once and weights fit beside them.
+template <class Tiles, class Kernel>
+bool fits_one_launch(const Problem& p, bool backward, Kernel kernel) {
+  using T = SmallTile<Tiles>;
+  if (p.time < 2 || p.pixels() == 0) return false;
+  bool taken = false;
+  with_tile<Tiles>(p, backward, [&](auto tile) { taken = std::is_same_v<decltype(tile), T>; });
+  const int64_t k_blocks = step_convolution(p, backward).k_blocks, width = channels_of<T>(backward);
+  const int64_t tiles = (p.pixels() + T::kPixels - 1) / T::kPixels * ((p.channels + width - 1) / width);
+  if (!taken || k_blocks * T::kWeights + T::kStages * T::kRows > int64_t(shared_limit())) return false;
+  return tiles <= resident_blocks(kernel, T::kThreads, sequence_shared<T>(int(k_blocks)));
+}
+
+template <class A>
+bool one_launch(const Problem& p, const Inputs& in) {
+  if (engine(p, scalar_type<A>()) != Engine::kImplicitGemm || (defined(in.x) && chunk_frames(p, sizeof(A)) < p.time)) return false;
+  return fits_one_launch<ForwardTiles>(p, false, forward_sequence<A, SmallTile<ForwardTiles>>);
 }
 
 template <class A, class T, bool kBackward>
@@ -343,7 +349,7 @@ struct Forward {
   // All steps in one launch, where that can be: `step` is as for the first, h_before the state before it.
   bool run_sequence(const OptionalTensor& h_before) {
     if constexpr (sizeof(A) == 2) {
-      using T = SequenceTile;
+      using T = SmallTile<ForwardTiles>;
       if (!one_launch<A>(p, in)) return false;
       ForwardSequence<A> s{};
       step.t = p.at(0);
@@ -495,6 +501,24 @@ struct Backward {
     launch_cell<A>(backward_cell<A, 16 / sizeof(A)>, backward_cell<A, 1>, step, device.stream);
   }
 
+  // All steps in one launch, where that can be: `step` is as for the last in time, but for what comes after it.
+  bool run_sequence(const OptionalTensor& dh_after, const float* c0, A* dh0) {
+    if constexpr (sizeof(A) == 2) {
+      using T = SmallTile<BackwardTiles>;
+      if (by != Engine::kImplicitGemm || !fits_one_launch<BackwardTiles>(p, true, backward_sequence<A, T>)) return false;
+      weights = packed_weights<A, T, true>(p, in.w_hh, device.stream);
+      step.weights = pointer<A>(*weights);
+      step.dh_after = dh_after ? pointer<A>(*dh_after) : nullptr;
+      const int64_t direction = p.reverse ? 1 : -1, next = direction * p.frame();
+      const BackwardSequence<A> s{step, p.time, direction, next, 4 * next, c0, dh0};
+      const unsigned across = unsigned((p.channels + T::kColumns - 1) / T::kColumns);
+      launch_cooperative(backward_sequence<A, T>, blocks(p.pixels(), T::kPixels) * across, T::kThreads,
+                         sequence_shared<T>(step.conv.k_blocks), device.stream, s);
+      return true;
+    }
+    return false;
+  }
+
   Gradients backward(const OptionalTensor& dh, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& h_, const Tensor& c_,
                      const Tensor& gates_, const Sizes& needs) {
     const auto none = [&] { return empty(in.w_hh, {0}, kDtype); };  // a fresh one each: outputs may not be one tensor
@@ -549,7 +573,7 @@ struct Backward {
     step.dgates_sample = 4 * p.time * p.frame();
     step.gates_sample = lean ? 4 * p.frame() : step.dgates_sample;
     step.t_after = -1;
-    for (int64_t i = p.time; i-- > 0;) {
+    const auto place = [&](int64_t i) {
       const int64_t t = step.t = p.at(i);
       step.dh = dh_all ? pointer<A>(*dh_all) + t * p.frame() : nullptr;
       step.c = pointer<float>(c) + t * p.frame();
@@ -558,19 +582,24 @@ struct Backward {
       step.c_before_sample = i > 0 ? step.c_sample : p.frame();
       step.gates = lean ? pointer<A>(*gates_now) : pointer<A>(gates) + 4 * t * p.frame();
       step.dgates = writable<A>(dgates) + 4 * t * p.frame();
+    };
+    place(p.time - 1);
+    const bool done = !lean && run_sequence(dh_last, c0 ? pointer<float>(*c0) : nullptr, need_h0 ? writable<A>(dh0) : nullptr);
+    for (int64_t i = p.time; i-- > 0 && !done;) {
+      place(i);
       if (lean) {
         again.step.c_before = step.c_before;
         again.step.c_before_sample = step.c_before_sample;
         again.step.gates = writable<A>(*gates_now);
         again.step.gates_sample = step.gates_sample;
-        again.run(t, i > 0 || h0 ? h_before : OptionalTensor(), t);
+        again.run(step.t, i > 0 || h0 ? h_before : OptionalTensor(), step.t);
       }
       if (step.t_after < 0) run(OptionalTensor(), dh_last);
       else run(dgates, OptionalTensor());
-      step.t_after = t;
+      step.t_after = step.t;
       step.dc_after = step.dc;
     }
-    if (need_h0) {
+    if (need_h0 && !done) {
       step.dh0 = writable<A>(dh0);
       run(dgates, OptionalTensor());
     }

@@ -299,15 +299,21 @@ constexpr int sequence_shared(int k_blocks) {
   return T::kStages * T::kRows + k_blocks * T::kWeights;
 }
 
+// The weights of all K steps, behind the stages, on their way to shared memory.
+template <class A, class T>
+__device__ __forceinline__ void load_resident(const Convolution& c, const A* weights, int m0, int pixels) {
+  Loader<A, T> loader(c, nullptr, weights, m0, pixels);
+  for (int k = 0; k < c.k_blocks; ++k) loader.load_weights(shared_memory() + T::kStages * T::kRows + k * T::kWeights);
+  cp_async_commit();
+}
+
 template <class A, class T>
 __global__ void __launch_bounds__(T::kThreads, 1) forward_sequence(ForwardSequence<A> p) {
   ForwardStep<A> s = p.step;
   const int across = (s.channels + kForwardChannels<T> - 1) / kForwardChannels<T>;
   const int block = blockIdx.x % across, m0 = blockIdx.x / across * T::kPixels;
   const A* weights = s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth;
-  Loader<A, T> loader(s.conv, s.h_before, weights, m0, int(s.pixels));
-  for (int k = 0; k < s.conv.k_blocks; ++k) loader.load_weights(shared_memory() + T::kStages * T::kRows + k * T::kWeights);
-  cp_async_commit();
+  load_resident<A, T>(s.conv, weights, m0, int(s.pixels));
   for (int64_t i = 0; i < p.steps; ++i) {
     float acc[T::MT][T::P * T::G][4] = {};
     if (s.h_before) implicit_gemm<A, T, true>(s.conv, s.h_before, weights, m0, int(s.pixels), acc);
@@ -409,12 +415,8 @@ __device__ __forceinline__ void backward_cells(const BackwardStep<A>& s, int64_t
 }
 
 template <class A, class T>
-__global__ void __launch_bounds__(T::kThreads, T::kMinBlocks) backward_step(BackwardStep<A> s) {
+__device__ __forceinline__ void backward_epilogue(const BackwardStep<A>& s, int block, int m0, const float (&acc)[T::MT][T::P * T::G][4]) {
   constexpr int N = T::kNeighbours;
-  const int blocks = (s.channels + T::kColumns - 1) / T::kColumns;
-  const int block = blockIdx.x % blocks, m0 = blockIdx.x / blocks * T::kPixels;
-  float acc[T::MT][T::P * T::G][4] = {};
-  implicit_gemm<A, T, false>(s.conv, s.dgates_after, s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth, m0, int(s.pixels), acc);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int tile = 0; tile < T::MT; ++tile)
@@ -429,6 +431,53 @@ __global__ void __launch_bounds__(T::kThreads, T::kMinBlocks) backward_step(Back
         for (int i = 0; i < N; ++i) dh[i] = acc[tile][part * T::G + i / 2][2 * half + i % 2];
         if (m < s.pixels && channel < s.channels) backward_cells<A, N>(s, m / s.area, m % s.area, channel, dh);
       }
+}
+
+template <class A, class T>
+__global__ void __launch_bounds__(T::kThreads, T::kMinBlocks) backward_step(BackwardStep<A> s) {
+  const int across = (s.channels + T::kColumns - 1) / T::kColumns;
+  const int block = blockIdx.x % across, m0 = blockIdx.x / across * T::kPixels;
+  float acc[T::MT][T::P * T::G][4] = {};
+  implicit_gemm<A, T, false>(s.conv, s.dgates_after, s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth, m0, int(s.pixels), acc);
+  backward_epilogue<A, T>(s, block, m0, acc);
+}
+
+// All steps in one cooperative launch, as forward_sequence; dh before the first step follows where it is wanted.
+template <class A>
+struct BackwardSequence {
+  BackwardStep<A> step;  // the last in time
+  int64_t steps, direction;
+  int64_t next, gates_next;  // elements to the frame of the step before; of gates and their gradients
+  const float* c0;           // before the first step, frames dense; null: zero
+  A* dh0;                    // null: not wanted
+};
+
+template <class A, class T>
+__global__ void __launch_bounds__(T::kThreads, 1) backward_sequence(BackwardSequence<A> p) {
+  BackwardStep<A> s = p.step;
+  const int across = (s.channels + T::kColumns - 1) / T::kColumns;
+  const int block = blockIdx.x % across, m0 = blockIdx.x / across * T::kPixels;
+  const A* weights = s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth;
+  load_resident<A, T>(s.conv, weights, m0, int(s.pixels));
+  const int64_t turns = p.steps + (p.dh0 ? 1 : 0);
+  for (int64_t i = 0; i < turns; ++i) {
+    if (i == p.steps - 1) s.c_before = p.c0, s.c_before_sample = int64_t(s.area) * s.channels;
+    if (i == p.steps) s.dh0 = p.dh0;
+    float acc[T::MT][T::P * T::G][4] = {};
+    if (i > 0) implicit_gemm<A, T, true>(s.conv, s.dgates_after, weights, m0, int(s.pixels), acc);
+    backward_epilogue<A, T>(s, block, m0, acc);
+    s.t_after = s.t;
+    s.t += p.direction;
+    s.dgates_after = s.dgates;
+    s.dgates += p.gates_next;
+    s.gates += p.gates_next;
+    s.dh_after = nullptr;
+    s.dc_after = s.dc;
+    if (s.dh) s.dh += p.next;
+    s.c = s.c_before;
+    s.c_before += p.next;
+    if (i + 1 < turns) grid_sync();
+  }
 }
 
 template <class A, int N>
