@@ -163,15 +163,16 @@ struct Engine {
     }
   }
 
-  // Whether windows are split into parts of bfloat16 for matrix tiles. They have to be whole tiles deep: what follows a window may be NaN.
-  bool by_tiles() const {
-    return !std::is_same_v<T, double> && tile_kernels() && p.groups == 1 && p.dilation == 1 && p.taps * width % kSplitDepth == 0;
+  // Whether windows are split into parts of bfloat16. They have to be whole tiles deep: what follows a window may be NaN.
+  const SplitKernels* const split_by = split_kernels<A>();
+  bool by_parts() const {
+    return split_by && p.groups == 1 && p.dilation == 1 && p.taps * width % kSplitDepth == 0;
   }
 
-  const Part* pack_tiles() {
+  const Part* pack_parts() {
     const long depth = p.taps * width, s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2);
     Part* packed = workspace.take<Part>(split_size(p.channels, depth, kSplitParts<A>));
-    pack_split(p.channels, depth, kSplitParts<A>, packed, [&](long c, float* to) {
+    pack_split(*split_by, p.channels, depth, kSplitParts<A>, packed, [&](long c, float* to) {
       for (long j = 0; j < p.taps; ++j)
         for (long f = 0; f < width; ++f) to[j * width + f] = static_cast<float>(data(weight)[c * s0 + f * s1 + j * s2]);
     });
@@ -181,10 +182,10 @@ struct Engine {
   // Elements of the parts of a chunk's packed rows, read up to whole tiles of rows.
   long part_size() const { return packed_rows(kRows + kTileRows) * width; }
 
-  void convolve_tiles(long rows, const T* packed, const Part* w, const T* b, Part* split, T* z) const {
+  void convolve_parts(long rows, const T* packed, const Part* w, const T* b, Part* split, T* z) const {
     if constexpr (std::is_same_v<T, float>) {
-      tile_kernels()->split({1, packed_rows(rows) * width, kSplitParts<A>, packed, 0, split, part_size(), 0});
-      tile_kernels()->gemm({rows, kSplitParts<A>, split, part_size(), p.stride * width, w, p.taps * width, round_up(p.channels, kSlab), b, z, ldc});
+      split_by->split({1, packed_rows(rows) * width, kSplitParts<A>, packed, 0, split, part_size(), 0});
+      split_by->gemm({rows, kSplitParts<A>, split, part_size(), p.stride * width, w, p.taps * width, round_up(p.channels, kSlab), b, z, ldc});
     }
   }
 
@@ -208,7 +209,7 @@ struct Engine {
   }
 
   const T* pack_bias() {
-    if (!bias && !by_tiles()) return nullptr;
+    if (!bias && !by_parts()) return nullptr;
     T* packed = workspace.take<T>(ldc);
     for (long c = 0; c < ldc; ++c) packed[c] = bias && c < p.channels ? static_cast<T>(data(*bias)[c * bias->stride(0)]) : T(0);
     return packed;
@@ -250,7 +251,7 @@ struct Engine {
     const std::vector<int64_t> order = time_major ? std::vector<int64_t>{1, 0, 2} : std::vector<int64_t>{0, 1, 2}, shape{p.batch, p.out_time, p.channels};
     const bool keep = save && act.from_pre;
     Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<T>()) : empty_cpu({0}, scalar_type<T>());
-    const Part* tiles = by_tiles() ? pack_tiles() : nullptr;
+    const Part* tiles = by_parts() ? pack_parts() : nullptr;
     const T *w = tiles ? nullptr : pack_weights(), *b = pack_bias();
     const long threads = torch::stable::get_num_threads(), split_size = tiles ? kSplitParts<A> * part_size() : 0, size = packed_rows(kRows) * width + kRows * ldc + 64;
     T* scratch = workspace.take<T>(threads * size);
@@ -276,7 +277,7 @@ struct Engine {
           return;
         }
       }
-      if (tiles) convolve_tiles(valid, packed, tiles, b, split + thread * split_size, z);
+      if (tiles) convolve_parts(valid, packed, tiles, b, split + thread * split_size, z);
       else convolve(valid, packed, w, b, z, ldc, false);
       for (long r = 0; r < valid; ++r) {
         T* row = z + r * ldc;

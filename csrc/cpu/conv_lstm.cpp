@@ -931,7 +931,9 @@ std::string conv_lstm_algorithm(OptionalTensor x, OptionalTensor w_ih, Tensor w_
   return choose_algorithm(kAlgorithm, p, w_hh.scalar_type(), algorithm);
 }
 
-std::string cpu_capability() { return std::string(kernels<float>().name) + (tile_kernels() ? "+amx" : ""); }
+std::string cpu_capability() {
+  return std::string(kernels<float>().name) + (tile_kernels() ? "+amx" : split_kernels<BFloat16>() ? "+bf16" : "");
+}
 
 }  // namespace
 }  // namespace cpu

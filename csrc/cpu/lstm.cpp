@@ -139,6 +139,11 @@ struct Engine {
   // Members of a team share out pairs of blocks: whole panels of hidden units, too.
   long units() const { return (p.blocks() + 1) / 2; }
 
+  // GEMMs of numbers that are split into parts of bfloat16, where there are any: by matrix tiles, or forward by dot products.
+  const SplitKernels* const split_by = split_kernels<A>();
+  bool by_tiles() const { return split_by && tile_kernels(); }
+  bool by_dots() const { return split_by && !tile_kernels() && pass.forward; }
+
   long operand_bytes() const { return (inputs + size) * columns * long(sizeof(T)); }  // of both weights for GEMM
 
   // How the threads share the work: parts of the rows, each with a team that shares the blocks of hidden units, or the layers of a
@@ -152,11 +157,12 @@ struct Engine {
   // every step: teams whose members' shares it holds.
   Split split() const {
     constexpr long kFewRows = 4, kSomeRows = 16;
+    const long few = by_dots() ? kFewDots : kFewRows;
     if (stages > 1) return {threads / stages, stages};
     long team = 1;
     if (size == hidden && !in.directions[0].w_hr) {
-      if (p.batch < kFewRows * threads) team = std::min(threads, units());
-      else if (p.batch < kSomeRows * threads && !tile_kernels()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
+      if (p.batch < few * threads) team = std::min(threads, units());
+      else if (p.batch < kSomeRows * threads && !by_tiles() && !by_dots()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
     }
     return {std::clamp<long>(p.batch, 1, threads / team), team};
   }
@@ -168,12 +174,13 @@ struct Engine {
   bool together() const {
     const Split s = split();
     const long rows = most_rows(s);
-    return rows >= 2 * kTogether || (rows >= kTogether && (tile_kernels() || 4 * operand_bytes() <= 3 * s.team * l2_bytes()));
+    if (by_dots() && s.team == 1) return rows >= kFewDots;
+    return rows >= 2 * kTogether || (rows >= kTogether && (by_tiles() || 4 * operand_bytes() <= 3 * s.team * l2_bytes()));
   }
 
-  // Whether the GEMM of a step is split into parts of bfloat16 for matrix tiles.
+  // Whether the GEMM of a step is of parts of bfloat16.
   static constexpr long kParts = kSplitParts<A>;
-  bool by_tiles() const { return !std::is_same_v<T, double> && tile_kernels() && together() && !shares_units(); }
+  bool by_parts() const { return (by_tiles() || by_dots()) && together() && !shares_units(); }
   long split_x() const { return round_up(inputs, kSplitDepth); }
   long split_depth() const { return split_x() + round_up(size, kSplitDepth); }
   // Of a step's rows of x and h, [row][part][split_depth()], with a gap for the sets of the cache.
@@ -186,7 +193,7 @@ struct Engine {
     long most_rows, bytes;
   };
   static constexpr Pass kInference = {true, 64, 256 << 10}, kTraining = {true, 32, 256 << 10}, kBackward = {false, 32, 512 << 10};
-  static constexpr long kTogether = 8;
+  static constexpr long kTogether = 8, kFewDots = 3;
   // Bytes of h that a stage of a pipeline may be ahead of the next one: what a busy machine takes from one, the other does not lose.
   static constexpr long kAhead = 1 << 20;
   Pass pass = kInference;
@@ -264,7 +271,7 @@ struct Engine {
 
   struct Packed {
     const T *w_ih, *w_hh, *bias, *peephole, *w_hr;  // together(): w_ih is both, one above the other
-    const Part* split = nullptr;                     // by_tiles(): instead of w_ih and w_hh
+    const Part* split = nullptr;                     // by_parts(): instead of w_ih and w_hh
   };
 
   // Rows [first, first + n) of a GEMM operand of `all` rows from w [4H, n], the gates' columns in blocks: [panel][all][panel columns].
@@ -324,10 +331,10 @@ struct Engine {
       const long s0 = d.w_hr->stride(0), s1 = d.w_hr->stride(1);
       pack_panels(k, hidden, size, w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
     }
-    if (by_tiles()) {
+    if (by_parts()) {
       Part* packed = workspace.take<Part>(split_size(4 * hidden, split_depth(), kParts));
       const long ih0 = d.w_ih.stride(0), ih1 = d.w_ih.stride(1), hh0 = d.w_hh.stride(0), hh1 = d.w_hh.stride(1);
-      pack_split(4 * hidden, split_depth(), kParts, packed, [&](long column, float* to) {
+      pack_split(*split_by, 4 * hidden, split_depth(), kParts, packed, [&](long column, float* to) {
         std::fill(to, to + split_depth(), 0.f);
         read(data(d.w_ih) + p.weight_row(column) * ih0, ih1, inputs, to);
         read(data(d.w_hh) + p.weight_row(column) * hh0, hh1, size, to + split_x());
@@ -467,8 +474,8 @@ struct Engine {
     const long rows = most_rows(s), steps = steps_of_chunk();
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
-      b.z = workspace.take<T>(steps * (by_tiles() ? round_up(rows, kTileRows) : rows) * ldz);
-      b.split = by_tiles() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
+      b.z = workspace.take<T>(steps * (by_parts() ? round_up(rows, kTileRows) : rows) * ldz);
+      b.split = by_parts() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
       b.slot = rows * ldh;
       b.slots = stages > 1 ? round_up(std::clamp<long>(kAhead / (b.slot * long(sizeof(T))), 2 * steps, p.time + 1), steps) : 2;
       b.h = workspace.take<T>(b.slots * b.slot);
@@ -540,23 +547,25 @@ struct Engine {
     for (const Engine* layer : layers) {
       const Split s = layer->split();
       if (layer->p.batch == 0 || layer->p.directions > 1 || s.team > 1 || !layer->together()) return false;
-      many_rows = many_rows && layer->most_rows(s) >= kManyRows && !layer->by_tiles();
+      many_rows = many_rows && layer->most_rows(s) >= kManyRows && !layer->by_parts();
       bytes += layer->weight_bytes();
     }
     return layers.size() > 1 && (many_rows || bytes <= l2_bytes() / 2);
   }
 
   // Stages of a pipeline: a thread has layers of its own and runs behind the thread of those below. A step then has the rows of all
-  // stages' threads, and a core's L2 holds its own layers' weights only. 1 where rows are many, steps few or layers unlike, so that
-  // nothing is gained by it. `outputs`: of a linear layer on top.
+  // stages' threads, and a core's L2 holds its own layers' weights only. 1 where rows are many, steps few, layers unlike or sums of parts
+  // of bfloat16, so that nothing is gained by it. `outputs`: of a linear layer on top.
   static long pipeline_of(const std::vector<Engine*>& layers, long outputs) {
     constexpr long kMostRows = 32, kFewestSteps = 32;
     const Engine& first = *layers[0];
     const long n = layers.size();
     if (first.p.time < kFewestSteps || first.p.directions > 1) return 1;
+    for (const Engine* layer : layers)
+      if (layer->by_parts()) return 1;
     for (long stages = std::min(n, first.threads); stages > 1; --stages) {
       const long parts = first.threads / stages, rows = (first.p.batch + parts - 1) / parts;
-      if (first.threads % stages || first.p.batch < parts || rows > (tile_kernels() ? kTogether - 1 : kMostRows)) continue;
+      if (first.threads % stages || first.p.batch < parts || rows > (first.split_by ? kTogether - 1 : kMostRows)) continue;
       long work = 0, most_work = 0, most_bytes = 0;
       for (long stage = 0; stage < stages; ++stage) {
         long own = stage + 1 < stages ? 0 : layers[n - 1]->size * outputs, bytes = 0;
@@ -575,7 +584,7 @@ struct Engine {
   }
 
   long weight_bytes() const {
-    return by_tiles() ? split_size(4 * hidden, split_depth(), kParts) * long(sizeof(Part)) : operand_bytes();
+    return by_parts() ? split_size(4 * hidden, split_depth(), kParts) * long(sizeof(Part)) : operand_bytes();
   }
 
   // Rows of x at a step, [row][stride].
@@ -639,7 +648,7 @@ struct Engine {
   }
 
   void split_rows(const Buffers& b, long rows, long n, const T* from, long ld, long at) const {
-    tile_kernels()->split({rows, n, kParts, reinterpret_cast<const float*>(from), ld, b.split + at, split_depth(), split_ld()});
+    split_by->split({rows, n, kParts, reinterpret_cast<const float*>(from), ld, b.split + at, split_depth(), split_ld()});
   }
 
   void start(const Task& t) const {
@@ -684,7 +693,7 @@ struct Engine {
     if constexpr (std::is_same_v<T, float>) {
       if (w.split) {
         split_rows(b, rows, inputs, x.data, x.stride, 0);
-        tile_kernels()->lstm_step({rows, kParts, b.split, split_depth(), split_ld(), w.split, split_depth(), round_up(4 * hidden, kSlab), w.bias, z, ldz}, cells);
+        split_by->lstm_step({rows, kParts, b.split, split_depth(), split_ld(), w.split, split_depth(), round_up(4 * hidden, kSlab), w.bias, z, ldz}, cells);
       }
     }
     if (w.split) {

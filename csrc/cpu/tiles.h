@@ -1,4 +1,5 @@
-// GEMMs by matrix tiles (kernels/amx.cpp): whether there are any here, and their packed operand.
+// GEMMs of numbers split into bfloat16, by matrix tiles (kernels/amx.cpp) or dot products (kernels/avx512_bf16.cpp): what there is here,
+// and their packed operand.
 #pragma once
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -27,7 +28,21 @@ inline const SplitKernels* tile_kernels() {
     constexpr long kAskFor = 0x1023, kTileData = 18;
     unsigned a, b, c, d;
     if (std::getenv("ATEN_CPU_CAPABILITY") || std::strcmp(kernels<float>().name, "avx512") != 0) return nullptr;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kOfBfloat16) && syscall(SYS_arch_prctl, kAskFor, kTileData) == 0) return split_kernels();
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kOfBfloat16) && syscall(SYS_arch_prctl, kAskFor, kTileData) == 0) return amx_kernels();
+#endif
+    return nullptr;
+  }();
+  return chosen;
+}
+
+// Those for activations A: tiles, or dot products of numbers that are one part.
+template <class A>
+const SplitKernels* split_kernels() {
+  static const SplitKernels* const chosen = []() -> const SplitKernels* {
+    if (std::is_same_v<A, double> || tile_kernels()) return std::is_same_v<A, double> ? nullptr : tile_kernels();
+#if defined(__x86_64__)
+    if (kSplitParts<A> == 1 && !std::getenv("ATEN_CPU_CAPABILITY") && std::strcmp(kernels<float>().name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16"))
+      return dot_kernels();
 #endif
     return nullptr;
   }();
@@ -38,7 +53,7 @@ inline long split_size(long columns, long k, long parts) { return round_up(colum
 
 // The second operand of a SplitGemm: fill(column, to) writes the k numbers of a column (k whole depths); columns from `columns` on are zero.
 template <class F>
-void pack_split(long columns, long k, long parts, Part* packed, const F& fill) {
+void pack_split(const SplitKernels& by, long columns, long k, long parts, Part* packed, const F& fill) {
   constexpr long kWide = 16, kTile = kWide * kSplitDepth;
   parallel(round_up(columns, kSlab) / kWide, [&](long begin, long end) {
     std::vector<float> rows(kWide * k);
@@ -49,7 +64,7 @@ void pack_split(long columns, long k, long parts, Part* packed, const F& fill) {
         if (tile * kWide + j < columns) fill(tile * kWide + j, to);
         else std::fill(to, to + k, 0.f);
       }
-      split_kernels()->split({kWide, k, parts, rows.data(), k, split.data(), kWide * k, k});
+      by.split({kWide, k, parts, rows.data(), k, split.data(), kWide * k, k});
       Part* to = packed + (tile / 2 * 2 * kWide * k * parts) + tile % 2 * kTile;
       for (long at = 0; at < k; at += kSplitDepth)
         for (long part = 0; part < parts; ++part, to += 2 * kTile)  // a pair of k is the size of a float

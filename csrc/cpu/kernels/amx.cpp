@@ -207,7 +207,7 @@ static void lstm_step(const SplitGemm& g, const LstmCells<float>& p) {
 }  // namespace
 }  // namespace CONVFAST_ISA
 
-const SplitKernels* split_kernels() {
+const SplitKernels* amx_kernels() {
   static const SplitKernels kernels = {amx::split, amx::gemm, amx::lstm_step};
   return &kernels;
 }
@@ -223,7 +223,7 @@ const SplitKernels* split_kernels() {
 
 namespace convfast {
 namespace cpu {
-const SplitKernels* split_kernels() { return nullptr; }
+const SplitKernels* amx_kernels() { return nullptr; }
 }  // namespace cpu
 }  // namespace convfast
 #endif

@@ -247,7 +247,7 @@ struct Split {
   long part, ld;
 };
 
-// out[row, n] = init[n] + sum over k of a[row, k] b[k, n]. Rows are read and written up to a multiple of 16.
+// out[row, n] = init[n] + sum over k of a[row, k] b[k, n]. Rows may be read and written up to a multiple of 16.
 struct SplitGemm {
   long rows, parts;
   const unsigned short* a;  // as Split leaves it
@@ -265,8 +265,9 @@ struct SplitKernels {
   void (*lstm_step)(const SplitGemm& pre_activations, const LstmCells<float>&);
 };
 
-// Null where they were not built.
-const SplitKernels* split_kernels();
+// Null where they were not built. dot_kernels: of one part alone.
+const SplitKernels* amx_kernels();
+const SplitKernels* dot_kernels();
 
 template <class T>
 struct Kernels {

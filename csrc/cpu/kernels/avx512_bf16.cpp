@@ -1,0 +1,137 @@
+// GEMM by dot products of two bfloat16 (AVX512-BF16), for activations that are bfloat16 themselves: twice the operations of an FMA.
+//
+// A tile is up to 14 rows by two vectors of columns, or few rows by four, and stays in registers over all of k, as in gemm.h; what is
+// broadcast is a pair of neighbours in k. Its floor is that of the dot products: 64 operations a vector and cycle and port.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#include <immintrin.h>
+
+#define CONVFAST_ISA avx512_bf16
+#define CONVFAST_BYTES 64
+
+#include "../../common/cell.h"
+#include "kernels.h"
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace convfast {
+namespace cpu {
+namespace CONVFAST_ISA {
+namespace {
+
+#include "simd.h"
+
+#include "math.h"
+
+#include "gemm.h"
+
+#include "lstm_gates.h"
+
+#include "lstm.h"
+
+typedef unsigned short Part;
+typedef int Pair __attribute__((aligned(2), may_alias));
+
+// What comes is bfloat16 already.
+static void split(const Split& p) {
+  for (long r = 0; r < p.rows; ++r) {
+    const float* from = p.from + r * p.ld_from;
+    Part* to = p.to + r * p.ld;
+    for (long c = 0; c < p.n; c += 32) {
+      const long left = p.n - c;
+      const unsigned lanes = left >= 32 ? ~0u : (1u << left) - 1;
+      const __m512 low = _mm512_maskz_loadu_ps((__mmask16)lanes, from + c), high = _mm512_maskz_loadu_ps((__mmask16)(lanes >> 16), from + c + 16);
+      _mm512_storeu_si512(to + c, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+}
+
+// Rows [row, row + M) by columns [n, n + 16 NV).
+template <int M, int NV>
+static void tile(const SplitGemm& g, long row, long n) {
+  enum { kPairs = kSplitDepth / 2, kVector = 2 * 16, kHalf = kPairs * kVector, kAhead = 8 };
+  const long panel = 2 * kHalf / kSplitDepth * g.k;
+  const Part* b = g.b + n / 32 * panel;
+  __m512 acc[M][NV];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < NV; ++v) acc[m][v] = _mm512_loadu_ps(g.init + n + 16 * v);
+  // One pointer for three rows, no loop without a turn: as in gemm.h.
+  const long stride = g.lda;
+  const Part* p[(M + 2) / 3];
+  for (int j = 0; j < (M + 2) / 3; ++j) p[j] = g.a + (row + 3 * j) * stride;
+  const Part* const end = b + panel;
+  do {
+    const Part* const half = b + kHalf;
+    do {
+      __m512bh bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        const Part* at = b + v / 2 * panel + v % 2 * kHalf;
+        bv[v] = (__m512bh)_mm512_loadu_si512(at);
+        __builtin_prefetch(at + kAhead * kVector);  // L2 does not keep up by itself
+      }
+#pragma GCC unroll 14
+      for (int m = 0; m < M; ++m) {
+        const __m512bh av = (__m512bh)_mm512_set1_epi32(*(const Pair*)(p[m / 3] + m % 3 * stride));
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[m][v] = _mm512_dpbf16_ps(acc[m][v], av, bv[v]);
+      }
+      for (int j = 0; j < (M + 2) / 3; ++j) p[j] += 2;
+      b += kVector;
+    } while (b != half);
+    b += kHalf;
+  } while (b != end);
+  float* out = g.out + row * g.ldo + n;
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < NV; ++v) _mm512_storeu_ps(out + m * g.ldo + 16 * v, acc[m][v]);
+}
+
+// Columns [begin, end), whole slabs.
+static void columns(const SplitGemm& g, long begin, long end) {
+  typedef void (*TileOf)(const SplitGemm&, long, long);
+#define CONVFAST_PAIR(M) tile<M, 2>
+  static const TileOf fours[] = {tile<1, 4>, tile<2, 4>, tile<3, 4>, tile<4, 4>, tile<5, 4>, tile<6, 4>}, pairs[] = {CONVFAST_TILES(CONVFAST_PAIR)};
+#undef CONVFAST_PAIR
+  const bool few = g.rows <= 6;
+  const long width = few ? 64 : 32;
+  const Cut cut(g.rows, Tile<float>::kPixels);
+  for (long n = begin; n < end; n += width)  // its weights stay in L1 while the rows pass by
+    for (long i = 0; i < cut.tiles; ++i) (few ? fours : pairs)[cut.at(i + 1) - cut.at(i) - 1](g, cut.at(i), n);
+}
+
+static void gemm(const SplitGemm& g) { columns(g, 0, g.columns); }
+
+static void lstm_step(const SplitGemm& g, const LstmCells<float>& p) {
+  for (long block = p.begin; block < p.end; ++block) {
+    columns(g, block * kSlab, (block + 1) * kSlab);
+    lstm_cells_forward(p, block, block + 1);
+  }
+}
+
+}  // namespace
+}  // namespace CONVFAST_ISA
+
+const SplitKernels* dot_kernels() {
+  static const SplitKernels kernels = {avx512_bf16::split, avx512_bf16::gemm, avx512_bf16::lstm_step};
+  return &kernels;
+}
+
+}  // namespace cpu
+}  // namespace convfast
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+#include "kernels.h"
+
+namespace convfast {
+namespace cpu {
+const SplitKernels* dot_kernels() { return nullptr; }
+}  // namespace cpu
+}  // namespace convfast
+#endif
