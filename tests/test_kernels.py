@@ -16,6 +16,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from convfast import native
 from tests.once import built_once
@@ -79,6 +80,19 @@ def ulps(found: np.ndarray, exact: np.ndarray) -> float:
     """Largest error in units of the last place of the exact value, of which the smallest normal number is the least."""
     spacing = np.spacing(np.maximum(np.abs(exact), np.finfo(found.dtype).tiny).astype(found.dtype))
     return float(np.max(np.abs(found - exact) / spacing))
+
+
+def test_bfloat16_is_that_of_torch(kernels: ModuleType, isa: str) -> None:
+    every = np.arange(2**16, dtype=np.uint16)
+    wide = torch.from_numpy(every.view(np.int16)).view(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(kernels.widen(isa, every).view(np.uint32), wide.view(np.uint32))
+    near = (every.astype(np.uint32) << 16)[:, None] + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    for numbers in (near.reshape(-1).view(np.float32), everything(np.float32), everything(np.float32)[:13]):
+        rounded = torch.from_numpy(numbers).bfloat16().view(torch.int16).numpy().view(np.uint16)
+        found = kernels.narrow(isa, numbers)
+        nan = np.isnan(numbers)
+        np.testing.assert_array_equal(found[~nan], rounded[~nan])
+        assert np.isnan(kernels.widen(isa, found)[nan]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -143,7 +143,7 @@ struct Engine {
     const long st = frames.step, sf = frames.feature, length = p.lengths[sample], each = width / p.features;
     const A* from = frames.at(sample, 0);
     const long inside = std::clamp(p.before - begin, 0l, rows), inside_end = std::clamp(p.before + length - begin, inside, rows);
-    if (each > 1 || sf != 1 || kNarrow || st != p.features) {
+    if (each > 1 || sf != 1) {
       // Feature by feature where time lies innermost.
       const long features = st == 1 ? 1 : p.features;
       for (long f0 = 0; f0 < p.features; f0 += features)
@@ -154,7 +154,8 @@ struct Engine {
             for (long e = 0; e < each; ++e) row[f * each + e] = static_cast<T>(q[f * sf]);
         }
     } else if (inside < inside_end) {
-      std::memcpy(static_cast<void*>(to + inside * width), from + (begin + inside - p.before) * st, (inside_end - inside) * width * sizeof(T));
+      const long together = st == p.features ? inside_end - inside : 1;  // rows without a gap are one stretch
+      for (long r = inside; r < inside_end; r += together) convert(from + (begin + r - p.before) * st, together * width, to + r * width);
     }
     for (long r = 0; r < rows; r = r + 1 == inside ? inside_end : r + 1) {
       if (r >= inside && r < inside_end) continue;
@@ -229,10 +230,12 @@ struct Engine {
   }
 
   static void read(const A* from, long stride, long n, T* to) {
+    if (stride == 1) return convert(from, n, to);
     for (long i = 0; i < n; ++i) to[i] = static_cast<T>(from[i * stride]);
   }
 
   static void write(const T* from, long n, A* to, long stride = 1) {
+    if (stride == 1) return convert(from, n, to);
     for (long i = 0; i < n; ++i) to[i * stride] = static_cast<A>(from[i]);
   }
 

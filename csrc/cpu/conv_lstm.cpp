@@ -249,10 +249,8 @@ struct Engine {
       for (long r = begin; r < end; ++r) {
         T* src = frames + active[r / n] * h_layout.frame + h_origin() + (r % n) / p.out.h * h_layout.map.depth + (r % n) % p.out.h * h_layout.map.height;
         A* dst = out + out_sample[r / n] + (r % n) * p.out.w * c1;
-        for (long i = 0; i < p.out.w * c1; ++i) {
-          dst[i] = static_cast<A>(src[i]);
-          src[i] = static_cast<T>(dst[i]);
-        }
+        convert(src, p.out.w * c1, dst);
+        convert(dst, p.out.w * c1, src);
       }
     });
   }

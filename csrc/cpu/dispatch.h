@@ -65,6 +65,28 @@ constexpr ScalarType scalar_type() {
   else return ScalarType::Half;
 }
 
+// n neighbours from one type to another.
+template <class B, class C>
+void convert(const B* from, long n, C* to) {
+  if constexpr (std::is_same_v<B, C>) std::memcpy(static_cast<void*>(to), from, n * sizeof(C));
+  else if constexpr (std::is_same_v<B, BFloat16> && std::is_same_v<C, float>) kernels<float>().widen(n, reinterpret_cast<const unsigned short*>(from), to);
+  else if constexpr (std::is_same_v<B, float> && std::is_same_v<C, BFloat16>) kernels<float>().narrow(n, from, reinterpret_cast<unsigned short*>(to));
+  else
+    for (long i = 0; i < n; ++i) to[i] = static_cast<C>(from[i]);
+}
+
+// Rounds n numbers to what type A can hold.
+template <class A, class T>
+void round_to(long n, T* numbers) {
+  constexpr long kTogether = 256;
+  A rounded[kTogether];
+  for (long i = 0; i < n; i += kTogether) {
+    const long count = std::min(kTogether, n - i);
+    convert(numbers + i, count, rounded);
+    convert(rounded, count, numbers + i);
+  }
+}
+
 // Calls f with a value of the activation type.
 template <class F>
 auto switch_dtype(const char* op, const char* argument, const Tensor& t, const F& f) {

@@ -70,8 +70,7 @@ void pack_row(const Kernels<K>& kernels, const A* frame, const FrameStrides& str
       const A* p = src + c0 * strides.c + maps.w[x] * strides.w;
       T* q = dst + x * ld + c0;
       const long n = std::min(together, channels - c0);
-      if (strides.c == 1)
-        for (long c = 0; c < n; ++c) q[c] = static_cast<T>(p[c]);
+      if (strides.c == 1) convert(p, n, q);
       else
         for (long c = 0; c < n; ++c) q[c] = static_cast<T>(p[c * strides.c]);
     }
@@ -83,8 +82,11 @@ void unpack_row(const Kernels<K>& kernels, const T* src, long ld, long pixels, l
   if constexpr (std::is_same_v<A, T> && std::is_same_v<T, K>) {
     if (stride_w == 1 && stride_c != 1) return kernels.transpose(pixels, channels, src, ld, dst, stride_c);
   }
-  for (long x = 0; x < pixels; ++x)
-    for (long c = 0; c < channels; ++c) dst[x * stride_w + c * stride_c] = static_cast<A>(src[x * ld + c]);
+  for (long x = 0; x < pixels; ++x) {
+    if (stride_c == 1) convert(src + x * ld, channels, dst + x * stride_w);
+    else
+      for (long c = 0; c < channels; ++c) dst[x * stride_w + c * stride_c] = static_cast<A>(src[x * ld + c]);
+  }
 }
 
 // A GEMM operand of k rows, packed [panel][k][panel columns], the last panel one vector wide where that is enough.

@@ -352,17 +352,13 @@ struct Engine {
   // n elements, `stride` apart.
   template <class B, class C>
   static void read(const B* from, long stride, long n, C* to) {
-    if constexpr (std::is_same_v<B, C>) {
-      if (stride == 1) {
-        std::memcpy(to, from, n * sizeof(C));
-        return;
-      }
-    }
+    if (stride == 1) return convert(from, n, to);
     for (long i = 0; i < n; ++i) to[i] = static_cast<C>(from[i * stride]);
   }
 
   template <class B>
   static void write(const T* from, long n, B* to, long stride = 1) {
+    if (stride == 1) return convert(from, n, to);
     for (long i = 0; i < n; ++i) to[i * stride] = static_cast<B>(from[i]);
   }
 
@@ -702,8 +698,7 @@ struct Engine {
     else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
     if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});
     if (inside && kNarrow)
-      for (long i = 0; i < rows; ++i)
-        for (long j = 0; j < size; ++j) h[i * ldh + j] = static_cast<T>(static_cast<A>(h[i * ldh + j]));
+      for (long i = 0; i < rows; ++i) round_to<A>(size, h + i * ldh);
     if (head.weight) {
       apply(head, rows, h, ldh, b.out);
       for (long i = 0; i < rows; ++i) write(b.out + i * head.ld(), head.outputs, y.at(g.sample(i), g.frame(i, s)));

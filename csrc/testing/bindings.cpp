@@ -362,6 +362,18 @@ static Array<T> transpose(const std::string& isa, const Array<T>& src) {
   return dst;
 }
 
+static Array<float> widen(const std::string& isa, const Array<unsigned short>& from) {
+  Array<float> to(from.size());
+  kernels<float>(isa).widen(from.size(), from.data(), to.mutable_data());
+  return to;
+}
+
+static Array<unsigned short> narrow(const std::string& isa, const Array<float>& from) {
+  Array<unsigned short> to(from.size());
+  kernels<float>(isa).narrow(from.size(), from.data(), to.mutable_data());
+  return to;
+}
+
 template <class T>
 static void bind(py::module_& m) {
   const py::arg isa("isa");
@@ -397,6 +409,8 @@ PYBIND11_MODULE(convfast_kernels, m) {
   bind<float>(m);
   bind<double>(m);
   const py::arg isa("isa");
+  m.def("widen", widen, isa, py::arg("from_").noconvert());
+  m.def("narrow", narrow, isa, py::arg("from_").noconvert());
   m.def("winograd_convolve", winograd_convolve, isa, py::arg("frames").noconvert(), py::arg("weight").noconvert());
   m.def("winograd_weight_gradient", winograd_weight_gradient, isa, py::arg("frames").noconvert(), py::arg("grad").noconvert(), py::arg("r"));
 }

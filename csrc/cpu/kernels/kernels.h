@@ -301,6 +301,9 @@ struct Kernels {
   void (*leaky_relu_backward)(long n, const T* dy, const T* x, T* dx);
   void (*silu_backward)(long n, const T* dy, const T* x, T* dx);
   void (*gelu_backward)(long n, const T* dy, const T* x, T* dx);
+  // bfloat16 from and to T; null for double.
+  void (*widen)(long n, const unsigned short* from, T* to);
+  void (*narrow)(long n, const T* from, unsigned short* to);
   // runs: one a tap, `length` channels long; w [tap][channel]; bias null = zero.
   void (*depthwise)(long rows, const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo);
   void (*depthwise_weight_grad)(long rows, const T* x, const Runs& runs, const T* g, long ldg, T* dw);
