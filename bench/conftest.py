@@ -1,4 +1,5 @@
-"""`pytest bench/ [--device cuda] [--short] [--case TEXT] [--at-peak RATE] [--out DIR]`: rows, then the report."""
+"""`pytest bench/ [--device cuda] [--precision bfloat16] [--short] [--case TEXT] [--at-peak RATE] [--out DIR]`: rows, then
+the report."""
 
 import os
 import time
@@ -9,7 +10,7 @@ import pytest
 from bench import cases, machine
 from bench.gate import Gate
 from bench.report import Report
-from bench.setting import SETTINGS
+from bench.setting import CPU, SETTINGS
 
 REPORT = pytest.StashKey[Report]()
 
@@ -17,6 +18,9 @@ REPORT = pytest.StashKey[Report]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("throughput report")
     group.addoption("--device", choices=list(SETTINGS), default="cpu")
+    group.addoption(
+        "--precision", choices=[s.precision for s in SETTINGS["cpu"]], help="on a CPU (default: float32); a GPU runs all"
+    )
     group.addoption("--short", action="store_true", help="few cases, few rounds, fewer compiled opponents")
     group.addoption("--case", action="append", default=[], help="only cases whose id contains this text (repeatable)")
     group.addoption(
@@ -34,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("bench/: timings need the machine for themselves; expected one process, got -n")
     if config.option.at_peak and config.option.device != "cpu":
         raise pytest.UsageError(f"--at-peak: expected --device cpu, got {config.option.device}")
+    if config.option.precision and config.option.device != "cpu":
+        raise pytest.UsageError(f"--precision: expected --device cpu, got {config.option.device}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -46,6 +52,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = [case for case in chosen if case.id in cases.SHORT]
     metafunc.parametrize("case", chosen, ids=[case.id for case in chosen])
     settings = [s for s in SETTINGS[device] if "benchmark" in metafunc.fixturenames or not s.captured]
+    if device == "cpu":
+        settings = [s for s in settings if s.precision == (metafunc.config.option.precision or CPU.precision)]
     metafunc.parametrize("setting", settings, ids=[setting.id for setting in settings])
 
 
@@ -62,7 +70,9 @@ def report(pytestconfig: pytest.Config) -> Report:
     described["gate"] = pytestconfig.option.at_peak
     gate = Gate(pytestconfig.option.at_peak)
     gate.wait(time.perf_counter() + gate.patience)
-    described["peaks"] = machine.peaks(0.2 if pytestconfig.option.short else 2.0, device)
+    described["peaks"] = machine.peaks(
+        0.2 if pytestconfig.option.short else 2.0, device, pytestconfig.option.precision or CPU.precision
+    )
     pytestconfig.stash[REPORT] = Report(described, gate=gate)
     return pytestconfig.stash[REPORT]
 

@@ -12,7 +12,7 @@ import torch
 
 import convfast
 from bench.harness import Clock, GpuClock, wall_clock
-from bench.setting import SETTINGS
+from bench.setting import CPU, SETTINGS, Setting
 from convfast import native
 
 
@@ -66,26 +66,30 @@ def slug(machine: dict[str, object]) -> str:
     return f"{cpu}-{str(machine['isa_torch']).lower()}-{machine['threads']}t-{machine['date']}"
 
 
-def peaks(seconds: float = 1.0, device: str = "cpu") -> dict[str, float]:
-    """The best seen with torch's thread count: float32 matmul or convolution (GFLOP/s), copy (GB/s, both ways);
-    and what one core reads from its L2 cache (GB/s). On a GPU the matmul in each precision."""
+def peaks(seconds: float = 1.0, device: str = "cpu", precision: str = CPU.precision) -> dict[str, float]:
+    """The best seen with torch's thread count: matmul or convolution in float32 and `precision` (GFLOP/s), copy (GB/s,
+    both ways); and what one core reads from its L2 cache (GB/s). On a GPU the matmul in each precision."""
     if device == "cuda":
         return _gpu_peaks(seconds)
-    matmul = 0.0
-    for n in (512, 1024, 2048):
-        a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-        matmul = max(matmul, 2e-9 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds))
-    matmul = max(matmul, _convolution_rate(seconds))
+    found = {s.peak("GFLOP/s"): _cpu_rate(seconds, s.dtype) for s in (CPU, Setting(precision=precision))}
     source = torch.zeros(1 << 26)
     target = torch.empty_like(source)
     copy = 2e-9 * source.nbytes / _best(lambda: target.copy_(source), seconds)
-    return {"GFLOP/s": matmul, "GB/s": copy, "L2 GB/s": _l2_rate(seconds)}
+    return found | {"GB/s": copy, "L2 GB/s": _l2_rate(seconds)}
 
 
-def _convolution_rate(seconds: float) -> float:
+def _cpu_rate(seconds: float, dtype: torch.dtype) -> float:
+    rate = _convolution_rate(seconds, dtype)
+    for n in (512, 1024, 2048):
+        a, b, out = torch.randn(3, n, n).to(dtype)
+        rate = max(rate, 2e-9 * n**3 / _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), seconds))
+    return rate
+
+
+def _convolution_rate(seconds: float, dtype: torch.dtype) -> float:
     """oneDNN's; some processors' matrix products come from a library that leaves half of them idle."""
-    image = torch.randn(8, 256, 32, 32).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(256, 256, 3, 3).contiguous(memory_format=torch.channels_last)
+    image = torch.randn(8, 256, 32, 32).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3).to(dtype, memory_format=torch.channels_last)
     with torch.inference_mode():
         return 2e-9 * 8 * 32 * 32 * 9 * 256**2 / _best(lambda: torch.conv2d(image, weight, padding=1), seconds)
 

@@ -30,7 +30,7 @@ def measure(case: ConvLSTMCase | Conv1dLSTMCase, contestant: str, setting: Setti
     The peak is that of a process of its own, on a GPU that of torch's allocator."""
     if setting.device == "cuda":
         return _measure_gpu(case, contestant, setting)
-    command = [sys.executable, "-m", "bench.memory", case.id, contestant]
+    command = [sys.executable, "-m", "bench.memory", case.id, contestant, setting.precision]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"memory of {contestant} on {case.id}: exit status {done.returncode}\n{done.stderr}")
@@ -78,18 +78,19 @@ def _contestant(case: ConvLSTMCase | Conv1dLSTMCase, name: str, setting: Setting
     return conv1d_lstm(Conv1dProblem(case, setting), train=True)[name]()
 
 
-def _main(case_id: str, name: str) -> None:
+def _main(case_id: str, name: str, precision: str) -> None:
+    setting = Setting(precision=precision)
     case = next(case for case in [*CONV_LSTM, *CONV1D_LSTM] if case.id == case_id)
     # Code, thread pools and the compiled library are in place before the measurement, no buffer of the real size is.
-    _contestant(case.tiny(), name).run()
+    _contestant(case.tiny(), name, setting).run()
     convfast.release_workspace()  # some of it depends on the channels alone
-    contestant = _contestant(case, name)
+    contestant = _contestant(case, name, setting)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = _resident("VmRSS")
     for _ in range(3):
         contestant.run()
     peak = _resident("VmHWM") - before
-    saved = _saved_bytes(contestant.run, contestant.inputs) / (4 * case.states)
+    saved = _saved_bytes(contestant.run, contestant.inputs) / (setting.dtype.itemsize * case.states)
     print(json.dumps({"peak_mb": peak / 1e6, "saved_tensors": saved}))
 
 

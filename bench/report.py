@@ -14,7 +14,7 @@ from bench.cases import Case
 from bench.gate import ALWAYS, Gate
 from bench.harness import Contestant, Timing, ratio
 from bench.machine import slug
-from bench.setting import Setting
+from bench.setting import CPU, Setting
 
 Row = dict[str, Any]
 TORCH_KINDS = ("eager", "compile")
@@ -93,7 +93,7 @@ class Report:
         return cls(**json.loads(path.read_text()))
 
     def add_memory(self, case: Case, setting: Setting, figures: dict[str, dict[str, float]]) -> None:
-        precision = {} if setting.device == "cpu" else {"precision": setting.precision}
+        precision = {} if setting == CPU else {"precision": setting.precision}
         self.memory.append({"case": case.id, **precision, "contestants": figures})
 
     def save(self, folder: Path) -> list[str]:

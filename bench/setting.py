@@ -34,13 +34,13 @@ class Setting:
         return f"{self.device}_{self.precision}" + ("_graph" if self.captured else "")
 
     def mode(self, train: bool) -> str:
-        if self.device == "cpu":
+        if self == CPU:
             return MODES[train]
         return f"{MODES[train]}, {self.precision}" + (", CUDA graphs" if self.captured else "")
 
     def peak(self, unit: str) -> str:
         """Key of the peak that a rate in `unit` is held against."""
-        return unit if self.device == "cpu" or unit == "GB/s" else f"{unit} {self.precision}"
+        return unit if self == CPU or unit == "GB/s" else f"{unit} {self.precision}"
 
     def place(self, what: Placed) -> Placed:
         return what.to(self.device, self.dtype)
@@ -61,6 +61,6 @@ class Setting:
 
 CPU = Setting()
 SETTINGS = {
-    "cpu": [CPU],
+    "cpu": [CPU, Setting(precision="bfloat16")],
     "cuda": [Setting("cuda", precision, captured) for precision in ("bfloat16", "tf32") for captured in (False, True)],
 }
