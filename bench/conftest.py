@@ -1,5 +1,5 @@
-"""`pytest bench/ [--device cuda] [--precision bfloat16] [--short] [--case TEXT] [--at-peak RATE] [--out DIR]`: rows, then
-the report."""
+"""`pytest bench/ [--device cuda] [--precision bfloat16] [--short] [--case TEXT] [--at-peak RATE] [--out DIR]`: rows,
+then the report."""
 
 import os
 import time
@@ -18,9 +18,8 @@ REPORT = pytest.StashKey[Report]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("throughput report")
     group.addoption("--device", choices=list(SETTINGS), default="cpu")
-    group.addoption(
-        "--precision", choices=[s.precision for s in SETTINGS["cpu"]], help="on a CPU (default: float32); a GPU runs all"
-    )
+    precisions = [setting.precision for setting in SETTINGS["cpu"]]
+    group.addoption("--precision", choices=precisions, help="on a CPU (default: float32); a GPU runs all")
     group.addoption("--short", action="store_true", help="few cases, few rounds, fewer compiled opponents")
     group.addoption("--case", action="append", default=[], help="only cases whose id contains this text (repeatable)")
     group.addoption(

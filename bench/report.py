@@ -128,13 +128,14 @@ class Report:
                 f"Measured peaks of matmul and copy: {peaks}."
             )
         isa = f"{m['isa_torch']} (torch), {m['isa_convfast']} (convfast)"
+        narrow = "".join(f"{m['peaks'][key]:.0f} in bfloat16, " for key in m["peaks"] if key.endswith("bfloat16"))
         gate = f" Rounds count while a matmul reaches {m['gate']:.0f} GFLOP/s." if m.get("gate") else ""
         return (
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {isa}; torch {m['torch']}, "
             f"convfast {m['convfast']} ({m['commit'] or 'no commit'}), Python {m['python']}, "
             f"{m['system']}; {m['date']}; `{m['command']}`. Measured peaks: "
-            f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul or convolution, {m['peaks']['GB/s']:.1f} GB/s copy, "
-            f"{m['peaks']['L2 GB/s']:.0f} GB/s from a core's L2.{gate}"
+            f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul or convolution, {narrow}"
+            f"{m['peaks']['GB/s']:.1f} GB/s copy, {m['peaks']['L2 GB/s']:.0f} GB/s from a core's L2.{gate}"
         )
 
     def summary(self) -> str:
