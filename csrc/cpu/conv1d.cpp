@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "frames.h"
-#include "tiles.h"
+#include "split.h"
 
 namespace convfast {
 namespace cpu {

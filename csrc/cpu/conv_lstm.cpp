@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "conv_lstm_problem.h"
-#include "tiles.h"
+#include "split.h"
 #include "winograd.h"
 
 namespace convfast {

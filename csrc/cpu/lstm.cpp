@@ -15,8 +15,8 @@
 
 #include "../lstm_layers.h"
 #include "frames.h"
+#include "split.h"
 #include "team.h"
-#include "tiles.h"
 
 namespace convfast {
 namespace cpu {

@@ -39,10 +39,13 @@ inline const SplitKernels* tile_kernels() {
 template <class A>
 const SplitKernels* split_kernels() {
   static const SplitKernels* const chosen = []() -> const SplitKernels* {
-    if (std::is_same_v<A, double> || tile_kernels()) return std::is_same_v<A, double> ? nullptr : tile_kernels();
-#if defined(__x86_64__)
-    if (kSplitParts<A> == 1 && !std::getenv("ATEN_CPU_CAPABILITY") && std::strcmp(kernels<float>().name, "avx512") == 0 && __builtin_cpu_supports("avx512bf16"))
-      return dot_kernels();
+    if (std::is_same_v<A, double>) return nullptr;
+    if (tile_kernels()) return tile_kernels();
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kDots = 1u << 5;
+    unsigned a, b, c, d;
+    if (kSplitParts<A> > 1 || std::getenv("ATEN_CPU_CAPABILITY") || std::strcmp(kernels<float>().name, "avx512") != 0) return nullptr;
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kDots)) return dot_kernels();
 #endif
     return nullptr;
   }();
