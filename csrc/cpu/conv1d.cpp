@@ -164,7 +164,7 @@ struct Engine {
     }
   }
 
-  // Whether windows are split into parts of bfloat16. They have to be whole tiles deep: what follows a window may be NaN.
+  // Whether windows are split into parts of bfloat16. They have to be whole depths: what follows a window may be NaN.
   const SplitKernels* const split_by = split_kernels<A>();
   bool by_parts() const {
     return split_by && p.groups == 1 && p.dilation == 1 && p.taps * width % kSplitDepth == 0;
@@ -254,15 +254,15 @@ struct Engine {
     const std::vector<int64_t> order = time_major ? std::vector<int64_t>{1, 0, 2} : std::vector<int64_t>{0, 1, 2}, shape{p.batch, p.out_time, p.channels};
     const bool keep = save && act.from_pre;
     Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<T>()) : empty_cpu({0}, scalar_type<T>());
-    const Part* tiles = by_parts() ? pack_parts() : nullptr;
-    const T *w = tiles ? nullptr : pack_weights(), *b = pack_bias();
-    const long threads = torch::stable::get_num_threads(), split_size = tiles ? kSplitParts<A> * part_size() : 0, size = packed_rows(kRows) * width + kRows * ldc + 64;
+    const Part* parts = by_parts() ? pack_parts() : nullptr;
+    const T *w = parts ? nullptr : pack_weights(), *b = pack_bias();
+    const long threads = torch::stable::get_num_threads(), split_size = parts ? kSplitParts<A> * part_size() : 0, size = packed_rows(kRows) * width + kRows * ldc + 64;
     T* scratch = workspace.take<T>(threads * size);
     Part* split = workspace.take<Part>(threads * split_size);
     const SequenceOf<A> results(y);
     const SequenceOf<T> kept(pre);
     // Whole vectors of results are written where they belong, without scratch between.
-    const bool in_place = !tiles && !keep && p.channels % k.lanes == 0 && (p.depthwise() || p.group_channels() % k.lanes == 0);
+    const bool in_place = !parts && !keep && p.channels % k.lanes == 0 && (p.depthwise() || p.group_channels() % k.lanes == 0);
     Region region;
     add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
       const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
@@ -280,7 +280,7 @@ struct Engine {
           return;
         }
       }
-      if (tiles) convolve_parts(valid, packed, tiles, b, split + thread * split_size, z);
+      if (parts) convolve_parts(valid, packed, parts, b, split + thread * split_size, z);
       else convolve(valid, packed, w, b, z, ldc, false);
       for (long r = 0; r < valid; ++r) {
         T* row = z + r * ldc;

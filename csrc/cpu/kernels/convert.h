@@ -7,7 +7,7 @@ static void widen(long n, const unsigned short* __restrict from, float* __restri
   for (long i = 0; i < n; ++i) bits[i] = (unsigned)from[i] << 16;
 }
 
-// To the nearest, of two the even one; a NaN as torch has it.
+// To the nearest, of two the even one; a NaN becomes the quiet one.
 static void narrow(long n, const float* __restrict from, unsigned short* __restrict to) {
   const Bits* bits = (const Bits*)from;
   for (long i = 0; i < n; ++i) {
