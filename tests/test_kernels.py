@@ -1,4 +1,5 @@
-"""The raw CPU kernels, for each instruction set that this machine has, against numpy in higher precision."""
+"""The raw CPU kernels, for each instruction set that this machine has, against numpy in higher precision; and the threads
+that take turns in running them."""
 
 from __future__ import annotations
 
@@ -346,3 +347,26 @@ def test_winograd(
     grad = random.normal(size=(samples, height, width, min(columns, 64))).astype(np.float32)
     exact = np.einsum("syxcij,syxn->ijcn", patches, grad.astype(np.float64))
     within(kernels.winograd_weight_gradient(isa, frames, grad, r), exact, samples * height * width)
+
+
+def take_turns(kernels: ModuleType, threads: int, *how: int) -> tuple[int, float]:
+    """How often one was let through too early, and seconds of processor; who comes late to a team is not in it."""
+    for _ in range(50):
+        members, early, seconds = kernels.take_turns(threads, *how)
+        if members == threads:
+            return early, seconds
+    pytest.skip(f"no team of {threads} threads came together")
+
+
+@pytest.mark.parametrize("follow", [False, True], ids=["together", "behind_each_other"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_wait_for_each_other(kernels: ModuleType, threads: int, follow: bool) -> None:
+    """Awake, asleep, and where they are about to fall asleep as what they wait for comes: some 50 microseconds."""
+    for turns, nap in [(20_000, 0), (300, 1), (300, 50), (100, 200)]:
+        assert take_turns(kernels, threads, turns, nap, follow)[0] == 0
+
+
+@pytest.mark.parametrize("follow", [False, True], ids=["together", "behind_each_other"])
+def test_threads_that_wait_leave_the_processor_to_others(kernels: ModuleType, follow: bool) -> None:
+    turns, nap = 10, 50_000
+    assert take_turns(kernels, 2, turns, nap, follow)[1] < 0.1 * turns * nap * 1e-6

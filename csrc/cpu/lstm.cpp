@@ -624,7 +624,7 @@ struct Engine {
   }
 
   // The steps of a chunk. `above`: who reads h, which must not be overwritten before.
-  void take(const Task& t, const Chunk& chunk, const RowsOfX& x, const Progress* above) const {
+  void take(const Task& t, const Chunk& chunk, const RowsOfX& x, Progress* above) const {
     const bool whole = together();
     if (!whole) {
       const Share mine = share(t.member);

@@ -1,6 +1,9 @@
 // Threads that take the same steps together and wait for each other, at each step or as one follows another.
 #pragma once
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -19,15 +22,44 @@ inline void pause() {
 #endif
 }
 
-template <class F>
-void spin_until(const F& reached) {
-  constexpr long kSpins = 100, kPauses = 100;  // a pause takes some 50 ns
-  for (long spins = 0; !reached(); ++spins) {
-    if (spins < kSpins) continue;
-    if (spins < kSpins + kPauses) pause();
-    else std::this_thread::yield();  // the other one may want this core
+// Where threads wait for what another one does. They look for about as long as going to sleep takes, then sleep: the other one may need
+// this core, and who gives it away by yielding gets it back only after a whole time slice of whoever else wants it.
+class Bell {
+ public:
+  template <class F>
+  void wait(const F& reached) {
+    using Clock = std::chrono::steady_clock;
+    constexpr long kSpins = 100, kPauses = 16;
+    constexpr std::chrono::microseconds kPatience(50);
+    for (long i = 0; i < kSpins; ++i)
+      if (reached()) return;
+    const auto end = Clock::now() + kPatience;
+    do {
+      for (long i = 0; i < kPauses; ++i) {
+        if (reached()) return;
+        pause();
+      }
+    } while (Clock::now() < end);
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // either this thread sees what ring() follows, or ring() sees a sleeper
+    rung_.wait(lock, reached);
+    sleepers_.fetch_sub(1);
   }
-}
+
+  // After every change that a thread may wait for.
+  void ring() {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_relaxed) == 0) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    rung_.notify_all();
+  }
+
+ private:
+  alignas(64) std::atomic<long> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable rung_;
+};
 
 // Only threads that run are ever waited for: the first to come gives the others a moment, then starts with those that are there. So
 // a pool that grants fewer threads than asked for, or runs them one after another, cannot hang it.
@@ -44,8 +76,9 @@ class Team {
     if (seen == 0) {
       for (long spins = 0; members_.load() < wanted_ && spins < kMoment; ++spins) pause();
       members_.fetch_or(kClosed);
+      bell_.ring();
     } else {
-      while (!(members_.load() & kClosed)) pause();
+      bell_.wait([&] { return (members_.load() & kClosed) != 0; });
     }
     return seen;
   }
@@ -54,8 +87,11 @@ class Team {
 
   // Until every member has come here as often as the one of this rank: `turn` is its own count, zero at first.
   void wait(long rank, long& turn) {
+    const long all = size();
+    if (all == 1) return;
     slots_[rank].turn.store(++turn, std::memory_order_release);
-    for (long i = 0, all = size(); i < all; ++i) spin_until([&] { return slots_[i].turn.load(std::memory_order_acquire) >= turn; });
+    bell_.ring();
+    for (long i = 0; i < all; ++i) bell_.wait([&] { return slots_[i].turn.load(std::memory_order_acquire) >= turn; });
   }
 
  private:
@@ -69,18 +105,23 @@ class Team {
   const long wanted_;
   alignas(64) std::atomic<long> members_{0};
   std::vector<Slot> slots_;
+  Bell bell_;
 };
 
 // How many steps a thread has behind it, for those that follow it.
 class Progress {
  public:
-  void reach(long steps) { steps_.store(steps, std::memory_order_release); }
-  void wait(long steps) const {
-    spin_until([&] { return steps_.load(std::memory_order_acquire) >= steps; });
+  void reach(long steps) {
+    steps_.store(steps, std::memory_order_release);
+    bell_.ring();
+  }
+  void wait(long steps) {
+    bell_.wait([&] { return steps_.load(std::memory_order_acquire) >= steps; });
   }
 
  private:
   alignas(64) std::atomic<long> steps_{0};
+  Bell bell_;
 };
 
 }  // namespace cpu

@@ -1,18 +1,25 @@
 // The raw kernels as a Python module over numpy arrays, for tests/test_kernels.py: no torch around them. Every function
-// takes the name of an instruction set first and works in the dtype of its arrays, float32 or float64.
+// takes the name of an instruction set first and works in the dtype of its arrays, float32 or float64. And the threads of
+// team.h.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <ctime>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "../cpu/kernels/kernels.h"
+#include "../cpu/team.h"
 
 namespace py = pybind11;
 using namespace convfast::cpu;
@@ -374,6 +381,43 @@ static Array<unsigned short> narrow(const std::string& isa, const Array<float>& 
   return to;
 }
 
+// What `threads` threads found at `turns` turns of a Team, or, if they follow each other, of Progress: how many of them took part, how
+// often one was let through too early, and the seconds of processor that all of them took. At every turn one of them, another one
+// each time, comes `nap` microseconds late.
+static std::tuple<long, long, double> take_turns(long threads, long turns, long nap, bool follow) {
+  Team team(threads);
+  std::vector<Progress> progress(threads);
+  std::vector<std::atomic<long>> behind(threads);  // turns that a thread has behind it
+  std::atomic<long> begun{0}, members{0}, early{0}, nanoseconds{0};
+  const auto run = [&](long own) {
+    for (++begun; begun < threads;) std::this_thread::yield();
+    const long rank = follow ? own : team.join();
+    long turn = 0;
+    members += rank >= 0;
+    for (long t = 0; rank >= 0 && t < turns; ++t) {
+      if (follow && rank > 0) {
+        progress[rank - 1].wait(t + 1);
+        early += behind[rank - 1] < t + 1;
+      }
+      if (nap && t % threads == rank) std::this_thread::sleep_for(std::chrono::microseconds(nap));
+      behind[rank].store(t + 1, std::memory_order_relaxed);
+      if (follow) {
+        progress[rank].reach(t + 1);
+        continue;
+      }
+      team.wait(rank, turn);
+      for (long i = 0; i < team.size(); ++i) early += behind[i] < t + 1;
+    }
+    timespec spent;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
+    nanoseconds += spent.tv_sec * 1000000000l + spent.tv_nsec;
+  };
+  std::vector<std::thread> all;
+  for (long i = 0; i < threads; ++i) all.emplace_back(run, i);
+  for (std::thread& thread : all) thread.join();
+  return {members, early, 1e-9 * nanoseconds};
+}
+
 template <class T>
 static void bind(py::module_& m) {
   const py::arg isa("isa");
@@ -406,6 +450,7 @@ static void bind(py::module_& m) {
 
 PYBIND11_MODULE(convfast_kernels, m) {
   m.def("instruction_sets", instruction_sets, "Those that this machine can run.");
+  m.def("take_turns", take_turns, py::arg("threads"), py::arg("turns"), py::arg("nap"), py::arg("follow"), py::call_guard<py::gil_scoped_release>());
   bind<float>(m);
   bind<double>(m);
   const py::arg isa("isa");
