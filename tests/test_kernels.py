@@ -1,5 +1,5 @@
-"""The raw CPU kernels, for each instruction set that this machine has, against numpy in higher precision; and the threads
-that take turns in running them."""
+"""The raw CPU kernels, for each instruction set that this machine has, against numpy in higher precision;
+and the threads that take turns in running them."""
 
 from __future__ import annotations
 
