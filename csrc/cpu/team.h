@@ -76,9 +76,8 @@ class Team {
     if (seen == 0) {
       for (long spins = 0; members_.load() < wanted_ && spins < kMoment; ++spins) pause();
       members_.fetch_or(kClosed);
-      bell_.ring();
     } else {
-      bell_.wait([&] { return (members_.load() & kClosed) != 0; });
+      while (!(members_.load() & kClosed)) pause();  // it keeps its core: a team is not to have more members than cores
     }
     return seen;
   }
