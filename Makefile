@@ -49,6 +49,7 @@ test: $(STAMP)-test
 	$(PY) $(TESTS)
 	TRITON_INTERPRET=1 $(PY) $(TESTS) $(if $(ARGS),|| test $$? -eq 5  # 5: ARGS chose nothing of Triton's)
 	CONVFAST_EMULATE_CUDA=1 $(PY) $(TESTS) $(if $(ARGS),|| test $$? -eq 5)
+	$(if $(ARGS),,CONVFAST_EMULATE_TILES=1 $(PY) $(TESTS) tests/test_split_gemm.py)
 
 bench: $(STAMP)-bench
 	$(PY) -m pytest bench $(ARGS)

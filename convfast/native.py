@@ -41,6 +41,7 @@ ENVIRONMENT = {
     "CONVFAST_POISON": "1: fill fresh memory with NaN, to find values that are read before they are written",
     "ATEN_CPU_CAPABILITY": "default, avx2 or avx512: instruction set, where there is it; unset: and matrix tiles",
     "CONVFAST_EMULATE_CUDA": "1: the cuda backend runs on CPU tensors, thread by thread, for tests",
+    "CONVFAST_EMULATE_TILES": "1: build the cpu backend with matrix tiles (AMX) emulated, for tests",
     "CXX": "C++ compiler of a just-in-time build (else c++)",
     "CUDA_HOME": "CUDA toolkit of a just-in-time build (else that of the nvcc on PATH, else /usr/local/cuda)",
     "TORCH_CUDA_ARCH_LIST": "architectures of a CUDA build, as 8.0;9.0+PTX (else those of the GPUs here)",
@@ -81,6 +82,8 @@ def read_build(path: Path, name: str = "cpu") -> Build:
     listed, root = libraries[name], path.parent.parent
     for key in ("sources", "headers") if "extends" in listed else ():
         listed[key] += libraries[listed["extends"]][key]
+    if name == "cpu" and os.environ.get("CONVFAST_EMULATE_TILES") == "1":
+        listed["cflags"].append("-DCONVFAST_EMULATE_TILES")
     sources = [root / source for source in listed["sources"]]
     headers = (file for pattern in listed["headers"] for file in root.glob(pattern))
     digest = hashlib.sha256(json.dumps(listed).encode())

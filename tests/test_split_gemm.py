@@ -11,7 +11,7 @@ from torch import Tensor
 
 import convfast
 from tests.cases import name_of
-from tests.oracle import assert_close_to_oracle
+from tests.oracle import assert_close_to_oracle, with_gradients
 from tests.oracle import lstm as lstm_oracle
 
 OPS = ("lstm", "conv1d")
@@ -72,6 +72,53 @@ def check_lstm(size: tuple[int, int, int, int], dtype: torch.dtype, with_lengths
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_lstm_matches_oracle(dtype: torch.dtype, size: tuple[int, int, int, int], with_lengths: bool) -> None:
     check_lstm(size, dtype, with_lengths)
+
+
+def leaves_of(tensors: dict[str, Any]) -> list[Tensor]:
+    nested = [t for value in tensors.values() for t in (value if isinstance(value, tuple) else (value,))]
+    return [t for t in nested if t is not None and t.is_floating_point()]
+
+
+OPTIONS = ("plain", "lengths", "state", "projection", "two_directions", "columns_of_x_far_apart", "turned_weights")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("size", [(14, 9, 64, 64), (13, 11, 33, 21), (33, 5, 70, 40), (6, 2, 5, 17)], ids=str)
+def test_gradients_match_oracle(dtype: torch.dtype, size: tuple[int, int, int, int], option: str) -> None:
+    batch, time, inputs, hidden = size
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype)
+
+    tensors: dict[str, Any] = arguments(*size, dtype)
+    if option == "lengths":
+        tensors["lengths"] = torch.arange(batch) % (time + 1)
+    if option == "projection":
+        tensors |= {"weight_hh": draw(4 * hidden, 13), "weight_hr": draw(13, hidden)}
+    if option == "state":
+        tensors["state"] = draw(1, batch, hidden), draw(1, batch, hidden)
+    if option == "two_directions":
+        tensors["reverse"] = draw(4 * hidden, inputs), draw(4 * hidden, hidden), draw(4 * hidden), None, None
+        tensors["lengths"] = torch.arange(batch) % (time + 1)
+    if option == "columns_of_x_far_apart":
+        tensors["input"] = tensors["input"].transpose(1, 2).contiguous().transpose(1, 2)
+    if option == "turned_weights":
+        tensors |= {name: tensors[name].T.contiguous().T for name in ("weight_ih", "weight_hh")}
+
+    def run(lstm: Any, to: torch.dtype, **more: str) -> dict[str, Tensor]:
+        def copy(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(copy, value))
+            return value.detach().to(to).requires_grad_() if value is not None and value.is_floating_point() else value
+
+        own = {name: copy(value) for name, value in tensors.items()}
+        y, (h, c) = lstm(**own, **more)
+        return with_gradients({"y": y, "h": h, "c": c}, dict(enumerate(leaves_of(own))))
+
+    actual, exact, eager = run(convfast.lstm, dtype, backend="cpu"), run(lstm_oracle, torch.float64), run(lstm_oracle, dtype)
+    for name, value in actual.items():
+        assert_close_to_oracle(value, exact[name], eager[name], str(name))
 
 
 @pytest.mark.parametrize("rows", range(3, 16))

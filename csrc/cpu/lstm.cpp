@@ -125,7 +125,7 @@ struct Engine {
         columns(round_up(4 * hidden, k.lanes)),
         ldz(leading(round_up(4 * hidden, kSlab))),
         ldx(leading(inputs)),
-        ldh(leading(std::max(hidden, size))) {}
+        ldh(leading(round_up(std::max(hidden, size), kSlab))) {}
 
   void set_x(const Tensor& x) {
     in.x = x;
@@ -139,10 +139,10 @@ struct Engine {
   // Members of a team share out pairs of blocks: whole panels of hidden units, too.
   long units() const { return (p.blocks() + 1) / 2; }
 
-  // GEMMs of numbers that are split into parts of bfloat16, where there are any: by matrix tiles, or forward by dot products.
+  // GEMMs of numbers that are split into parts of bfloat16, where there are any: by matrix tiles, or by dot products.
   const SplitKernels* const split_by = split_kernels<A>();
   bool by_tiles() const { return split_by && tile_kernels(); }
-  bool by_dots() const { return split_by && !tile_kernels() && pass.forward; }
+  bool by_dots() const { return split_by && !tile_kernels(); }
 
   long operand_bytes() const { return (inputs + size) * columns * long(sizeof(T)); }  // of both weights for GEMM
 
@@ -765,15 +765,43 @@ struct Backward : Engine<A> {
   // One direction's weights as the kernels read them, [4H] or [P] long in K, and which of its gradients are wanted.
   struct Weights {
     const T *w_ih, *w_hh, *w_hr, *peephole;
-    long ld_ih, ld_hh;  // 0: packed
+    long ld_ih, ld_hh;                // 0: packed
+    const Part *split_ih, *split_hh;  // by_parts(): instead of w_ih (where pays_for_x()) and w_hh
     bool need_ih, need_hh, need_bias, need_peephole, need_hr;
   };
+
+  // bfloat16 is one part of itself. Other activations would need products of several, and z rounded to them.
+  bool by_parts() const { return std::is_same_v<A, BFloat16> && Base::by_parts(); }
+  bool pays_for_x() const { return inputs > kSlab / 2; }
+  long split_gates() const { return round_up(4 * hidden, kSplitDepth); }
+  long split_ldz() const { return round_up(4 * hidden, kSlab) + kSplitDepth; }
+  long ld_dx() const { return by_parts() ? leading(round_up(inputs, kSlab)) : ldx; }
+
+  // What is split of a chunk: its z, [row][split_ldz()], the same as a second operand, rows of x or h that are not in one piece, the
+  // transpose of these, [I or P][ld], and dh of some rows.
+  struct Parts {
+    Part *z, *pairs, *rows, *pairs_of_rows, *transposed, *zeros;
+    T *dh, *no_bias;
+    long ld;
+  };
+
+  Parts take_parts(long rows) {
+    const long all = round_up(rows, kSplitDepth), most = std::max(inputs, size), columns = round_up(std::max(most, 4 * hidden), kSlab);
+    Parts b{workspace.template take<Part>((rows + kTileRows) * split_ldz()), workspace.template take<Part>(all * round_up(4 * hidden, kSlab)),
+            workspace.template take<Part>(all * most), workspace.template take<Part>(all * round_up(most, kSlab)),
+            workspace.template take<Part>(round_up(most, kTileRows) * (all + kSplitDepth)), workspace.template take<Part>(columns),
+            workspace.template take<T>(round_up(Base::most_rows(Base::split()), kTileRows) * ldh), workspace.template take<T>(columns), all + kSplitDepth};
+    std::fill_n(b.zeros, columns, Part(0));
+    std::fill_n(b.no_bias, columns, T(0));
+    return b;
+  }
 
   // Of a part of the rows: scratch, and sums over its rows.
   struct Buffers {
     T *z, *dh, *dc, *c0, *dm, *m;
     T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [4H][I], [4H][P], whole vectors, [ldz], [3][H], [P][ldh]; null = not wanted
     std::vector<T*> x, h, dx, dy;                  // of each member
+    Parts parts;                                   // by_parts(); the sums of weights are transposed then, [I][ldz] and [P][ldz]
   };
 
   static const T* wide_data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
@@ -808,6 +836,27 @@ struct Backward : Engine<A> {
     return packed;
   }
 
+  // The same as a second operand of split_by.
+  const Part* pack_back_split(const Tensor& w, long n) {
+    Part* packed = workspace.template take<Part>(split_size(n, split_gates(), 1));
+    const long s0 = w.stride(0), s1 = w.stride(1);
+    parallel(split_gates() / kSplitDepth, [&](long begin, long end) {
+      const std::vector<Part> zeros(n);
+      std::vector<A> copy(s1 == 1 ? 0 : 4 * hidden * n);
+      std::vector<const Part*> rows(4 * hidden);
+      for (long i = begin * kSplitDepth; i < std::min(4 * hidden, end * kSplitDepth); ++i) {
+        const A* row = data(w) + p.weight_row(i) * s0;
+        if (s1 != 1) {
+          Base::read(row, s1, n, copy.data() + i * n);
+          row = copy.data() + i * n;
+        }
+        rows[i] = reinterpret_cast<const Part*>(row);
+      }
+      pair_split(rows.data(), 4 * hidden, zeros.data(), n, packed, begin, end);
+    });
+    return packed;
+  }
+
   Weights pack(long d, const std::vector<int64_t>& needs) {
     const Direction& from = in.directions[d];
     const auto need = [&](Need n) { return needs[n + (d ? kReverse - kWih : 0)] != 0; };
@@ -819,8 +868,10 @@ struct Backward : Engine<A> {
     w.need_hr = need(kWhr) && from.w_hr;
     w.ld_ih = reads_directly(from.w_ih);
     w.ld_hh = reads_directly(from.w_hh);
-    if (needs[kX]) w.w_ih = w.ld_ih ? wide_data(from.w_ih) : pack_back(from.w_ih, inputs);
-    w.w_hh = w.ld_hh ? wide_data(from.w_hh) : pack_back(from.w_hh, size);
+    if (needs[kX] && by_parts() && pays_for_x()) w.split_ih = pack_back_split(from.w_ih, inputs);
+    else if (needs[kX]) w.w_ih = w.ld_ih ? wide_data(from.w_ih) : pack_back(from.w_ih, inputs);
+    if (by_parts()) w.split_hh = pack_back_split(from.w_hh, size);
+    else w.w_hh = w.ld_hh ? wide_data(from.w_hh) : pack_back(from.w_hh, size);
     w.peephole = Base::pack_peephole(from.peephole);
     if (from.w_hr) {
       T* packed = workspace.template take<T>(size * round_up(hidden, k.lanes));
@@ -850,6 +901,7 @@ struct Backward : Engine<A> {
   bool sums_in_place(long channels) const { return !Base::kNarrow && channels % k.lanes == 0; }
 
   T* weight_sum(const Tensor& gradient, long channels, bool first) {
+    if (by_parts()) return new_sum(round_up(channels, kTileRows) * ldz);
     if (!first || !sums_in_place(channels)) return new_sum(4 * hidden * round_up(channels, k.lanes));
     return new_sum(static_cast<T*>(gradient.mutable_data_ptr()), gradient.numel());
   }
@@ -898,7 +950,7 @@ struct Backward : Engine<A> {
       std::vector<Buffers> parts(s.parts);
       for (Buffers& b : parts) {
         b.z = workspace.template take<T>(steps * rows * ldz);
-        b.dh = workspace.template take<T>(rows * ldh);
+        b.dh = workspace.template take<T>(round_up(rows, kTileRows) * ldh);
         b.dc = workspace.template take<T>(rows * ldh);
         b.c0 = in.c0 ? workspace.template take<T>(rows * ldh) : nullptr;
         b.dm = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
@@ -909,11 +961,12 @@ struct Backward : Engine<A> {
         b.dpeephole = w.need_peephole ? new_sum(3 * hidden) : nullptr;
         b.dw_hr = w.need_hr ? new_sum(size * ldh) : nullptr;
         for (long i = 0; i < s.team; ++i) {
-          b.x.push_back(w.need_ih ? workspace.template take<T>(steps * rows * ldx) : nullptr);
-          b.h.push_back(w.need_hh ? workspace.template take<T>(steps * rows * ldh) : nullptr);
-          b.dx.push_back(needs[kX] ? workspace.template take<T>(steps * rows * ldx) : nullptr);
+          b.x.push_back(w.need_ih && !by_parts() ? workspace.template take<T>(steps * rows * ldx) : nullptr);
+          b.h.push_back(w.need_hh && !by_parts() ? workspace.template take<T>(steps * rows * ldh) : nullptr);
+          b.dx.push_back(needs[kX] ? workspace.template take<T>(round_up(steps * rows, kTileRows) * ld_dx()) : nullptr);
           b.dy.push_back(given.dy ? workspace.template take<T>(rows * ldh) : nullptr);
         }
+        if (by_parts()) b.parts = take_parts(steps * rows);
       }
       clear_sums();
       Base::run(d, [&](const Group& g, long part, const Member& member) { run_backward(g, w, parts[part], member, given, dx, dx_sum, grads[kH0], grads[kC0]); });
@@ -962,24 +1015,32 @@ struct Backward : Engine<A> {
         if (w.w_hr) project_back(w, b, cells);
         k.lstm_cells_backward(cells);
         member.wait();
-        if (s > 0 || dh0.numel())
+        const bool goes_on = s > 0 || dh0.numel();
+        if (by_parts()) split_back(w, b, rows, cells.z, chunk.at(s), goes_on, rows == g.rows);
+        else if (goes_on)
           k.gemm({rows, {cells.z}, {gates_of(w.ld_hh)}, w.w_hh + h_begin * (w.ld_hh ? 1 : 4 * hidden), 4 * hidden, h_end - h_begin, nullptr, 0, b.dh + h_begin, ldh, w.ld_hh});
       }
-      if (w.need_ih) {
+      if (by_parts()) {
+        add_weight_gradients(w, b, g, chunk, ys);
+      } else if (w.need_ih) {
         T* x = b.x[member.rank];
         Base::read_x(g, chunk, x);
         add_weight_gradient(chunk.rows(), b.z, first, last, x, ldx, inputs, b.dw_ih);
       }
-      if (w.need_hh) {
+      if (w.need_hh && !by_parts()) {
         T* h = b.h[member.rank];
         read_h(g, chunk, ys, h);
         add_weight_gradient(chunk.rows(), b.z, first, last, h, ldh, size, b.dw_hh);
       }
       if (w.need_bias) k.outer_sum({chunk.rows(), &one, rows_of(1, 0), b.z + column, ldz, n, b.dbias + column, ldz});
-      if (w.w_ih) {
+      if (w.split_ih) {
+        if constexpr (std::is_same_v<A, BFloat16>)
+          Base::split_by->gemm({chunk.rows(), 1, b.parts.z, 0, split_ldz(), w.split_ih, split_gates(), round_up(inputs, kSlab), b.parts.no_bias, b.dx[0], ld_dx()});
+        write_dx(g, chunk, 0, chunk.rows(), b.dx[0], dxs, dx_sum);
+      } else if (w.w_ih) {
         const long from = member.begin(chunk.rows()), rows = member.end(chunk.rows()) - from;
         T* out = b.dx[member.rank];
-        k.gemm({rows, {b.z + from * ldz}, {gates_of(w.ld_ih)}, w.w_ih, 4 * hidden, inputs, nullptr, 0, out, ldx, w.ld_ih});
+        k.gemm({rows, {b.z + from * ldz}, {gates_of(w.ld_ih)}, w.w_ih, 4 * hidden, inputs, nullptr, 0, out, ld_dx(), w.ld_ih});
         write_dx(g, chunk, from, from + rows, out, dxs, dx_sum);
       }
       member.wait();
@@ -993,6 +1054,55 @@ struct Backward : Engine<A> {
       else Base::write(from, ch_end - ch, static_cast<T*>(dc0.mutable_data_ptr()) + row * hidden + ch);
     }
     member.wait();
+  }
+
+  // z of a step, from row `at` of its chunk, rounded to a part; and of it the gradient of h before. `all`: of all rows of the group.
+  void split_back(const Weights& w, const Buffers& b, long rows, const T* z, long at, bool goes_on, bool all) const {
+    if constexpr (std::is_same_v<A, BFloat16>) {
+      Part* to = b.parts.z + at * split_ldz();
+      Base::split_by->split({rows, 4 * hidden, 1, z, ldz, to, 0, split_ldz()});
+      if (!goes_on) return;
+      T* dh = all ? b.dh : b.parts.dh;  // rows are written up to a whole tile, and others have theirs already
+      Base::split_by->gemm({rows, 1, to, 0, split_ldz(), w.split_hh, split_gates(), round_up(size, kSlab), b.parts.no_bias, dh, ldh});
+      for (long i = 0; !all && i < rows; ++i) std::copy_n(dh + i * ldh, size, b.dh + i * ldh);
+    }
+  }
+
+  void add_weight_gradients(const Weights& w, const Buffers& b, const Group& g, const Chunk& chunk, const SequenceOf<const A>& y) const {
+    if constexpr (std::is_same_v<A, BFloat16>) {
+      const Parts& parts = b.parts;
+      const long n = chunk.rows(), depths = (n + kSplitDepth - 1) / kSplitDepth, k = depths * kSplitDepth;
+      std::vector<const Part*> row(n);
+      const auto add = [&](long channels, T* sum) {
+        pair_split(row.data(), n, parts.zeros, channels, parts.pairs_of_rows, 0, depths);
+        transpose_split(parts.pairs_of_rows, k, channels, parts.transposed, parts.ld);
+        Base::split_by->gemm({channels, 1, parts.transposed, 0, parts.ld, parts.pairs, k, round_up(4 * hidden, kSlab), nullptr, sum, ldz});
+      };
+      const auto point_at = [&](long i, const A* from, long stride, long channels) {
+        A* copy = reinterpret_cast<A*>(parts.rows) + i * channels;
+        if (stride != 1) Base::read(from, stride, channels, copy);
+        row[i] = reinterpret_cast<const Part*>(stride != 1 ? copy : from);
+      };
+      if (w.need_ih || w.need_hh) {
+        for (long i = 0; i < n; ++i) row[i] = parts.z + i * split_ldz();
+        pair_split(row.data(), n, parts.zeros, 4 * hidden, parts.pairs, 0, depths);
+      }
+      if (w.need_ih) {
+        for (long s = chunk.begin; s < chunk.end; ++s)
+          for (long i = 0; i < chunk.active(s); ++i) point_at(chunk.at(s) + i, Base::frames.at(g.sample(i), g.frame(i, s)), Base::frames.feature, inputs);
+        add(inputs, b.dw_ih);
+      }
+      if (w.need_hh) {
+        for (long s = chunk.begin; s < chunk.end; ++s)
+          for (long i = 0; i < chunk.active(s); ++i) {
+            const long at = chunk.at(s) + i;
+            if (s > 0) point_at(at, y.at(g.sample(i), g.frame(i, s - 1)) + g.direction * size, 1, size);
+            else if (in.h0) point_at(at, data(*in.h0) + g.direction * in.h0->stride(0) + g.sample(i) * in.h0->stride(1), in.h0->stride(2), size);
+            else row[at] = parts.zeros;
+          }
+        add(size, b.dw_hh);
+      }
+    }
   }
 
   // dy of a step's rows, as they lie where they can be read so.
@@ -1025,7 +1135,7 @@ struct Backward : Engine<A> {
     for (long s = chunk.begin; s < chunk.end; ++s)
       for (long i = std::max<long>(0, begin - chunk.at(s)); i < std::min(chunk.active(s), end - chunk.at(s)); ++i) {
         const long sample = g.sample(i), frame = g.frame(i, s);
-        T* row = const_cast<T*>(from) + (chunk.at(s) + i - begin) * ldx;
+        T* row = const_cast<T*>(from) + (chunk.at(s) + i - begin) * ld_dx();
         if (dx_sum) {
           T* sum = dx_sum + (sample * p.time + frame) * inputs;
           if (g.direction == 0) {
@@ -1056,6 +1166,25 @@ struct Backward : Engine<A> {
     cells.dh = b.dm;
   }
 
+  // Sums over the parts, [channels][ldz], to a gradient [4H][channels].
+  void add_transposed_parts(const std::vector<Buffers>& parts, T* Buffers::*sum, const Tensor& gradient) const {
+    constexpr long kWide = 16;
+    const long channels = gradient.size(1), n = parts.size();
+    parallel((4 * hidden + kWide - 1) / kWide, [&](long begin, long end) {
+      std::vector<T> turned(n * kWide * channels), total(channels);
+      std::vector<const T*> terms(n);
+      for (long column = begin * kWide; column < std::min(4 * hidden, end * kWide); column += kWide) {
+        const long wide = std::min(kWide, 4 * hidden - column);
+        for (long j = 0; j < n; ++j) k.transpose(channels, wide, parts[j].*sum + column, ldz, turned.data() + j * kWide * channels, channels);
+        for (long i = 0; i < wide; ++i) {
+          for (long j = 0; j < n; ++j) terms[j] = turned.data() + (j * kWide + i) * channels;
+          k.sum_rows(n, terms.data(), channels, total.data());
+          Base::write(total.data(), channels, out_data(gradient) + p.weight_row(column + i) * channels);
+        }
+      }
+    });
+  }
+
   // Sums over the parts, [rows][ld], to a gradient [rows][channels], which may be the first of them.
   void add_parts(const std::vector<Buffers>& parts, T* Buffers::*sum, long ld, const Tensor& gradient) const {
     const long channels = gradient.size(1);
@@ -1083,8 +1212,13 @@ struct Backward : Engine<A> {
   }
 
   void finish(const Weights& w, const std::vector<Buffers>& parts, Tensor* to) const {
-    if (w.need_ih) add_parts(parts, &Buffers::dw_ih, round_up(inputs, k.lanes), to[kWih]);
-    if (w.need_hh) add_parts(parts, &Buffers::dw_hh, round_up(size, k.lanes), to[kWhh]);
+    if (by_parts()) {
+      if (w.need_ih) add_transposed_parts(parts, &Buffers::dw_ih, to[kWih]);
+      if (w.need_hh) add_transposed_parts(parts, &Buffers::dw_hh, to[kWhh]);
+    } else {
+      if (w.need_ih) add_parts(parts, &Buffers::dw_ih, round_up(inputs, k.lanes), to[kWih]);
+      if (w.need_hh) add_parts(parts, &Buffers::dw_hh, round_up(size, k.lanes), to[kWhh]);
+    }
     if (w.need_bias) to[kBias] = bias_gradient(parts);
     if (w.need_peephole) add_parts(parts, &Buffers::dpeephole, hidden, to[kPeephole] = empty_cpu({3, hidden}, scalar_type<A>()));
     if (w.need_hr) add_parts(parts, &Buffers::dw_hr, ldh, to[kWhr] = empty_cpu({size, hidden}, scalar_type<A>()));

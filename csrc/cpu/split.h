@@ -24,10 +24,13 @@ constexpr long kSplitParts = std::is_same_v<A, BFloat16> ? 1 : std::is_same_v<A,
 inline const SplitKernels* tile_kernels() {
   static const SplitKernels* const chosen = []() -> const SplitKernels* {
 #if defined(__x86_64__) && defined(__linux__)
+    if (std::getenv("ATEN_CPU_CAPABILITY") || std::strcmp(kernels<float>().name, "avx512") != 0) return nullptr;
+#if defined(CONVFAST_EMULATE_TILES)
+    return amx_kernels();
+#endif
     constexpr unsigned kTiles = 1u << 24, kOfBfloat16 = 1u << 22;
     constexpr long kAskFor = 0x1023, kTileData = 18;
     unsigned a, b, c, d;
-    if (std::getenv("ATEN_CPU_CAPABILITY") || std::strcmp(kernels<float>().name, "avx512") != 0) return nullptr;
     if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kOfBfloat16) && syscall(SYS_arch_prctl, kAskFor, kTileData) == 0) return amx_kernels();
 #endif
     return nullptr;
@@ -75,6 +78,24 @@ void pack_split(const SplitKernels& by, long columns, long k, long parts, Part* 
                                      reinterpret_cast<float*>(to), kWide);
     }
   });
+}
+
+// Depths [begin, end) of the same of one part, from `rows` rows of n bfloat16 each; `zeros` (as many) follow them to the next whole depth.
+inline void pair_split(const Part* const* row, long rows, const Part* zeros, long n, Part* packed, long begin, long end) {
+  for (long depth = begin; depth < end; ++depth) {
+    const Part* of_depth[kSplitDepth];
+    for (long i = 0; i < kSplitDepth; ++i) of_depth[i] = depth * kSplitDepth + i < rows ? row[depth * kSplitDepth + i] : zeros;
+    kernels<float>().pair_rows(n, of_depth, packed + depth * 32 * kSplitDepth, 32 * round_up(rows, kSplitDepth));
+  }
+}
+
+// The first operand, [n][ld], that is the transpose of what pair_split made of k rows, whole depths.
+inline void transpose_split(const Part* packed, long k, long n, Part* to, long ld) {
+  constexpr long kWide = 16;
+  for (long c = 0; c < n; c += kWide)
+    for (long at = 0; at < k; at += kSplitDepth)
+      kernels<float>().transpose(kWide, kWide, reinterpret_cast<const float*>(packed + c / 32 * 32 * k + at * 32 + c % 32 * kSplitDepth), kWide,
+                                 reinterpret_cast<float*>(to + c * ld + at), ld / 2);
 }
 
 }  // namespace cpu

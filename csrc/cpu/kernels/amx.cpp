@@ -17,6 +17,9 @@
 
 #include "../../common/cell.h"
 #include "kernels.h"
+#if defined(CONVFAST_EMULATE_TILES)
+#include "../../testing/tiles.h"
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -91,11 +94,13 @@ struct alignas(64) Config {
 template <int kParts>
 static INLINE void two_by_two(const SplitGemm& g, long row, long n) {
   const Part *a = g.a + row * g.lda, *b = g.b + n * g.k * kParts;
-  const long lda = g.lda * 2, ldo = g.ldo * 4;
-  _tile_loadd(0, g.init + n, 0);
-  _tile_loadd(1, g.init + n + 16, 0);
-  _tile_loadd(2, g.init + n, 0);
-  _tile_loadd(3, g.init + n + 16, 0);
+  float* out = g.out + row * g.ldo + n;
+  const float *start = g.init ? g.init + n : out, *start2 = g.init ? start : out + 16 * g.ldo;
+  const long lda = g.lda * 2, ldo = g.ldo * 4, ld_start = g.init ? 0 : ldo;
+  _tile_loadd(0, start, ld_start);
+  _tile_loadd(1, start + 16, ld_start);
+  _tile_loadd(2, start2, ld_start);
+  _tile_loadd(3, start2 + 16, ld_start);
   for (long k = 0; k < g.k; k += kSplitDepth, a += kSplitDepth, b += kParts * 1024) {
     CONVFAST_A(0);
     if (kParts == 3) {
@@ -119,7 +124,6 @@ static INLINE void two_by_two(const SplitGemm& g, long row, long n) {
     }
     CONVFAST_MULTIPLY();
   }
-  float* out = g.out + row * g.ldo + n;
   _tile_stored(0, out, ldo);
   _tile_stored(1, out + 16, ldo);
   _tile_stored(2, out + 16 * g.ldo, ldo);
@@ -146,11 +150,13 @@ static INLINE void two_by_two(const SplitGemm& g, long row, long n) {
 template <int kParts>
 static INLINE void one_by_four(const SplitGemm& g, long row, long n) {
   const Part *a = g.a + row * g.lda, *b = g.b + n * g.k * kParts, *b2 = b + 32 * g.k * kParts;
-  const long lda = g.lda * 2, ldo = g.ldo * 4;
-  _tile_loadd(0, g.init + n, 0);
-  _tile_loadd(1, g.init + n + 16, 0);
-  _tile_loadd(2, g.init + n + 32, 0);
-  _tile_loadd(3, g.init + n + 48, 0);
+  float* out = g.out + row * g.ldo + n;
+  const float* start = g.init ? g.init + n : out;
+  const long lda = g.lda * 2, ldo = g.ldo * 4, ld_start = g.init ? 0 : ldo;
+  _tile_loadd(0, start, ld_start);
+  _tile_loadd(1, start + 16, ld_start);
+  _tile_loadd(2, start + 32, ld_start);
+  _tile_loadd(3, start + 48, ld_start);
   for (long k = 0; k < g.k; k += kSplitDepth, a += kSplitDepth, b += kParts * 1024, b2 += kParts * 1024) {
     _tile_loadd(4, a, lda);
     if (kParts >= 2) _tile_loadd(5, a + g.part, lda);
@@ -163,7 +169,6 @@ static INLINE void one_by_four(const SplitGemm& g, long row, long n) {
     }
     CONVFAST_COLUMNS(0);
   }
-  float* out = g.out + row * g.ldo + n;
   _tile_stored(0, out, ldo);
   _tile_stored(1, out + 16, ldo);
   _tile_stored(2, out + 32, ldo);

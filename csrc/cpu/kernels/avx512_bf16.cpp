@@ -56,9 +56,12 @@ static void tile(const SplitGemm& g, long row, long n) {
   enum { kPairs = kSplitDepth / 2, kVector = 2 * 16, kHalf = kPairs * kVector, kAhead = 8 };
   const long panel = 2 * kHalf / kSplitDepth * g.k;
   const Part* b = g.b + n / 32 * panel;
+  float* out = g.out + row * g.ldo + n;
+  const float* const start = g.init ? g.init + n : out;
+  const long ld_start = g.init ? 0 : g.ldo;
   __m512 acc[M][NV];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < NV; ++v) acc[m][v] = _mm512_loadu_ps(g.init + n + 16 * v);
+    for (int v = 0; v < NV; ++v) acc[m][v] = _mm512_loadu_ps(start + m * ld_start + 16 * v);
   // One pointer for three rows, no loop without a turn: as in gemm.h.
   const long stride = g.lda;
   const Part* p[(M + 2) / 3];
@@ -85,7 +88,6 @@ static void tile(const SplitGemm& g, long row, long n) {
     } while (b != half);
     b += kHalf;
   } while (b != end);
-  float* out = g.out + row * g.ldo + n;
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < NV; ++v) _mm512_storeu_ps(out + m * g.ldo + 16 * v, acc[m][v]);
 }

@@ -247,7 +247,8 @@ struct Split {
   long part, ld;
 };
 
-// out[row, n] = init[n] + sum over k of a[row, k] b[k, n]. Rows may be read and written up to a multiple of 16.
+// out[row, n] = init[n] + sum over k of a[row, k] b[k, n]; init null: out[row, n] itself. Rows may be read and written up to a multiple
+// of 16.
 struct SplitGemm {
   long rows, parts;
   const unsigned short* a;  // as Split leaves it
@@ -301,9 +302,10 @@ struct Kernels {
   void (*leaky_relu_backward)(long n, const T* dy, const T* x, T* dx);
   void (*silu_backward)(long n, const T* dy, const T* x, T* dx);
   void (*gelu_backward)(long n, const T* dy, const T* x, T* dx);
-  // bfloat16 from and to T; null for double.
+  // bfloat16 from and to T, and what convert.h makes of it; null for double.
   void (*widen)(long n, const unsigned short* from, T* to);
   void (*narrow)(long n, const T* from, unsigned short* to);
+  void (*pair_rows)(long n, const unsigned short* const* row, unsigned short* to, long panel);
   // runs: one a tap, `length` channels long; w [tap][channel]; bias null = zero.
   void (*depthwise)(long rows, const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo);
   void (*depthwise_weight_grad)(long rows, const T* x, const Runs& runs, const T* g, long ldg, T* dw);
