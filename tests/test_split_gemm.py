@@ -82,8 +82,9 @@ def leaves_of(tensors: dict[str, Any]) -> list[Tensor]:
 OPTIONS = ("plain", "lengths", "state", "projection", "two_directions", "columns_of_x_far_apart", "turned_weights")
 
 
+# 70 samples: a thread has them in two groups, whose sums go on from each other.
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("size", [(14, 9, 64, 64), (13, 11, 33, 21), (33, 5, 70, 40), (6, 2, 5, 17)], ids=str)
+@pytest.mark.parametrize("size", [(14, 5, 64, 64), (13, 6, 33, 21), (70, 2, 70, 40), (6, 2, 5, 17)], ids=str)
 def test_gradients_match_oracle(dtype: torch.dtype, size: tuple[int, int, int, int], option: str) -> None:
     batch, time, inputs, hidden = size
     generator = torch.Generator().manual_seed(2)
@@ -116,9 +117,10 @@ def test_gradients_match_oracle(dtype: torch.dtype, size: tuple[int, int, int, i
         y, (h, c) = lstm(**own, **more)
         return with_gradients({"y": y, "h": h, "c": c}, dict(enumerate(leaves_of(own))))
 
-    actual, exact, eager = run(convfast.lstm, dtype, backend="cpu"), run(lstm_oracle, torch.float64), run(lstm_oracle, dtype)
-    for name, value in actual.items():
-        assert_close_to_oracle(value, exact[name], eager[name], str(name))
+    exact, eager = (run(lstm_oracle, d) for d in (torch.float64, dtype))
+    terms = inputs + hidden if dtype == torch.float32 else 0  # tiles add up products one after another
+    for name, value in run(convfast.lstm, dtype, backend="cpu").items():
+        assert_close_to_oracle(value, exact[name], eager[name], name, terms)
 
 
 @pytest.mark.parametrize("rows", range(3, 16))
