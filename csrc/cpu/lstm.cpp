@@ -766,31 +766,38 @@ struct Backward : Engine<A> {
   struct Weights {
     const T *w_ih, *w_hh, *w_hr, *peephole;
     long ld_ih, ld_hh;                // 0: packed
-    const Part *split_ih, *split_hh;  // by_parts(): instead of w_ih (where pays_for_x()) and w_hh
+    const Part *split_ih, *split_hh;  // splits_z(): instead of w_ih (where pays_for_x()) and w_hh
     bool need_ih, need_hh, need_bias, need_peephole, need_hr;
   };
 
-  // bfloat16 is one part of itself. Other activations would need products of several, and z rounded to them.
-  bool by_parts() const { return std::is_same_v<A, BFloat16> && Base::by_parts(); }
+  // Whether the products are of bfloat16, as forward; z is rounded to it. float16 and float32 would be products of several parts.
+  bool splits_z() const { return std::is_same_v<A, BFloat16> && Base::by_parts(); }
   bool pays_for_x() const { return inputs > kSlab / 2; }
   long split_gates() const { return round_up(4 * hidden, kSplitDepth); }
   long split_ldz() const { return round_up(4 * hidden, kSlab) + kSplitDepth; }
-  long ld_dx() const { return by_parts() ? leading(round_up(inputs, kSlab)) : ldx; }
+  long ld_dx() const { return splits_z() ? leading(round_up(inputs, kSlab)) : ldx; }
 
-  // What is split of a chunk: its z, [row][split_ldz()], the same as a second operand, rows of x or h that are not in one piece, the
-  // transpose of these, [I or P][ld], and dh of some rows.
-  struct Parts {
-    Part *z, *pairs, *rows, *pairs_of_rows, *transposed, *zeros;
-    T *dh, *no_bias;
+  // Of a chunk: z, [row][split_ldz()], and the same as a second operand; rows of x or of h, where they are not in one piece, the same as
+  // a second operand, and their transpose, [I or P][ld]. And dh of a step, where it is not of all rows.
+  struct SplitBuffers {
+    Part *z, *z_pairs, *rows, *row_pairs, *transposed, *zeros;
     long ld;
+    T *dh, *no_bias;
   };
 
-  Parts take_parts(long rows) {
-    const long all = round_up(rows, kSplitDepth), most = std::max(inputs, size), columns = round_up(std::max(most, 4 * hidden), kSlab);
-    Parts b{workspace.template take<Part>((rows + kTileRows) * split_ldz()), workspace.template take<Part>(all * round_up(4 * hidden, kSlab)),
-            workspace.template take<Part>(all * most), workspace.template take<Part>(all * round_up(most, kSlab)),
-            workspace.template take<Part>(round_up(most, kTileRows) * (all + kSplitDepth)), workspace.template take<Part>(columns),
-            workspace.template take<T>(round_up(Base::most_rows(Base::split()), kTileRows) * ldh), workspace.template take<T>(columns), all + kSplitDepth};
+  SplitBuffers take_split(long rows_of_step, long rows) {
+    const auto take = [&](long n) { return workspace.template take<Part>(n); };
+    const long depth = round_up(rows, kSplitDepth), most = std::max(inputs, size), columns = round_up(std::max(most, 4 * hidden), kSlab);
+    SplitBuffers b;
+    b.z = take((rows + kTileRows) * split_ldz());
+    b.z_pairs = take(depth * round_up(4 * hidden, kSlab));
+    b.rows = take(depth * most);
+    b.row_pairs = take(depth * round_up(most, kSlab));
+    b.ld = depth + kSplitDepth;
+    b.transposed = take(round_up(most, kTileRows) * b.ld);
+    b.zeros = take(columns);
+    b.dh = workspace.template take<T>(round_up(rows_of_step, kTileRows) * ldh);
+    b.no_bias = workspace.template take<T>(columns);
     std::fill_n(b.zeros, columns, Part(0));
     std::fill_n(b.no_bias, columns, T(0));
     return b;
@@ -801,7 +808,7 @@ struct Backward : Engine<A> {
     T *z, *dh, *dc, *c0, *dm, *m;
     T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [4H][I], [4H][P], whole vectors, [ldz], [3][H], [P][ldh]; null = not wanted
     std::vector<T*> x, h, dx, dy;                  // of each member
-    Parts parts;                                   // by_parts(); the sums of weights are transposed then, [I][ldz] and [P][ldz]
+    SplitBuffers split;                            // splits_z(); the sums of weights are transposed then, [I][ldz] and [P][ldz]
   };
 
   static const T* wide_data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
@@ -868,9 +875,9 @@ struct Backward : Engine<A> {
     w.need_hr = need(kWhr) && from.w_hr;
     w.ld_ih = reads_directly(from.w_ih);
     w.ld_hh = reads_directly(from.w_hh);
-    if (needs[kX] && by_parts() && pays_for_x()) w.split_ih = pack_back_split(from.w_ih, inputs);
+    if (needs[kX] && splits_z() && pays_for_x()) w.split_ih = pack_back_split(from.w_ih, inputs);
     else if (needs[kX]) w.w_ih = w.ld_ih ? wide_data(from.w_ih) : pack_back(from.w_ih, inputs);
-    if (by_parts()) w.split_hh = pack_back_split(from.w_hh, size);
+    if (splits_z()) w.split_hh = pack_back_split(from.w_hh, size);
     else w.w_hh = w.ld_hh ? wide_data(from.w_hh) : pack_back(from.w_hh, size);
     w.peephole = Base::pack_peephole(from.peephole);
     if (from.w_hr) {
@@ -901,7 +908,7 @@ struct Backward : Engine<A> {
   bool sums_in_place(long channels) const { return !Base::kNarrow && channels % k.lanes == 0; }
 
   T* weight_sum(const Tensor& gradient, long channels, bool first) {
-    if (by_parts()) return new_sum(round_up(channels, kTileRows) * ldz);
+    if (splits_z()) return new_sum(round_up(channels, kTileRows) * ldz);
     if (!first || !sums_in_place(channels)) return new_sum(4 * hidden * round_up(channels, k.lanes));
     return new_sum(static_cast<T*>(gradient.mutable_data_ptr()), gradient.numel());
   }
@@ -920,6 +927,20 @@ struct Backward : Engine<A> {
       k.outer_sum({rows, z, {from.data(), long(from.size()), width, ldz}, other, ld, channels, sum, ldw, to.data()});
       from.clear();
       to.clear();
+    }
+  }
+
+  void add_weight_gradients(const Weights& w, const Buffers& b, const Group& g, const Chunk& chunk, const SequenceOf<const A>& y, const Member& member) const {
+    const auto mine = Base::share(member);
+    if (w.need_ih) {
+      T* x = b.x[member.rank];
+      Base::read_x(g, chunk, x);
+      add_weight_gradient(chunk.rows(), b.z, mine.block, mine.block_end, x, ldx, inputs, b.dw_ih);
+    }
+    if (w.need_hh) {
+      T* h = b.h[member.rank];
+      read_h(g, chunk, y, h);
+      add_weight_gradient(chunk.rows(), b.z, mine.block, mine.block_end, h, ldh, size, b.dw_hh);
     }
   }
 
@@ -961,12 +982,12 @@ struct Backward : Engine<A> {
         b.dpeephole = w.need_peephole ? new_sum(3 * hidden) : nullptr;
         b.dw_hr = w.need_hr ? new_sum(size * ldh) : nullptr;
         for (long i = 0; i < s.team; ++i) {
-          b.x.push_back(w.need_ih && !by_parts() ? workspace.template take<T>(steps * rows * ldx) : nullptr);
-          b.h.push_back(w.need_hh && !by_parts() ? workspace.template take<T>(steps * rows * ldh) : nullptr);
+          b.x.push_back(w.need_ih && !splits_z() ? workspace.template take<T>(steps * rows * ldx) : nullptr);
+          b.h.push_back(w.need_hh && !splits_z() ? workspace.template take<T>(steps * rows * ldh) : nullptr);
           b.dx.push_back(needs[kX] ? workspace.template take<T>(round_up(steps * rows, kTileRows) * ld_dx()) : nullptr);
           b.dy.push_back(given.dy ? workspace.template take<T>(rows * ldh) : nullptr);
         }
-        if (by_parts()) b.parts = take_parts(steps * rows);
+        if (splits_z()) b.split = take_split(rows, steps * rows);
       }
       clear_sums();
       Base::run(d, [&](const Group& g, long part, const Member& member) { run_backward(g, w, parts[part], member, given, dx, dx_sum, grads[kH0], grads[kC0]); });
@@ -1016,26 +1037,16 @@ struct Backward : Engine<A> {
         k.lstm_cells_backward(cells);
         member.wait();
         const bool goes_on = s > 0 || dh0.numel();
-        if (by_parts()) split_back(w, b, rows, cells.z, chunk.at(s), goes_on, rows == g.rows);
+        if (splits_z()) split_back(w, b, rows, cells.z, chunk.at(s), goes_on, rows == g.rows);
         else if (goes_on)
           k.gemm({rows, {cells.z}, {gates_of(w.ld_hh)}, w.w_hh + h_begin * (w.ld_hh ? 1 : 4 * hidden), 4 * hidden, h_end - h_begin, nullptr, 0, b.dh + h_begin, ldh, w.ld_hh});
       }
-      if (by_parts()) {
-        add_weight_gradients(w, b, g, chunk, ys);
-      } else if (w.need_ih) {
-        T* x = b.x[member.rank];
-        Base::read_x(g, chunk, x);
-        add_weight_gradient(chunk.rows(), b.z, first, last, x, ldx, inputs, b.dw_ih);
-      }
-      if (w.need_hh && !by_parts()) {
-        T* h = b.h[member.rank];
-        read_h(g, chunk, ys, h);
-        add_weight_gradient(chunk.rows(), b.z, first, last, h, ldh, size, b.dw_hh);
-      }
+      if (splits_z()) add_split_weight_gradients(w, b, g, chunk, ys);
+      else add_weight_gradients(w, b, g, chunk, ys, member);
       if (w.need_bias) k.outer_sum({chunk.rows(), &one, rows_of(1, 0), b.z + column, ldz, n, b.dbias + column, ldz});
       if (w.split_ih) {
         if constexpr (std::is_same_v<A, BFloat16>)
-          Base::split_by->gemm({chunk.rows(), 1, b.parts.z, 0, split_ldz(), w.split_ih, split_gates(), round_up(inputs, kSlab), b.parts.no_bias, b.dx[0], ld_dx()});
+          Base::split_by->gemm({chunk.rows(), 1, b.split.z, 0, split_ldz(), w.split_ih, split_gates(), round_up(inputs, kSlab), b.split.no_bias, b.dx[0], ld_dx()});
         write_dx(g, chunk, 0, chunk.rows(), b.dx[0], dxs, dx_sum);
       } else if (w.w_ih) {
         const long from = member.begin(chunk.rows()), rows = member.end(chunk.rows()) - from;
@@ -1059,33 +1070,33 @@ struct Backward : Engine<A> {
   // z of a step, from row `at` of its chunk, rounded to a part; and of it the gradient of h before. `all`: of all rows of the group.
   void split_back(const Weights& w, const Buffers& b, long rows, const T* z, long at, bool goes_on, bool all) const {
     if constexpr (std::is_same_v<A, BFloat16>) {
-      Part* to = b.parts.z + at * split_ldz();
+      Part* to = b.split.z + at * split_ldz();
       Base::split_by->split({rows, 4 * hidden, 1, z, ldz, to, 0, split_ldz()});
       if (!goes_on) return;
-      T* dh = all ? b.dh : b.parts.dh;  // rows are written up to a whole tile, and others have theirs already
-      Base::split_by->gemm({rows, 1, to, 0, split_ldz(), w.split_hh, split_gates(), round_up(size, kSlab), b.parts.no_bias, dh, ldh});
+      T* dh = all ? b.dh : b.split.dh;  // rows are written up to a whole tile, and others have theirs already
+      Base::split_by->gemm({rows, 1, to, 0, split_ldz(), w.split_hh, split_gates(), round_up(size, kSlab), b.split.no_bias, dh, ldh});
       for (long i = 0; !all && i < rows; ++i) std::copy_n(dh + i * ldh, size, b.dh + i * ldh);
     }
   }
 
-  void add_weight_gradients(const Weights& w, const Buffers& b, const Group& g, const Chunk& chunk, const SequenceOf<const A>& y) const {
+  void add_split_weight_gradients(const Weights& w, const Buffers& b, const Group& g, const Chunk& chunk, const SequenceOf<const A>& y) const {
     if constexpr (std::is_same_v<A, BFloat16>) {
-      const Parts& parts = b.parts;
+      const SplitBuffers& split = b.split;
       const long n = chunk.rows(), depths = (n + kSplitDepth - 1) / kSplitDepth, k = depths * kSplitDepth;
       std::vector<const Part*> row(n);
       const auto add = [&](long channels, T* sum) {
-        pair_split(row.data(), n, parts.zeros, channels, parts.pairs_of_rows, 0, depths);
-        transpose_split(parts.pairs_of_rows, k, channels, parts.transposed, parts.ld);
-        Base::split_by->gemm({channels, 1, parts.transposed, 0, parts.ld, parts.pairs, k, round_up(4 * hidden, kSlab), nullptr, sum, ldz});
+        pair_split(row.data(), n, split.zeros, channels, split.row_pairs, 0, depths);
+        transpose_split(split.row_pairs, k, channels, split.transposed, split.ld);
+        Base::split_by->gemm({channels, 1, split.transposed, 0, split.ld, split.z_pairs, k, round_up(4 * hidden, kSlab), nullptr, sum, ldz});
       };
       const auto point_at = [&](long i, const A* from, long stride, long channels) {
-        A* copy = reinterpret_cast<A*>(parts.rows) + i * channels;
+        A* copy = reinterpret_cast<A*>(split.rows) + i * channels;
         if (stride != 1) Base::read(from, stride, channels, copy);
         row[i] = reinterpret_cast<const Part*>(stride != 1 ? copy : from);
       };
       if (w.need_ih || w.need_hh) {
-        for (long i = 0; i < n; ++i) row[i] = parts.z + i * split_ldz();
-        pair_split(row.data(), n, parts.zeros, 4 * hidden, parts.pairs, 0, depths);
+        for (long i = 0; i < n; ++i) row[i] = split.z + i * split_ldz();
+        pair_split(row.data(), n, split.zeros, 4 * hidden, split.z_pairs, 0, depths);
       }
       if (w.need_ih) {
         for (long s = chunk.begin; s < chunk.end; ++s)
@@ -1098,7 +1109,7 @@ struct Backward : Engine<A> {
             const long at = chunk.at(s) + i;
             if (s > 0) point_at(at, y.at(g.sample(i), g.frame(i, s - 1)) + g.direction * size, 1, size);
             else if (in.h0) point_at(at, data(*in.h0) + g.direction * in.h0->stride(0) + g.sample(i) * in.h0->stride(1), in.h0->stride(2), size);
-            else row[at] = parts.zeros;
+            else row[at] = split.zeros;
           }
         add(size, b.dw_hh);
       }
@@ -1212,7 +1223,7 @@ struct Backward : Engine<A> {
   }
 
   void finish(const Weights& w, const std::vector<Buffers>& parts, Tensor* to) const {
-    if (by_parts()) {
+    if (splits_z()) {
       if (w.need_ih) add_transposed_parts(parts, &Buffers::dw_ih, to[kWih]);
       if (w.need_hh) add_transposed_parts(parts, &Buffers::dw_hh, to[kWhh]);
     } else {
