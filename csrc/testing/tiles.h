@@ -40,7 +40,8 @@ inline void store(int tile, void* to, long stride) {
   for (int r = 0; r < kRows; ++r) std::memcpy(static_cast<char*>(to) + r * stride, state.tile[tile][r], kRowBytes);
 }
 
-// c[m][n] += sum over pairs k of a[m][k] b[k][n], of two bfloat16 each.
+// c[m][n] += sum over pairs k of a[m][k] b[k][n], of two bfloat16 each. As the hardware does: the first of each pair and the second are summed
+// apart, from zero, and c is added last.
 inline void multiply(int c, int a, int b) {
   if (!state.configured) std::abort();
   const auto widen = [](unsigned bits) {
@@ -49,15 +50,16 @@ inline void multiply(int c, int a, int b) {
     return value;
   };
   for (int m = 0; m < kRows; ++m) {
-    float sum[16];
-    std::memcpy(sum, state.tile[c][m], kRowBytes);
+    float sum[16], first[16] = {}, second[16] = {};
     for (int k = 0; k < kRows; ++k) {
       unsigned pair, pairs[16];
       std::memcpy(&pair, state.tile[a][m] + 4 * k, 4);
       std::memcpy(pairs, state.tile[b][k], kRowBytes);
-      for (int n = 0; n < 16; ++n) sum[n] += widen(pair << 16) * widen(pairs[n] << 16);
-      for (int n = 0; n < 16; ++n) sum[n] += widen(pair & 0xffff0000) * widen(pairs[n] & 0xffff0000);
+      for (int n = 0; n < 16; ++n) first[n] += widen(pair << 16) * widen(pairs[n] << 16);
+      for (int n = 0; n < 16; ++n) second[n] += widen(pair & 0xffff0000) * widen(pairs[n] & 0xffff0000);
     }
+    std::memcpy(sum, state.tile[c][m], kRowBytes);
+    for (int n = 0; n < 16; ++n) sum[n] += first[n] + second[n];
     std::memcpy(state.tile[c][m], sum, kRowBytes);
   }
 }
