@@ -1,5 +1,5 @@
-// The AMX intrinsics that cpu/kernels/amx.cpp uses, in C++ for processors without them: CONVFAST_EMULATE_TILES. Tiles are lost, and full of
-// NaN, where the hardware's are: before a configuration is loaded and after it is released.
+// The AMX intrinsics that cpu/kernels/amx.cpp uses, in C++ for processors without them: CONVFAST_EMULATE_TILES. Where the hardware would
+// fault, before a configuration is loaded and after its release, they abort.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -25,10 +25,7 @@ inline void configure(const void* config) {
   state.configured = true;
 }
 
-inline void release() {
-  state.configured = false;
-  std::memset(state.tile, 0xff, sizeof state.tile);
-}
+inline void release() { state.configured = false; }
 
 inline void load(int tile, const void* from, long stride) {
   if (!state.configured) std::abort();
