@@ -45,7 +45,7 @@ def _native_reason(library: str = "cpu") -> str | None:
 
         with _fakes_lock:
             if library not in _with_fakes:
-                ops.register_fakes(NAMESPACES[library], narrow=library == "emulated")
+                ops.register_fakes(NAMESPACES[library])
                 _with_fakes.add(library)
     return reason
 

@@ -4,7 +4,7 @@
 // them), *S' spatial dims of the state, *K kernel dims. Gates are ordered i f g o along every 4C axis.
 // "channels-last" is a logical [B, T, C, *S'] whose memory is [B, T, *S', C] (stride 1 on C).
 // dtypes: A = activations and weights (float, double, bfloat16, half); A' = float for A narrower than float,
-// else A. Gate arithmetic, cell state and saved gates are A'.
+// else A. Gate arithmetic and cell state are A', saved gates are A. (The reference saves all in A'.)
 // Schemas, registered in library.cpp:
 //
 // lstm_gates_forward(gates, c, peephole, save) -> (h, c_out, activated)
@@ -14,12 +14,12 @@
 //   save      bool           false: activated is an empty tensor
 //   -> h      [B, C, *S]     A, in the layout of gates
 //      c_out  [B, C, *S]     A', same layout
-//      activated [B, 4C, *S] A', same layout
+//      activated [B, 4C, *S] A, same layout
 //
 // lstm_gates_backward(activated, c, c_out, peephole, dh, dc_out, needs) -> (dgates, dc, dpeephole)
 //   activated, c, c_out, peephole   as above; dh, dc_out undefined = zero
 //   needs     int[3]         which of dgates, dc, dpeephole are wanted; others come back empty
-//   -> dgates in dtype of dh (A), dc in A', dpeephole [3, C, *S] in dtype of peephole
+//   -> dgates in A, dc in A', dpeephole [3, C, *S] in dtype of peephole
 //
 // conv_lstm_forward(x, w_ih, w_hh, bias, peephole, h0, c0, lengths, time, stride, padding, dilation,
 //                   padding_mode, reverse, algorithm, save) -> (h, h_n, c_n, c, gates)
@@ -43,9 +43,9 @@
 //      h_n    [B, C, *S']       A, channels-last; state after each sample's last step (h0 when its length is 0)
 //      c_n    [B, C, *S']       A', channels-last
 //      c      [B, T, C, *S']    A', channels-last; empty when save == none. Frames past a length are undefined
-//      gates  [B, T, 4C, *S']   A', channels-last, activated; empty unless save == fast
+//      gates  [B, T, 4C, *S']   A, channels-last, activated; empty unless save == fast
 //   Which step frame s of c and gates belongs to is the backend's own affair; they only ever go back to its backward.
-//   Bytes per step kept for backward, in units of B*C*prod(S')*sizeof(A'): fast 5 + h, lean 1 + h.
+//   Bytes per step kept for backward, in units of B*C*prod(S'): fast 5 sizeof(A) + sizeof(A'), lean sizeof(A) + sizeof(A').
 //
 // conv_lstm_backward(dh, dh_n, dc_n, x, w_ih, w_hh, bias, peephole, h0, c0, lengths, h, c, gates, time, stride,
 //                    padding, dilation, padding_mode, reverse, algorithm, needs)
@@ -71,7 +71,7 @@
 //   time_major bool          memory of y: [T', B, C], else [B, T', C]
 //   save      bool           keep what the backward needs beside y
 //   -> y      [B, T', C]     A; T' = (T + padding - dilation (k-1) - 1) / stride + 1
-//      pre    [B, T', C]     A', memory like y: pre-activations, where save and the gradient needs them (gelu, silu); else empty
+//      pre    [B, T', C]     A, memory like y: pre-activations, where save and the gradient needs them (gelu, silu); else empty
 //
 // conv1d_backward(dy, x, weight, bias, lengths, y, pre, stride, padding, dilation, groups, padding_mode, activation, needs)
 //     -> (dx, dweight, dbias)
@@ -90,8 +90,8 @@
 //   save      bool
 //   -> y      [B, T, D P]    A; direction d in columns d P ...
 //      h_n    [D, B, P]      A; c_n [D, B, H] A'
-//      c      [D, B, T, H]   A', gates [D, B, T, 4H] A': what the same backend's backward reads, in an order of its own;
-//                            empty unless save. Bytes per step: 5 B H sizeof(A') + y
+//      c      [D, B, T, H]   A', gates [D, B, T, 4H] A: what the same backend's backward reads, in an order of its own;
+//                            empty unless save. Bytes per step: B H (4 sizeof(A) + sizeof(A')) + y
 //
 // lstm_layers(x, weights, peepholes, bias, projection, bidirectional, h0, c0, lengths, head, head_bias, time_major)
 //     -> (y, h_n, c_n)

@@ -18,8 +18,6 @@ NAMESPACES = {
     "triton": "convfast_triton",
     "cuda": "convfast_emulated" if emulated() else "convfast",
 }
-# What they keep for the backward has the dtype of the weights, also where the state is wider.
-KEEP_NARROW = ("triton", "cuda")
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -83,17 +83,23 @@ def ulps(found: np.ndarray, exact: np.ndarray) -> float:
     return float(np.max(np.abs(found - exact) / spacing))
 
 
-def test_bfloat16_is_that_of_torch(kernels: ModuleType, isa: str) -> None:
-    every = np.arange(2**16, dtype=np.uint16)
-    wide = torch.from_numpy(every.view(np.int16)).view(torch.bfloat16).float().numpy()
-    np.testing.assert_array_equal(kernels.widen(isa, every).view(np.uint32), wide.view(np.uint32))
-    near = (every.astype(np.uint32) << 16)[:, None] + np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_numbers_of_16_bits_are_those_of_torch(kernels: ModuleType, isa: str, dtype: torch.dtype) -> None:
+    every, half = np.arange(2**16, dtype=np.uint16), dtype == torch.float16
+    wide, found = torch.from_numpy(every.view(np.int16)).view(dtype).float().numpy(), kernels.widen(isa, every, half)
+    nan = np.isnan(wide)
+    np.testing.assert_array_equal(found[~nan].view(np.uint32), wide[~nan].view(np.uint32))
+    assert np.isnan(found[nan]).all()
+    # Between neighbours: one bit above them, halfway, and one bit to either side of that.
+    last = 13 if half else 16
+    offsets = np.array([0, 1, (1 << last - 1) - 1, 1 << last - 1, (1 << last - 1) + 1, (1 << last) - 1], np.uint32)
+    near = np.where(nan, 0, wide).view(np.uint32)[:, None] + offsets
     for numbers in (near.reshape(-1).view(np.float32), everything(np.float32), everything(np.float32)[:13]):
-        rounded = torch.from_numpy(numbers).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        found = kernels.narrow(isa, numbers)
+        rounded = torch.from_numpy(numbers).to(dtype).view(torch.int16).numpy().view(np.uint16)
+        found = kernels.narrow(isa, numbers, half)
         nan = np.isnan(numbers)
         np.testing.assert_array_equal(found[~nan], rounded[~nan])
-        assert np.isnan(kernels.widen(isa, found)[nan]).all()
+        assert np.isnan(kernels.widen(isa, found, half)[nan]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

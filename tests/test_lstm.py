@@ -22,7 +22,6 @@ from convfast import lstm
 from tests.cases import (
     DTYPES,
     EMPTY_LSTM,
-    KEEP_NARROW,
     LSTM,
     LSTM_CASES,
     LSTM_EVERYTHING,
@@ -588,7 +587,7 @@ def test_memory_kept_for_backward(name: str, dtype: torch.dtype, backend: str) -
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         output, *_ = case.call(lstm, arguments, backend=backend)
     states = case.directions * case.batch * case.time * case.hidden
-    gates = dtype if backend in KEEP_NARROW else torch.float32
+    gates = torch.float32 if backend == "reference" else dtype
     assert sum(kept.values()) == states * (torch.float32.itemsize + 4 * gates.itemsize) + output.nbytes
 
 

@@ -439,7 +439,7 @@ def without_gradients(module: nn.Module, *arguments: Any, ops: list[str]) -> Any
     return found
 
 
-# One sample; a few, whose hidden units are shared out; so many that layers take steps together; several groups of them.
+# One sample; a few, whose hidden units are shared out; so many that layers take turns; several groups of them.
 @pytest.mark.parametrize("batch", [1, 3, 19, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", [*OPTIONS, "peephole"])

@@ -12,8 +12,7 @@ from .lstm_gates import lstm_gates
 __all__ = ["conv1d", "conv1d_lengths", "conv_lstm", "lstm", "lstm_gates", "register_fakes"]
 
 
-def register_fakes(namespace: str, narrow: bool = False) -> None:
-    """Give the ops in `namespace` their shape functions; once, before any capture. `narrow`: what is kept for
-    the backward has the dtype of the weights also on CPU tensors (`ops.checks.kept_dtype`)."""
+def register_fakes(namespace: str) -> None:
+    """Give the ops in `namespace` their shape functions; once, before any capture."""
     for op in (_lstm_gates, _conv_lstm, _conv1d, _lstm):
-        op.register_fakes(namespace, narrow)
+        op.register_fakes(namespace)

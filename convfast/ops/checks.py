@@ -188,12 +188,6 @@ def _in_one(function: type[Function]) -> type[Function]:
     return type(function.__name__, (Function,), body)
 
 
-def kept_dtype(like: Tensor, narrow: bool) -> torch.dtype:
-    """For fakes: type of what is kept for the backward, but for the cell state: that of the weights on a GPU and where
-    it is `narrow`, else that of the state."""
-    return like.dtype if narrow or like.device.type == "cuda" else state_dtype(like.dtype)
-
-
 def empty_channels_last(like: Tensor, shape: list[int], channel_dim: int, dtype: torch.dtype) -> Tensor:
     """For fakes: fresh memory with the channels innermost."""
     shape = shape[:channel_dim] + shape[channel_dim + 1 :] + [shape[channel_dim]]

@@ -22,7 +22,6 @@ from .checks import (
     check_tensors,
     empty_sequence,
     forward_mode,
-    kept_dtype,
     most_padding,
     needs_function,
     output_size,
@@ -241,7 +240,7 @@ class _Conv1d(torch.autograd.Function):
         return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
 
 
-def register_fakes(namespace: str, narrow: bool) -> None:
+def register_fakes(namespace: str) -> None:
     """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
     @library.register_fake(f"{namespace}::conv1d_forward")
@@ -260,11 +259,11 @@ def register_fakes(namespace: str, narrow: bool) -> None:
         save: bool,
     ) -> tuple[Tensor, Tensor]:
         time = output_length(x.shape[1], weight.shape[2], stride, padding, dilation)
-        shape, dtype = (x.shape[0], time, weight.shape[0]), kept_dtype(weight, narrow)
+        shape = (x.shape[0], time, weight.shape[0])
         kept = save and activation in BY_INPUT
         return (
             empty_sequence(weight, shape, time_major, weight.dtype),
-            empty_sequence(weight, shape, time_major, dtype) if kept else weight.new_empty(0, dtype=dtype),
+            empty_sequence(weight, shape, time_major, weight.dtype) if kept else weight.new_empty(0),
         )
 
     @library.register_fake(f"{namespace}::conv1d_backward")

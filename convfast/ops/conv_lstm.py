@@ -21,7 +21,6 @@ from .checks import (
     check_tensors,
     empty_channels_last,
     forward_mode,
-    kept_dtype,
     needs_function,
     output_size,
     unpack_state,
@@ -314,7 +313,7 @@ def algorithm_of(
     )
 
 
-def register_fakes(namespace: str, narrow: bool) -> None:
+def register_fakes(namespace: str) -> None:
     """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
     @library.register_fake(f"{namespace}::conv_lstm_forward")
@@ -346,13 +345,13 @@ def register_fakes(namespace: str, narrow: bool) -> None:
             ]
         batch, channels, dtype = source.shape[0], w_hh.shape[1], state_dtype(w_hh.dtype)
         sequence, state = [batch, time, channels, *space], [batch, channels, *space]
-        gates, saved = [batch, time, 4 * channels, *space], kept_dtype(w_hh, narrow)
+        gates = [batch, time, 4 * channels, *space]
         return (
             empty_channels_last(w_hh, sequence, 2, w_hh.dtype),
             empty_channels_last(w_hh, state, 1, w_hh.dtype),
             empty_channels_last(w_hh, state, 1, dtype),
             w_hh.new_empty(0, dtype=dtype) if save == "none" else empty_channels_last(w_hh, sequence, 2, dtype),
-            empty_channels_last(w_hh, gates, 2, saved) if save == "fast" else w_hh.new_empty(0, dtype=saved),
+            empty_channels_last(w_hh, gates, 2, w_hh.dtype) if save == "fast" else w_hh.new_empty(0),
         )
 
     @library.register_fake(f"{namespace}::conv_lstm_backward")

@@ -20,7 +20,6 @@ from .checks import (
     check_tensors,
     empty_sequence,
     forward_mode,
-    kept_dtype,
     needs_function,
     unpack_state,
     without_autocast,
@@ -265,7 +264,7 @@ class _LSTM(torch.autograd.Function):
         return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
 
 
-def register_fakes(namespace: str, narrow: bool) -> None:
+def register_fakes(namespace: str) -> None:
     """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
     @library.register_fake(f"{namespace}::lstm_forward")
@@ -296,7 +295,7 @@ def register_fakes(namespace: str, narrow: bool) -> None:
             w_hh.new_empty((directions, batch, size)),
             w_hh.new_empty((directions, batch, hidden), dtype=dtype),
             w_hh.new_empty((*sequence, hidden) if save else 0, dtype=dtype),
-            w_hh.new_empty((*sequence, 4 * hidden) if save else 0, dtype=kept_dtype(w_hh, narrow)),
+            w_hh.new_empty((*sequence, 4 * hidden) if save else 0),
         )
 
     @library.register_fake(f"{namespace}::lstm_backward")

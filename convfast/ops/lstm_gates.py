@@ -15,7 +15,6 @@ from .checks import (
     check_tensors,
     empty_channels_last,
     forward_mode,
-    kept_dtype,
     needs_function,
 )
 
@@ -96,8 +95,6 @@ class _LSTMGates(torch.autograd.Function):
             grads = reference.lstm_gates_backward(activated, c, c_out, peephole, dh, dc_out, needs, dactivated)
         else:
             backward = backends.function(ctx.backend, "lstm_gates_backward")
-            if dh is None:
-                dh = torch.zeros_like(c_out, dtype=ctx.dtype)  # its dtype tells the kernel that of dgates
             grads = backward(activated, c, c_out, peephole, dh, dc_out, needs)
         dgates, dc, dpeephole = grads
         return (
@@ -115,15 +112,14 @@ def _fake_like(layout: Tensor, shape: list[Any], dtype: torch.dtype) -> Tensor:
     return layout.new_empty(shape, dtype=dtype)
 
 
-def register_fakes(namespace: str, narrow: bool) -> None:
+def register_fakes(namespace: str) -> None:
     """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
     @library.register_fake(f"{namespace}::lstm_gates_forward")
     def _(gates: Tensor, c: Tensor | None, peephole: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         shape = [gates.shape[0], gates.shape[1] // 4, *gates.shape[2:]]
-        dtype, saved = state_dtype(gates.dtype), kept_dtype(gates, narrow)
-        activated = _fake_like(gates, list(gates.shape), saved) if save else gates.new_empty(0, dtype=saved)
-        return _fake_like(gates, shape, gates.dtype), _fake_like(gates, shape, dtype), activated
+        activated = _fake_like(gates, list(gates.shape), gates.dtype) if save else gates.new_empty(0)
+        return _fake_like(gates, shape, gates.dtype), _fake_like(gates, shape, state_dtype(gates.dtype)), activated
 
     @library.register_fake(f"{namespace}::lstm_gates_backward")
     def _(
@@ -135,9 +131,8 @@ def register_fakes(namespace: str, narrow: bool) -> None:
         dc_out: Tensor | None,
         needs: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = activated.dtype if dh is None else dh.dtype
         return (
-            _fake_like(activated, list(activated.shape), dtype) if needs[0] else activated.new_empty(0, dtype=dtype),
+            _fake_like(activated, list(activated.shape), activated.dtype) if needs[0] else activated.new_empty(0),
             _fake_like(activated, list(c_out.shape), c_out.dtype) if needs[1] else c_out.new_empty(0),
-            peephole.new_empty(peephole.shape) if needs[2] else activated.new_empty(0, dtype=dtype),
+            peephole.new_empty(peephole.shape) if needs[2] else activated.new_empty(0),
         )

@@ -208,7 +208,7 @@ def lstm_gates_backward(
     batch, channels, *space = c_out.shape
     pixels = torch.Size(space).numel()
     frame, width = (pixels, channels) if last else (1, channels * pixels)
-    dtype = activated.dtype if dh is None else dh.dtype
+    dtype = activated.dtype
     dgates = _empty(activated, activated.shape, dtype, last) if needs[0] else None
     dc = _empty(activated, c_out.shape, c_out.dtype, last) if needs[1] else None
     dpeephole = peephole.new_zeros(peephole.shape) if needs[2] else activated.new_empty(0, dtype=dtype)

@@ -20,7 +20,7 @@ for _launcher in (
 ):  # fmt: skip
     _LIBRARY.define(_launcher.__name__ + library.infer_schema(_launcher, mutates_args=()))
     _LIBRARY.impl(_launcher.__name__, _launcher, "CompositeExplicitAutograd")
-ops.register_fakes("convfast_triton", narrow=True)
+ops.register_fakes("convfast_triton")
 
 
 @library.register_fake("convfast_triton::conv1d_gates")

@@ -253,14 +253,14 @@ struct Engine {
   std::tuple<Tensor, Tensor> forward(bool time_major, bool save) {
     const std::vector<int64_t> order = time_major ? std::vector<int64_t>{1, 0, 2} : std::vector<int64_t>{0, 1, 2}, shape{p.batch, p.out_time, p.channels};
     const bool keep = save && act.from_pre;
-    Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<T>()) : empty_cpu({0}, scalar_type<T>());
+    Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<A>()) : empty_cpu({0}, scalar_type<A>());
     const Part* parts = by_parts() ? pack_parts() : nullptr;
     const T *w = parts ? nullptr : pack_weights(), *b = pack_bias();
     const long threads = torch::stable::get_num_threads(), split_size = parts ? kSplitParts<A> * part_size() : 0, size = packed_rows(kRows) * width + kRows * ldc + 64;
     T* scratch = workspace.take<T>(threads * size);
     Part* split = workspace.take<Part>(threads * split_size);
     const SequenceOf<A> results(y);
-    const SequenceOf<T> kept(pre);
+    const SequenceOf<A> kept(pre);
     // Whole vectors of results are written where they belong, without scratch between.
     const bool in_place = !parts && !keep && p.channels % k.lanes == 0 && (p.depthwise() || p.group_channels() % k.lanes == 0);
     Region region;
@@ -285,7 +285,7 @@ struct Engine {
       for (long r = 0; r < valid; ++r) {
         T* row = z + r * ldc;
         A* to = results.at(sample, begin + r);
-        if (keep) std::memcpy(static_cast<void*>(kept.at(sample, begin + r)), row, p.channels * sizeof(T));
+        if (keep) convert(row, p.channels, kept.at(sample, begin + r));
         if constexpr (!kNarrow) {
           if (act.forward) act.forward(p.channels, row, to);
           else std::memcpy(static_cast<void*>(to), row, p.channels * sizeof(T));
@@ -300,8 +300,7 @@ struct Engine {
   }
 
   struct Saved {
-    SequenceOf<const A> dy, y;
-    SequenceOf<const T> pre;
+    SequenceOf<const A> dy, y, pre;
   };
 
   // Gradients of the pre-activations of rows [begin, begin + rows) of a sample, zero where there is none: [row][ldc].
@@ -323,13 +322,9 @@ struct Engine {
         continue;
       }
       const T* result = row_buffer;
-      if (act.from_pre) {
-        result = saved.pre.at(sample, t);
-      } else if constexpr (kNarrow) {
-        read(saved.y.at(sample, t), saved.y.feature, p.channels, row_buffer);
-      } else {
-        result = saved.y.at(sample, t);
-      }
+      const SequenceOf<const A>& from_forward = act.from_pre ? saved.pre : saved.y;
+      if constexpr (kNarrow) read(from_forward.at(sample, t), from_forward.feature, p.channels, row_buffer);
+      else result = from_forward.at(sample, t);
       act.backward(p.channels, gradient, result, to);
     }
   }
@@ -403,7 +398,7 @@ struct Engine {
     const long threads = torch::stable::get_num_threads(), cg = p.group_channels(), fg = p.group_features();
     const long ldg = p.depthwise() ? width : round_up(cg, 16), depth = p.depthwise() ? p.taps : p.groups * p.taps * fg;
     const Runs runs = window();
-    const Saved saved{SequenceOf<const A>(dy), SequenceOf<const A>(y), SequenceOf<const T>(pre)};
+    const Saved saved{SequenceOf<const A>(dy), SequenceOf<const A>(y), SequenceOf<const A>(pre)};
     const SequenceOf<A> out(dx);
     Region region;
 
@@ -533,7 +528,11 @@ std::tuple<Tensor, Tensor, Tensor> conv1d_backward(Tensor dy, Tensor x, Tensor w
   check_dtype(kBackward, "dy", dy, dtype, dtype);
   check_shape(kBackward, "y", y, {p.batch, p.out_time, p.channels});
   CONVFAST_CHECK(y.stride(2) == 1 || y.numel() == 0, kBackward, "y", "as the forward returned it", "other strides");
-  if (pre.numel()) check_shape(kBackward, "pre", pre, {p.batch, p.out_time, p.channels});
+  check_dtype(kBackward, "y", y, dtype, dtype);
+  if (pre.numel()) {
+    check_shape(kBackward, "pre", pre, {p.batch, p.out_time, p.channels});
+    check_dtype(kBackward, "pre", pre, dtype, dtype);
+  }
   return switch_dtype(kBackward, "weight", weight, [&](auto a) { return Engine<decltype(a)>(kBackward, p, x, weight, bias).backward(dy, y, pre, needs); });
 }
 

@@ -280,14 +280,14 @@ struct Engine {
     Outputs all{new_channels_last(p.shape({p.batch, p.time, c1}), narrow), new_channels_last(p.shape({p.batch, c1}), narrow),
                 new_channels_last(p.shape({p.batch, c1}), wide),
                 keep_c ? new_channels_last(p.shape({p.batch, p.time, c1}), wide) : empty_cpu({0}, wide),
-                keep_gates ? new_channels_last(p.shape({p.batch, p.time, 4 * c1}), wide) : empty_cpu({0}, wide)};
+                keep_gates ? new_channels_last(p.shape({p.batch, p.time, 4 * c1}), narrow) : empty_cpu({0}, narrow)};
     const auto& [h, h_n, c_n, c, gates] = all;
     const Packed packed = pack_weights();
     // Larger than a cache, the saved gates and the output would only drive out what the next step needs.
     const auto stream = [&](const Tensor& t, size_t most) {
       return c1 % kBlock == 0 && t.numel() * sizeof(T) > most && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
     };
-    const bool stream_gates = keep_gates && stream(gates, size_t(32) << 20), stream_out = !kNarrow && stream(h, size_t(8) << 20);
+    const bool stream_gates = keep_gates && !kNarrow && stream(gates, size_t(32) << 20), stream_out = !kNarrow && stream(h, size_t(8) << 20);
     for (long begin = 0, size = p.group_size(); begin < p.batch; begin += size) {
       const long n = std::min(size, p.batch - begin);
       Engine part(p.group(begin, n), in.group(begin, n));
@@ -301,7 +301,6 @@ struct Engine {
     const auto& [h, h_n, c_n, c, gates] = outputs;
     T* c_last = static_cast<T*>(c_n.mutable_data_ptr());
     T* c_all = keep_c ? static_cast<T*>(c.mutable_data_ptr()) : nullptr;
-    T* gates_all = keep_gates ? static_cast<T*>(gates.mutable_data_ptr()) : nullptr;
     A* h_all = out_data(h);
 
     // x of the next step is packed beside this one where that is little: it saves waiting for each other.
@@ -335,7 +334,7 @@ struct Engine {
       s.c_prev_frame = keep_c && step > 0 ? p.time * state : state;
       s.c = keep_c ? c_all + step * state : c_last;
       s.c_frame = keep_c ? p.time * state : state;
-      s.gates = keep_gates ? gates_all + 4 * step * state : nullptr;
+      if (keep_gates) s.gates = kept(out_data(gates) + 4 * step * state);
       s.gates_frame = 4 * p.time * state;
       s.stream_gates = stream_gates;
       s.stream_out = stream_out && s.h_frames;
@@ -576,7 +575,6 @@ struct Backward : Engine<A> {
                     const Tensor& c, const Tensor& gates, const Tensor& dx, const Tensor& dh0, const Tensor& dc0) {
     const long n_rows = p.out.rows();
     const T* c_all = static_cast<const T*>(c.const_data_ptr());
-    const T* gates_all = plan.lean ? nullptr : static_cast<const T*>(gates.const_data_ptr());
     T* dgates = workspace.template take<T>(4 * p.batch * padded_pixels * c1);
     Base::clear(dgates, 4 * p.batch * padded_pixels * c1);
     const long dh_ld = round_up(plan.dx_like_dh ? dx_column() + p.x_channels : c1, k.lanes);
@@ -625,9 +623,8 @@ struct Backward : Engine<A> {
     ConvLSTMStep<T> again{};
     if (plan.lean) {
       again = Base::step_arguments(plan.packed);
-      again.gates = dgates;
+      again.blocked_gates = dgates;
       again.gates_frame = 4 * padded_pixels * c1;
-      again.blocked_gates = true;
       again.gates_pixels = padded_pixels;
       again.gates_origin = origin;
       again.gates_map = pixel_map;
@@ -665,7 +662,7 @@ struct Backward : Engine<A> {
       GatesBackward<T> g{};
       g.rows = r;
       g.channels = c1;
-      g.gates = plan.lean ? nullptr : gates_all + 4 * step * state;
+      if (!plan.lean) g.gates = kept(Base::data(gates) + 4 * step * state);
       g.gates_frame = 4 * p.time * state;
       g.c_prev = c_prev;
       g.c_prev_frame = c_prev_frame;
@@ -903,8 +900,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_bac
   check_shape(kBackward, "c", c, sequence_shape);
   const bool layouts = (dense_channels_last(h, 2) && dense_channels_last(c, 2)) || h.numel() == 0;
   CONVFAST_CHECK(layouts, kBackward, "h and c", "channels-last, as the forward returned them", "other strides");
-  if (gates.numel()) check_shape(kBackward, "gates", gates, p.shape({p.batch, p.time, 4 * p.channels}));
   const ScalarType dtype = w_hh.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
+  check_dtype(kBackward, "h", h, dtype, dtype);
+  check_dtype(kBackward, "c", c, wide, wide);
+  if (gates.numel()) {
+    check_shape(kBackward, "gates", gates, p.shape({p.batch, p.time, 4 * p.channels}));
+    check_dtype(kBackward, "gates", gates, dtype, dtype);
+  }
   if (defined(dh)) {
     check_shape(kBackward, "dh", *dh, sequence_shape);
     check_dtype(kBackward, "dh", *dh, dtype, dtype);

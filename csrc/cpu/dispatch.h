@@ -65,12 +65,20 @@ constexpr ScalarType scalar_type() {
   else return ScalarType::Half;
 }
 
+template <class A>
+constexpr Format kFormat = std::is_same_v<A, BFloat16> ? kBfloat16 : std::is_same_v<A, Half> ? kHalf : kFull;
+
+template <class A>
+Kept<Wide<A>> kept(const A* data) {
+  return {const_cast<A*>(data), kFormat<A>};
+}
+
 // n neighbours from one type to another.
 template <class B, class C>
 void convert(const B* from, long n, C* to) {
   if constexpr (std::is_same_v<B, C>) std::memcpy(static_cast<void*>(to), from, n * sizeof(C));
-  else if constexpr (std::is_same_v<B, BFloat16> && std::is_same_v<C, float>) kernels<float>().widen(n, reinterpret_cast<const unsigned short*>(from), to);
-  else if constexpr (std::is_same_v<B, float> && std::is_same_v<C, BFloat16>) kernels<float>().narrow(n, from, reinterpret_cast<unsigned short*>(to));
+  else if constexpr (kFormat<B> != kFull && std::is_same_v<C, float>) kernels<float>().widen(n, reinterpret_cast<const unsigned short*>(from), kFormat<B>, to);
+  else if constexpr (std::is_same_v<B, float> && kFormat<C> != kFull) kernels<float>().narrow(n, from, kFormat<C>, reinterpret_cast<unsigned short*>(to));
   else
     for (long i = 0; i < n; ++i) to[i] = static_cast<C>(from[i]);
 }

@@ -152,6 +152,7 @@ struct Engine {
     long parts, team;
   };
   long stages = 1;  // of the pipeline
+  long turn = 1;    // steps that a layer takes before the one above it does
 
   // Few rows: teams as large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at
   // every step: teams whose members' shares it holds.
@@ -199,7 +200,7 @@ struct Engine {
   Pass pass = kInference;
   long most_rows(const Split& s) const { return std::clamp<long>((p.batch + s.parts - 1) / s.parts, 1, pass.most_rows); }
   long steps_of_chunk() const {
-    if (pass.forward && together()) return 1;
+    if (pass.forward && together()) return turn;
     if (stages > 1) return std::clamp<long>(p.time / 32, 1, 16);  // the next stage begins so much later
     return std::min(p.time, std::max<long>(1, pass.bytes / (most_rows(split()) * ldz * long(sizeof(T)))));
   }
@@ -409,7 +410,7 @@ struct Engine {
   Tensor shape_of_output() const { return empty_strided({p.batch, p.time, p.directions * size}, {0, 0, 1}, scalar_type<A>()); }
   Tensor empty_h() const { return empty_cpu({in.layers * p.directions, p.batch, size}, scalar_type<A>()); }
   Tensor empty_c() const { return empty_cpu({in.layers * p.directions, p.batch, hidden}, scalar_type<T>()); }
-  Tensor empty_saved(long n) const { return empty_cpu({p.directions, p.batch, p.time, n}, scalar_type<T>()); }
+  Tensor empty_saved(long n, ScalarType dtype) const { return empty_cpu({p.directions, p.batch, p.time, n}, dtype); }
 
   // A linear layer as the kernels read it.
   struct PackedHead {
@@ -467,18 +468,18 @@ struct Engine {
 
   std::vector<Buffers> buffers() {
     const Split s = split();
-    const long rows = most_rows(s), steps = steps_of_chunk();
+    const long rows = most_rows(s), steps = steps_of_chunk(), at_once = together() ? 1 : steps;
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
-      b.z = workspace.take<T>(steps * (by_parts() ? round_up(rows, kTileRows) : rows) * ldz);
+      b.z = workspace.take<T>(at_once * (by_parts() ? round_up(rows, kTileRows) : rows) * ldz);
       b.split = by_parts() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
       b.slot = rows * ldh;
-      b.slots = stages > 1 ? round_up(std::clamp<long>(kAhead / (b.slot * long(sizeof(T))), 2 * steps, p.time + 1), steps) : 2;
+      b.slots = stages > 1 ? round_up(std::clamp<long>(kAhead / (b.slot * long(sizeof(T))), 2 * steps, p.time + 1), steps) : std::max(2l, turn);
       b.h = workspace.take<T>(b.slots * b.slot);
       b.c = workspace.take<T>(rows * ldh);
       b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
       b.out = head.weight ? workspace.take<T>(rows * head.ld()) : nullptr;
-      for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(steps * rows * ldx));
+      for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(at_once * rows * ldx));
     }
     return parts;
   }
@@ -491,12 +492,13 @@ struct Engine {
     const Member& member;
     const Outputs& outputs;
     SequenceOf<A> y;  // null: nobody but the layer above reads it
-    T *c, *gates;     // null: not kept
+    T* c;             // null: not kept
+    A* gates;         // the same
   };
 
   Task task(const Group& g, const Packed& w, const Buffers& b, const Member& member, const Outputs& outputs) const {
-    const auto data = [](const OptionalTensor& t) { return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr; };
-    return {g, w, b, member, outputs, outputs.y ? SequenceOf<A>(*outputs.y) : SequenceOf<A>(), data(outputs.c), data(outputs.gates)};
+    T* c = outputs.c ? static_cast<T*>(outputs.c->mutable_data_ptr()) : nullptr;
+    return {g, w, b, member, outputs, outputs.y ? SequenceOf<A>(*outputs.y) : SequenceOf<A>(), c, outputs.gates ? out_data(*outputs.gates) : nullptr};
   }
 
   void forward(const Outputs& all) {
@@ -511,8 +513,13 @@ struct Engine {
     }
   }
 
-  // Layers of a pipeline, or that take a step together, so that what one gives the next one reads while it is in cache.
+  // Layers of a pipeline, or that take turns, so that what one gives the next one reads while it is in cache. A turn has several steps:
+  // weights of all layers may be too many for L2.
   static void forward(const std::vector<Engine*>& layers, const std::vector<Outputs>& all) {
+    constexpr long kMostSteps = 8;
+    long turn = layers[0]->stages > 1 ? 1 : kMostSteps;
+    for (const Engine* layer : layers) turn = std::min(turn, layer->pass.bytes / (layer->most_rows(layer->split()) * layer->ldh * long(sizeof(T))));
+    for (Engine* layer : layers) layer->turn = std::max(1l, turn);
     std::vector<std::vector<Buffers>> parts;
     std::vector<Packed> weights;
     std::vector<std::vector<Progress>> progress;  // of each part, layer by layer
@@ -534,19 +541,11 @@ struct Engine {
     });
   }
 
-  // Whether these layers do. With few rows to a step, or matrix tiles, weights that L2 does not hold from step to step would cost more
-  // than is saved.
-  static bool forwards_together(const std::vector<Engine*>& layers) {
-    constexpr long kManyRows = 16;
-    long bytes = 0;
-    bool many_rows = true;
-    for (const Engine* layer : layers) {
-      const Split s = layer->split();
-      if (layer->p.batch == 0 || layer->p.directions > 1 || s.team > 1 || !layer->together()) return false;
-      many_rows = many_rows && layer->most_rows(s) >= kManyRows && !layer->by_parts();
-      bytes += layer->weight_bytes();
-    }
-    return layers.size() > 1 && (many_rows || bytes <= l2_bytes() / 2);
+  // Whether these layers take turns.
+  static bool takes_turns(const std::vector<Engine*>& layers) {
+    for (const Engine* layer : layers)
+      if (layer->p.batch == 0 || layer->p.directions > 1 || layer->split().team > 1 || !layer->together()) return false;
+    return layers.size() > 1;
   }
 
   // Stages of a pipeline: a thread has layers of its own and runs behind the thread of those below. A step then has the rows of all
@@ -599,7 +598,9 @@ struct Engine {
 
   // The same of what the layer below gives.
   RowsOfX rows_of_h(const Task& t, const Chunk& chunk, const Engine& below, const Buffers& given) const {
-    if (chunk.end - chunk.begin == 1 || chunk.rows() * below.ldh == (chunk.end - chunk.begin) * given.slot) return {given.h_after(chunk.begin + 1), below.ldh};
+    const long steps = chunk.end - chunk.begin;
+    const bool in_one = chunk.rows() * below.ldh == steps * given.slot && chunk.begin % given.slots + steps <= given.slots;
+    if (steps == 1 || in_one) return {given.h_after(chunk.begin + 1), below.ldh};
     T* x = t.b.x[t.member.rank];
     for (long s = chunk.begin; s < chunk.end; ++s)
       for (long i = 0; i < chunk.active(s); ++i) read(given.h_after(s + 1) + i * below.ldh, 1, inputs, x + (chunk.at(s) + i) * ldx);
@@ -612,12 +613,16 @@ struct Engine {
     const long steps = layers[0]->steps_of_chunk(), most = g.length(0);
     for (long i = first; i < last; ++i) layers[i]->start(tasks[i]);
     for (long begin = 0; begin < most; begin += steps) {
-      const Chunk chunk(g, begin, std::min(most, begin + steps));
+      const long end = std::min(most, begin + steps);
       for (long i = first; i < last; ++i) {
-        if (progress && i > 0) progress[i - 1].wait(chunk.end);
-        const RowsOfX x = i > 0 ? layers[i]->rows_of_h(tasks[i], chunk, *layers[i - 1], tasks[i - 1].b) : layers[i]->rows_of_x(tasks[i], chunk);
-        layers[i]->take(tasks[i], chunk, x, progress && i + 1 < long(layers.size()) ? &progress[i + 1] : nullptr);
-        if (progress) progress[i].reach(chunk.end);
+        if (progress && i > 0) progress[i - 1].wait(end);
+        const long each = layers[i]->together() ? 1 : steps;
+        for (long at = begin; at < end; at += each) {
+          const Chunk chunk(g, at, std::min(end, at + each));
+          const RowsOfX x = i > 0 ? layers[i]->rows_of_h(tasks[i], chunk, *layers[i - 1], tasks[i - 1].b) : layers[i]->rows_of_x(tasks[i], chunk);
+          layers[i]->take(tasks[i], chunk, x, progress && i + 1 < long(layers.size()) ? &progress[i + 1] : nullptr);
+        }
+        if (progress) progress[i].reach(end);
       }
     }
     for (long i = first; i < last; ++i) layers[i]->finish(tasks[i]);
@@ -670,7 +675,7 @@ struct Engine {
     cells.end = mine.block_end;
     cells.z = z;
     cells.ldz = ldz;
-    cells.gates = gates ? gates + g.saved_row(s) * 4 * hidden : nullptr;
+    if (gates) cells.gates = kept(gates + g.saved_row(s) * 4 * hidden);
     cells.ldg = g.stride * 4 * hidden;
     cells.c_prev = c && s > 0 ? c + g.saved_row(s - 1) * hidden : b.c;
     cells.ldc_prev = c && s > 0 ? g.stride * hidden : ldh;
@@ -1000,7 +1005,8 @@ struct Backward : Engine<A> {
                     const Tensor& dh0, const Tensor& dc0) {
     const auto [first, last, ch, ch_end, column, n] = Base::share(member);
     const long h_begin = w.w_hr ? 0 : ch, h_end = w.w_hr ? size : ch_end, most = g.length(0), steps = Base::steps_of_chunk();
-    const T *c_all = static_cast<const T*>(given.c.const_data_ptr()), *gates_all = static_cast<const T*>(given.gates.const_data_ptr());
+    const T* c_all = static_cast<const T*>(given.c.const_data_ptr());
+    const A* gates_all = data(given.gates);
     const T one = 1;
     Base::read_state(given.dh_n, g, h_begin, h_end, b.dh, ldh);
     Base::read_state(given.dc_n, g, ch, ch_end, b.dc, ldh);
@@ -1020,7 +1026,7 @@ struct Backward : Engine<A> {
         cells.end = last;
         cells.z = b.z + chunk.at(s) * ldz;
         cells.ldz = ldz;
-        cells.gates = const_cast<T*>(gates_all) + g.saved_row(s) * 4 * hidden;
+        cells.gates = kept(gates_all + g.saved_row(s) * 4 * hidden);
         cells.ldg = g.stride * 4 * hidden;
         cells.c_prev = s > 0 ? c_all + g.saved_row(s - 1) * hidden : b.c0;
         cells.ldc_prev = s > 0 ? g.stride * hidden : ldh;
@@ -1169,7 +1175,7 @@ struct Backward : Engine<A> {
       k.tanh(hidden, cells.c + i * cells.ldc, m);
       for (long c = 0; c < hidden; ++c) {
         const long ch = c / kBlock * kBlock, width = std::min<long>(kBlock, hidden - ch);
-        m[c] *= cells.gates[i * cells.ldg + 4 * ch + 3 * width + c - ch];
+        m[c] *= static_cast<T>(static_cast<const A*>(cells.gates.data)[i * cells.ldg + 4 * ch + 3 * width + c - ch]);
       }
     }
     if (w.need_hr) k.outer_sum({cells.rows, b.dh, rows_of(size, ldh), b.m, ldh, hidden, b.dw_hr, ldh});
@@ -1238,15 +1244,15 @@ struct Backward : Engine<A> {
 
 template <class A>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_layer(const Problem& p, const Inputs& in, bool time_major, bool save) {
+  constexpr ScalarType wide = scalar_type<Wide<A>>();
   Engine<A> engine(p, in);
   typename Engine<A>::Outputs out{engine.empty_output(time_major, p.directions * p.size), engine.empty_h(), engine.empty_c(), {}, {}};
   if (save) {
-    out.c = engine.empty_saved(p.hidden);
-    out.gates = engine.empty_saved(4 * p.hidden);
+    out.c = engine.empty_saved(p.hidden, wide);
+    out.gates = engine.empty_saved(4 * p.hidden, scalar_type<A>());
   }
   engine.forward(out);
-  const auto saved = [](const OptionalTensor& t) { return t ? *t : empty_cpu({0}, scalar_type<Wide<A>>()); };
-  return {*out.y, out.h_n, out.c_n, saved(out.c), saved(out.gates)};
+  return {*out.y, out.h_n, out.c_n, out.c ? *out.c : empty_cpu({0}, wide), out.gates ? *out.gates : empty_cpu({0}, scalar_type<A>())};
 }
 
 template <class A>
@@ -1275,7 +1281,7 @@ std::tuple<Tensor, Tensor, Tensor> run_layers(Inputs in, const std::vector<std::
   if (in_steps) last.set_head(head);
   typename Engine<A>::Outputs out{{}, last.empty_h(), last.empty_c(), {}, {}};
   const Tensor y = last.empty_output(time_major, in_steps ? head.weight->size(0) : channels);
-  if (stages > 1 || Engine<A>::forwards_together(all)) {
+  if (stages > 1 || Engine<A>::takes_turns(all)) {
     std::vector<typename Engine<A>::Outputs> outs(all.size(), out);
     outs.back().y = y;
     Engine<A>::forward(all, outs);
@@ -1339,7 +1345,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check("y", y, {p.batch, p.time, p.directions * p.size}, dtype);
   CONVFAST_CHECK(y.stride(2) == 1 || y.numel() == 0, kBackward, "y", "as the forward returned it", "other strides");
   check("c", c, {p.directions, p.batch, p.time, p.hidden}, wide);
-  check("gates", gates, {p.directions, p.batch, p.time, 4 * p.hidden}, wide);
+  check("gates", gates, {p.directions, p.batch, p.time, 4 * p.hidden}, dtype);
   check("dy", dy, shape_of(y), dtype);
   check("dh_n", dh_n, {p.directions, p.batch, p.size}, dtype);
   check("dc_n", dc_n, {p.directions, p.batch, p.hidden}, wide);

@@ -116,14 +116,9 @@ const T* widen(const A* src, long n, T* scratch) {
   if constexpr (std::is_same_v<A, T>) {
     return src;
   } else {
-    for (long i = 0; i < n; ++i) scratch[i] = static_cast<T>(src[i]);
+    convert(src, n, scratch);
     return scratch;
   }
-}
-
-template <class A, class T>
-void narrow(const T* src, long n, A* dst) {
-  for (long i = 0; i < n; ++i) dst[i] = static_cast<A>(src[i]);
 }
 
 template <class A>
@@ -136,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& gates_in, const Optiona
   const auto order = l.order(shape.size());
   const Tensor gates = in_order(gates_in, order);
   Tensor h = empty_ordered(shape, order, scalar_type<A>()), c_out = empty_ordered(shape, order, scalar_type<T>());
-  Tensor activated = save ? empty_ordered(shape_of(gates), order, scalar_type<T>()) : empty_cpu({0}, scalar_type<T>());
+  Tensor activated = save ? empty_ordered(shape_of(gates), order, scalar_type<A>()) : empty_cpu({0}, scalar_type<A>());
   const Tensor c_prev = defined(c) ? in_order(*c, order) : c_out;
   const bool c_narrow = kNarrow && defined(c) && c->scalar_type() == scalar_type<A>();
   Workspace workspace;
@@ -146,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& gates_in, const Optiona
   const void* cp = defined(c) ? c_prev.const_data_ptr() : nullptr;
   A* h_data = static_cast<A*>(h.mutable_data_ptr());
   T* c_data = static_cast<T*>(c_out.mutable_data_ptr());
-  T* a_data = save ? static_cast<T*>(activated.mutable_data_ptr()) : nullptr;
+  A* a_data = save ? static_cast<A*>(activated.mutable_data_ptr()) : nullptr;
   const Pieces pieces(l);
   const long plane = l.plane();
   parallel(l.batch * pieces.per_sample, [&](long begin, long end) {
@@ -176,9 +171,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& gates_in, const Optiona
       if (p) s.peephole = p + piece.at;
       s.peephole_stride = plane;
       s.c = c_data + at;
-      if (a_data) s.activated = a_data + at4;
+      if (a_data) s.activated = kept(a_data + at4);
       k.cell_forward(s);
-      if constexpr (kNarrow) narrow(s.h, n, h_data + at);
+      if constexpr (kNarrow) convert(s.h, n, h_data + at);
     }
   });
   return {h, c_out, activated};
@@ -208,7 +203,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& activated, const Optio
   const Tensor c = defined(c_in) ? in_order(*c_in, order) : c_out, dh = defined(dh_in) ? in_order(*dh_in, order) : c_out,
                dco = defined(dc_in) ? in_order(*dc_in, order) : c_out;
   const bool c_narrow = kNarrow && defined(c_in) && c_in->scalar_type() == scalar_type<A>();
-  const T *a_data = static_cast<const T*>(activated.const_data_ptr()), *c_data = static_cast<const T*>(c_out.const_data_ptr());
+  const A* a_data = static_cast<const A*>(activated.const_data_ptr());
+  const T* c_data = static_cast<const T*>(c_out.const_data_ptr());
   // All samples of a piece in one task where their peephole gradients add up: one order whatever the threads.
   const long together = dp_data ? l.batch : 1;
   parallel(dp_data ? pieces.per_sample : l.batch * pieces.per_sample, [&](long begin, long end) {
@@ -221,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& activated, const Optio
         CellSpan<T> s{};
         s.n = piece.n;
         s.rows = piece.rows;
-        s.activated = const_cast<T*>(a_data) + at4;
+        s.activated = kept(a_data + at4);
         s.activated_stride = l.gate_stride();
         s.activated_next = 4 * l.channels;
         if (defined(c_in))
@@ -273,23 +269,24 @@ std::tuple<Tensor, Tensor, Tensor> lstm_gates_forward(Tensor gates, OptionalTens
 std::tuple<Tensor, Tensor, Tensor> lstm_gates_backward(Tensor activated, OptionalTensor c, Tensor c_out, OptionalTensor peephole, OptionalTensor dh,
                                                        OptionalTensor dc_out, std::vector<int64_t> needs) {
   make_layout(kBackward, "activated", activated);
-  const ScalarType wide = activated.scalar_type();
-  // The narrow type is that of whoever has it; all wide: the wide type itself.
-  const Tensor& typed = defined(dh) ? *dh : defined(peephole) ? *peephole : defined(c) ? *c : activated;
+  const ScalarType dtype = activated.scalar_type(), wide = dtype == ScalarType::Double ? dtype : ScalarType::Float;
   const auto shape = state_shape(activated);
   CONVFAST_CHECK(needs.size() == 3, kBackward, "needs", "3 flags", needs.size());
   check_shape(kBackward, "c_out", c_out, shape);
   check_dtype(kBackward, "c_out", c_out, wide, wide);
   if (defined(c)) {
     check_shape(kBackward, "c", *c, shape);
-    check_dtype(kBackward, "c", *c, typed.scalar_type(), wide);
+    check_dtype(kBackward, "c", *c, dtype, wide);
   }
-  if (defined(dh)) check_shape(kBackward, "dh", *dh, shape);
+  if (defined(dh)) {
+    check_shape(kBackward, "dh", *dh, shape);
+    check_dtype(kBackward, "dh", *dh, dtype, dtype);
+  }
   if (defined(dc_out)) {
     check_shape(kBackward, "dc_out", *dc_out, shape);
     check_dtype(kBackward, "dc_out", *dc_out, wide, wide);
   }
-  return switch_dtype(kBackward, "dh", typed,
+  return switch_dtype(kBackward, "activated", activated,
                       [&](auto a) { return backward<decltype(a)>(activated, c, c_out, peephole, dh, dc_out, needs); });
 }
 

@@ -28,10 +28,11 @@ inline const SplitKernels* tile_kernels() {
 #if defined(CONVFAST_EMULATE_TILES)
     return amx_kernels();
 #endif
-    constexpr unsigned kTiles = 1u << 24, kOfBfloat16 = 1u << 22;
+    constexpr unsigned kTiles = 1u << 24, kOfBfloat16 = 1u << 22, kRounds = 1u << 5;
     constexpr long kAskFor = 0x1023, kTileData = 18;
     unsigned a, b, c, d;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) && (d & kOfBfloat16) && syscall(SYS_arch_prctl, kAskFor, kTileData) == 0) return amx_kernels();
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kOfBfloat16) || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kRounds)) return nullptr;
+    if (syscall(SYS_arch_prctl, kAskFor, kTileData) == 0) return amx_kernels();
 #endif
     return nullptr;
   }();

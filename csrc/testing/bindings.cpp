@@ -100,7 +100,7 @@ static py::tuple cell_forward(const std::string& isa, const Array<T>& z, const O
   p.peephole = data(peephole);
   p.c = c.mutable_data();
   p.h = h.mutable_data();
-  p.activated = activated.mutable_data();
+  p.activated = {activated.mutable_data(), kFull};
   kernels<T>(isa).cell_forward(p);
   return py::make_tuple(c, h, activated);
 }
@@ -119,7 +119,7 @@ static py::tuple cell_backward(const std::string& isa, Array<T> activated, Array
   OptionalArray<T> dpeephole;
   if (peephole) dpeephole = zeros<T>({3, rows, n});
   CellSpan<T> p = span<T>(rows, n);
-  p.activated = activated.mutable_data();
+  p.activated = {activated.mutable_data(), kFull};
   p.c = c.mutable_data();
   p.c_prev = data(c_prev);
   p.dh = data(dh);
@@ -369,15 +369,15 @@ static Array<T> transpose(const std::string& isa, const Array<T>& src) {
   return dst;
 }
 
-static Array<float> widen(const std::string& isa, const Array<unsigned short>& from) {
+static Array<float> widen(const std::string& isa, const Array<unsigned short>& from, bool half) {
   Array<float> to(from.size());
-  kernels<float>(isa).widen(from.size(), from.data(), to.mutable_data());
+  kernels<float>(isa).widen(from.size(), from.data(), half ? kHalf : kBfloat16, to.mutable_data());
   return to;
 }
 
-static Array<unsigned short> narrow(const std::string& isa, const Array<float>& from) {
+static Array<unsigned short> narrow(const std::string& isa, const Array<float>& from, bool half) {
   Array<unsigned short> to(from.size());
-  kernels<float>(isa).narrow(from.size(), from.data(), to.mutable_data());
+  kernels<float>(isa).narrow(from.size(), from.data(), half ? kHalf : kBfloat16, to.mutable_data());
   return to;
 }
 
@@ -454,8 +454,8 @@ PYBIND11_MODULE(convfast_kernels, m) {
   bind<float>(m);
   bind<double>(m);
   const py::arg isa("isa");
-  m.def("widen", widen, isa, py::arg("from_").noconvert());
-  m.def("narrow", narrow, isa, py::arg("from_").noconvert());
+  m.def("widen", widen, isa, py::arg("from_").noconvert(), py::arg("half"));
+  m.def("narrow", narrow, isa, py::arg("from_").noconvert(), py::arg("half"));
   m.def("winograd_convolve", winograd_convolve, isa, py::arg("frames").noconvert(), py::arg("weight").noconvert());
   m.def("winograd_weight_gradient", winograd_weight_gradient, isa, py::arg("frames").noconvert(), py::arg("grad").noconvert(), py::arg("r"));
 }

@@ -6,9 +6,9 @@
 // or one by four where there is one tile of rows.
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 11)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
-#pragma GCC target("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 #include <immintrin.h>
 
@@ -19,6 +19,8 @@
 #include "kernels.h"
 #if defined(CONVFAST_EMULATE_TILES)
 #include "../../testing/tiles.h"
+#else
+#define CONVFAST_BFLOAT16
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -28,17 +30,7 @@ namespace cpu {
 namespace CONVFAST_ISA {
 namespace {
 
-#include "simd.h"
-
-#include "math.h"
-
-#include "gemm.h"
-
-#include "lstm_gates.h"
-
-#include "lstm.h"
-
-typedef unsigned short Part;
+#include "parts.inc"
 
 // Infinities are held to the largest float32: inf - inf would make them NaN.
 static INLINE __m512i finite(__m512 v) {
@@ -76,7 +68,7 @@ static void split_rows(const Split& p) {
 static void split(const Split& p) {
   if (p.parts == 3) split_rows<3>(p);
   else if (p.parts == 2) split_rows<2>(p);
-  else split_rows<1>(p);
+  else round_rows(p);
 }
 
 struct alignas(64) Config {

@@ -12,6 +12,7 @@
 
 #define CONVFAST_ISA avx512_bf16
 #define CONVFAST_BYTES 64
+#define CONVFAST_BFLOAT16
 
 #include "../../common/cell.h"
 #include "kernels.h"
@@ -23,32 +24,9 @@ namespace cpu {
 namespace CONVFAST_ISA {
 namespace {
 
-#include "simd.h"
+#include "parts.inc"
 
-#include "math.h"
-
-#include "gemm.h"
-
-#include "lstm_gates.h"
-
-#include "lstm.h"
-
-typedef unsigned short Part;
 typedef int Pair __attribute__((aligned(2), may_alias));
-
-// What comes is bfloat16 already.
-static void split(const Split& p) {
-  for (long r = 0; r < p.rows; ++r) {
-    const float* from = p.from + r * p.ld_from;
-    Part* to = p.to + r * p.ld;
-    for (long c = 0; c < p.n; c += 32) {
-      const long left = p.n - c;
-      const unsigned lanes = left >= 32 ? ~0u : (1u << left) - 1;
-      const __m512 low = _mm512_maskz_loadu_ps((__mmask16)lanes, from + c), high = _mm512_maskz_loadu_ps((__mmask16)(lanes >> 16), from + c + 16);
-      _mm512_storeu_si512(to + c, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-  }
-}
 
 // Rows [row, row + M) by columns [n, n + 16 NV).
 template <int M, int NV>
@@ -118,7 +96,7 @@ static void lstm_step(const SplitGemm& g, const LstmCells<float>& p) {
 }  // namespace CONVFAST_ISA
 
 const SplitKernels* dot_kernels() {
-  static const SplitKernels kernels = {avx512_bf16::split, avx512_bf16::gemm, avx512_bf16::lstm_step};
+  static const SplitKernels kernels = {avx512_bf16::round_rows, avx512_bf16::gemm, avx512_bf16::lstm_step};
   return &kernels;
 }
 

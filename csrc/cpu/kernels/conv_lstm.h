@@ -47,12 +47,13 @@ static INLINE void any_cells(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
   const T* c_prev = p.c_prev ? p.c_prev + sample * p.c_prev_frame + pixel * p.channels + ch : 0;
   T* c = p.c ? p.c + sample * p.c_frame + pixel * p.channels + ch : 0;
   const T* gx = p.gates_x ? p.gates_x + sample * p.gates_x_frame + pixel * c4 + ch : 0;
-  T* gates = p.gates ? p.gates + sample * p.gates_frame + pixel * c4 + ch : 0;
-  long gate = p.channels, next = c4;
-  if (p.gates && p.blocked_gates) {
+  Kept<T> gates = p.gates;
+  long kept = sample * p.gates_frame + pixel * c4 + ch, gate = p.channels, next = c4;
+  if (p.blocked_gates) {
     const long row = pixel / p.rows.width, d = row / p.rows.height, y = row % p.rows.height;
     const long at = p.gates_origin + d * p.gates_map.depth + y * p.gates_map.height + pixel % p.rows.width;
-    gates = p.gates + sample * p.gates_frame + 4 * (p.gates_pixels * ch + at * n);
+    gates = {p.blocked_gates, kFull};
+    kept = sample * p.gates_frame + 4 * (p.gates_pixels * ch + at * n);
     gate = n;
     next = 4 * n;
   }
@@ -84,30 +85,17 @@ static INLINE void any_cells(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
         if (h_frame) S::store(h_frame + at, r.h);
         if (h && p.stream_out) S::stream(h + at, r.h);
         else if (h) S::store(h + at, r.h);
-        if (gates && p.stream_gates) {
-          T* q = gates + i * next + j;
-          S::stream(q, r.i);
-          S::stream(q + gate, r.f);
-          S::stream(q + 2 * gate, r.g);
-          S::stream(q + 3 * gate, r.o);
-        } else if (gates) {
-          T* q = gates + i * next + j;
-          S::store(q, r.i);
-          S::store(q + gate, r.f);
-          S::store(q + 2 * gate, r.g);
-          S::store(q + 3 * gate, r.o);
-        }
       } else {
         if (c) S::storen(c + at, r.c, lanes);
         if (h_frame) S::storen(h_frame + at, r.h, lanes);
         if (h) S::storen(h + at, r.h, lanes);
-        if (gates) {
-          T* q = gates + i * next + j;
-          S::storen(q, r.i, lanes);
-          S::storen(q + gate, r.f, lanes);
-          S::storen(q + 2 * gate, r.g, lanes);
-          S::storen(q + 3 * gate, r.o, lanes);
-        }
+      }
+      if (!gates.data) continue;
+      const V values[4] = {r.i, r.f, r.g, r.o};
+      for (int k = 0; k < 4; ++k) {
+        const long to = kept + i * next + k * gate + j;
+        if (p.stream_gates) S::stream((T*)gates.data + to, values[k]);
+        else store_kept(gates, to, values[k], lanes);
       }
     }
   }
@@ -124,7 +112,8 @@ struct CellTile {
 
 // N neighbouring pixels from the `i`th of a row of a whole block; the arrays begin at the row's first.
 template <class T, int N, int kGates>
-static INLINE void plain_cells_together(const CellTile<T>& t, long i, long channels, const T* z, const T* c_prev, T* c, T* h, T* h_frame, T* gates, bool stream_out) {
+static INLINE void plain_cells_together(const CellTile<T>& t, long i, long channels, const T* z, const T* c_prev, T* c, T* h, T* h_frame, const Kept<T>& gates, long kept,
+                                        bool stream_out) {
   typedef Several<T, N> S;
   for (long j = 0; j < kBlock; j += Simd<T>::W) {
     const T* q = z + i * t.ldz + j;
@@ -136,11 +125,13 @@ static INLINE void plain_cells_together(const CellTile<T>& t, long i, long chann
     if (stream_out) r.h.stream(h + at, channels);
     else r.h.store(h + at, channels);
     if (kGates) {
-      T* g = gates + 4 * i * channels + j;
-      const S a[4] = {r.i, r.f, r.g, r.o};
-      for (int k = 0; k < 4; ++k)
-        if (kGates == 2) a[k].stream(g + k * channels, 4 * channels);
-        else a[k].store(g + k * channels, 4 * channels);
+      const S values[4] = {r.i, r.f, r.g, r.o};
+      for (int k = 0; k < 4; ++k) {
+        const long to = kept + (4 * i + k) * channels + j;
+        if (kGates == 1) values[k].store((T*)gates.data + to, 4 * channels);
+        else if (kGates == 2) values[k].stream((T*)gates.data + to, 4 * channels);
+        else values[k].narrow((unsigned short*)gates.data + to, gates.format, 4 * channels);
+      }
     }
   }
 }
@@ -153,17 +144,17 @@ static INLINE void plain_cells(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
   const long channels = p.channels, next = p.rows.width * channels, first = t.pixel * channels + t.ch;
   const T *z = t.z, *c_prev = p.c_prev + t.sample * p.c_prev_frame + first;
   T *c = p.c + t.sample * p.c_frame + first, *h = t.h, *h_frame = t.h_frame;
-  T* gates = kGates ? p.gates + t.sample * p.gates_frame + 4 * t.pixel * channels + t.ch : 0;
+  long kept = t.sample * p.gates_frame + 4 * t.pixel * channels + t.ch;
   for (long y = 0; y < t.rows; ++y) {
     long i = 0;
-    for (; i + kTogether <= t.m; i += kTogether) plain_cells_together<T, kTogether, kGates>(t, i, channels, z, c_prev, c, h, h_frame, gates, p.stream_out);
-    for (; i < t.m; ++i) plain_cells_together<T, 1, kGates>(t, i, channels, z, c_prev, c, h, h_frame, gates, p.stream_out);
+    for (; i + kTogether <= t.m; i += kTogether) plain_cells_together<T, kTogether, kGates>(t, i, channels, z, c_prev, c, h, h_frame, p.gates, kept, p.stream_out);
+    for (; i < t.m; ++i) plain_cells_together<T, 1, kGates>(t, i, channels, z, c_prev, c, h, h_frame, p.gates, kept, p.stream_out);
     z += t.z_next;
     c_prev += next;
     c += next;
     h += next;
     h_frame += p.h_map.height;
-    if (kGates) gates += 4 * next;
+    kept += 4 * next;
   }
 }
 
@@ -197,11 +188,11 @@ template <class T>
 static INLINE void cell_tile(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
   if (!p.peephole && !p.gates_x && !p.blocked_gates && p.c_prev && p.c && t.h_frame && t.h) {
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (t.n == kBlock && !p.gates) return plain_cells<T, 0>(p, t);
+      if (t.n == kBlock && !p.gates.data) return plain_cells<T, 0>(p, t);
       if (t.n == kBlock && p.stream_gates) return plain_cells<T, 2>(p, t);
-      if (t.n == kBlock) return plain_cells<T, 1>(p, t);
+      if (t.n == kBlock) return p.gates.format == kFull ? plain_cells<T, 1>(p, t) : plain_cells<T, 3>(p, t);
     }
-    if (p.channels < kBlock && !p.gates) return narrow_cells(p, t);
+    if (p.channels < kBlock && !p.gates.data) return narrow_cells(p, t);
   }
   for (long y = 0; y < t.rows; ++y) {
     const long pixel = t.pixel + y * p.rows.width;
@@ -266,8 +257,8 @@ static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
       const long n = c1 - ch < kBlock ? c1 - ch : (long)kBlock;
       T* dgates = p.dgates + s * p.dgates_frame + 4 * (p.dgates_pixels * ch + (frame_pixel + x) * n);
       const long at = pixel * c1 + ch;
-      const T* gates = p.gates ? p.gates + s * p.gates_frame + pixel * 4 * c1 + ch : dgates;
-      const long gate = p.gates ? c1 : n;
+      const Kept<T> kept = p.gates.data ? p.gates : Kept<T>{dgates, kFull};
+      const long first = p.gates.data ? s * p.gates_frame + pixel * 4 * c1 + ch : 0, gate = p.gates.data ? c1 : n;
       T* dc = p.dc + s * p.dc_frame + at;
       for (long j = 0; j < n; j += S::W) {
         const long lanes = n - j < S::W ? n - j : (long)S::W;
@@ -282,9 +273,10 @@ static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
           pe.o = S::loadn(p.peephole + 2 * plane + at + j, lanes);
         }
         const V c = S::loadn(p.c + s * p.c_frame + at + j, lanes);
+        V gates[4];
+        for (int k = 0; k < 4; ++k) gates[k] = load_kept(kept, first + k * gate + j, lanes);
         const CellBackward<V> r = lstm_cell_backward<M, kPeephole>(
-            S::loadn(gates + j, lanes), S::loadn(gates + gate + j, lanes), S::loadn(gates + 2 * gate + j, lanes),
-            S::loadn(gates + 3 * gate + j, lanes), c_prev, c, dh, S::loadn(dc + j, lanes), pe);
+            gates[0], gates[1], gates[2], gates[3], c_prev, c, dh, S::loadn(dc + j, lanes), pe);
         S::storen(dc + j, r.dc, lanes);
         S::storen(dgates + j, r.di, lanes);
         S::storen(dgates + n + j, r.df, lanes);

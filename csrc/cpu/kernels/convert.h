@@ -1,10 +1,29 @@
-// bfloat16 is the upper half of a float.
+// Numbers of 16 bits.
 
-typedef unsigned Bits __attribute__((may_alias));
+template <Format kFormat>
+static INLINE void widen_all(long n, const unsigned short* __restrict from, float* __restrict to) {
+  typedef Simd<float> S;
+  long i = 0;
+#pragma GCC unroll 4
+  for (; i + S::W <= n; i += S::W) S::store(to + i, S::widen(S::load(from + i), kFormat));
+  if (i < n) S::storen(to + i, S::widen(S::loadn(from + i, n - i), kFormat), n - i);
+}
 
-static void widen(long n, const unsigned short* __restrict from, float* __restrict to) {
-  Bits* bits = (Bits*)to;
-  for (long i = 0; i < n; ++i) bits[i] = (unsigned)from[i] << 16;
+template <Format kFormat>
+static INLINE void narrow_all(long n, const float* __restrict from, unsigned short* __restrict to) {
+  typedef Simd<float> S;
+  long i = 0;
+#pragma GCC unroll 4
+  for (; i + S::W <= n; i += S::W) S::store(to + i, S::narrow(S::load(from + i), kFormat));
+  if (i < n) S::storen(to + i, S::narrow(S::loadn(from + i, n - i), kFormat), n - i);
+}
+
+static void widen(long n, const unsigned short* from, Format format, float* to) {
+  format == kHalf ? widen_all<kHalf>(n, from, to) : widen_all<kBfloat16>(n, from, to);
+}
+
+static void narrow(long n, const float* from, Format format, unsigned short* to) {
+  format == kHalf ? narrow_all<kHalf>(n, from, to) : narrow_all<kBfloat16>(n, from, to);
 }
 
 // 32 rows of n bfloat16 as a depth of the second operand of a SplitGemm: neighbouring rows side by side. `panel`: from 32 columns to the next.
@@ -25,14 +44,5 @@ static void pair_rows(long n, const unsigned short* const* row, unsigned short* 
       }
       tile[pair] = __builtin_convertvector(*(const Wide*)even, Pairs) | __builtin_convertvector(*(const Wide*)odd, Pairs) << 16;
     }
-  }
-}
-
-// To the nearest, of two the even one; a NaN becomes the quiet one.
-static void narrow(long n, const float* __restrict from, unsigned short* __restrict to) {
-  const Bits* bits = (const Bits*)from;
-  for (long i = 0; i < n; ++i) {
-    const unsigned b = bits[i], rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-    to[i] = (unsigned short)((b & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
   }
 }

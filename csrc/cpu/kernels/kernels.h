@@ -29,6 +29,14 @@ struct Rows {
   long samples, height, rows, width;  // rows = depth * height
 };
 
+// Numbers kept for the backward, in T or in 16 bits.
+enum Format { kFull, kBfloat16, kHalf };
+template <class T>
+struct Kept {
+  void* data;  // null = not kept
+  Format format;
+};
+
 template <class T>
 struct Operand {
   const T* frames;  // null = absent
@@ -63,13 +71,13 @@ struct ConvLSTMStep {
   long c_prev_frame;
   T* c;                  // null = not wanted
   long c_frame;
-  T* gates;              // [sample][row][x][4C], activated; null = not kept
+  Kept<T> gates;         // [sample][row][x][4C], activated
   long gates_frame;
-  // blocked_gates: they go where GatesBackward will read them and put its gradients (its dgates, map and origin).
-  bool blocked_gates;
+  // Where GatesBackward will read them and put its gradients (its dgates, map and origin), instead of gates; null = not wanted.
+  T* blocked_gates;
   long gates_pixels, gates_origin;
   RowMap gates_map;
-  bool stream_gates;     // past the cache: nobody reads them before the backward. Whole blocks at aligned addresses only
+  bool stream_gates;     // past the cache: nobody reads them before the backward. In T, whole blocks at aligned addresses only
   T* h_frames;           // next step's recurrent input, inside its border; null = not wanted
   long h_frame;
   RowMap h_map;
@@ -83,7 +91,7 @@ template <class T>
 struct GatesBackward {
   Rows rows;
   long channels;
-  const T* gates;        // [sample][row][x][4C], activated; null = they lie where dgates will
+  Kept<T> gates;         // [sample][row][x][4C], activated; not kept: they lie where dgates will
   long gates_frame;
   const T *c_prev, *c;   // c_prev null = zero
   long c_prev_frame, c_frame;
@@ -117,7 +125,7 @@ template <class T>
 struct CellSpan {
   long n, rows, z_stride, z_next, peephole_stride;
   const T* z;            // forward: pre-activations
-  T* activated;          // forward: written, null = not kept; backward: read
+  Kept<T> activated;     // forward: written; backward: read
   const T* c_prev;       // null = zero
   const T* peephole;     // null = none
   T *c, *h;              // forward: written; backward: c is read
@@ -218,7 +226,7 @@ struct LstmCells {
   long rows, channels, begin, end;  // blocks [begin, end)
   T* z;                  // forward: pre-activations; backward: their gradients, written
   long ldz;
-  T* gates;              // activated; forward: null = not kept
+  Kept<T> gates;         // activated
   long ldg;
   const T* c_prev;       // null = zero; may be c
   long ldc_prev;
@@ -303,8 +311,8 @@ struct Kernels {
   void (*silu_backward)(long n, const T* dy, const T* x, T* dx);
   void (*gelu_backward)(long n, const T* dy, const T* x, T* dx);
   // bfloat16 from and to T, and what convert.h makes of it; null for double.
-  void (*widen)(long n, const unsigned short* from, T* to);
-  void (*narrow)(long n, const T* from, unsigned short* to);
+  void (*widen)(long n, const unsigned short* from, Format, T* to);
+  void (*narrow)(long n, const T* from, Format, unsigned short* to);
   void (*pair_rows)(long n, const unsigned short* const* row, unsigned short* to, long panel);
   // runs: one a tap, `length` channels long; w [tap][channel]; bias null = zero.
   void (*depthwise)(long rows, const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo);

@@ -15,8 +15,8 @@ struct CellStep {
   long z, c_prev, c, h, y, gates;
 };
 
-// N times a row of a whole block, from `row` and `block` on.
-template <class T, int N>
+// N times a row of a whole block, from `row` and `block` on. kGates: 0 not kept, 1 in T, 2 in 16 bits.
+template <class T, int N, int kGates>
 static INLINE void lstm_cells_together(const LstmCells<T>& p, long row, long block, const CellStep& next) {
   typedef Several<T, N> S;
   for (long j = 0; j < kBlock; j += Simd<T>::W) {
@@ -28,21 +28,34 @@ static INLINE void lstm_cells_together(const LstmCells<T>& p, long row, long blo
     cell.c.store(p.c + row * p.ldc + at, next.c);
     cell.h.store(p.h + row * p.ldh + at, next.h);
     if (p.y) cell.h.store(p.y + row * p.ldy + at, next.y);
-    if (!p.gates) continue;
-    T* gates = p.gates + row * p.ldg + gate_at;
-    cell.i.store(gates, next.gates);
-    cell.f.store(gates + kBlock, next.gates);
-    cell.g.store(gates + 2 * kBlock, next.gates);
-    cell.o.store(gates + 3 * kBlock, next.gates);
+    const S gates[4] = {cell.i, cell.f, cell.g, cell.o};
+    for (int k = 0; kGates && k < 4; ++k) {
+      const long to = row * p.ldg + gate_at + k * kBlock;
+      if (kGates == 1) gates[k].store((T*)p.gates.data + to, next.gates);
+      else gates[k].narrow((unsigned short*)p.gates.data + to, p.gates.format, next.gates);
+    }
   }
 }
 
 // Rows of a whole block from `row` on, N at a time: the first that is left.
-template <class T, int N>
+template <class T, int N, int kGates>
 static INLINE long lstm_rows_together(const LstmCells<T>& p, long row, long block) {
   const CellStep next = {p.ldz, p.ldc_prev, p.ldc, p.ldh, p.ldy, p.ldg};
-  for (; row + N <= p.rows; row += N) lstm_cells_together<T, N>(p, row, block, next);
+  for (; row + N <= p.rows; row += N) lstm_cells_together<T, N, kGates>(p, row, block, next);
   return row;
+}
+
+// All rows of whole blocks [begin, end): the first block that is left.
+template <class T, int kGates>
+static INLINE long lstm_blocks_together(const LstmCells<T>& p, long begin, long end) {
+  if (p.rows == 1)
+    for (; begin + 4 <= end; begin += 4) lstm_cells_together<T, 4, kGates>(p, 0, begin, {4 * kBlock, kBlock, kBlock, kBlock, kBlock, 4 * kBlock});
+  for (; begin < end; ++begin) {
+    long row = 0;
+    if (!kGates) row = lstm_rows_together<T, 4, kGates>(p, row, begin);  // kept, they would be too many streams of stores at once
+    lstm_rows_together<T, 1, kGates>(p, row, begin);
+  }
+  return begin;
 }
 
 // All rows of a block.
@@ -61,12 +74,9 @@ static INLINE void lstm_block_forward(const LstmCells<T>& p, long block) {
       S::storen(p.c + r * p.ldc + at, cell.c, lanes);
       S::storen(p.h + r * p.ldh + at, cell.h, lanes);
       if (p.y) S::storen(p.y + r * p.ldy + at, cell.h, lanes);
-      if (!p.gates) continue;
-      T* gates = p.gates + r * p.ldg + 4 * ch + j;
-      S::storen(gates, cell.i, lanes);
-      S::storen(gates + n, cell.f, lanes);
-      S::storen(gates + 2 * n, cell.g, lanes);
-      S::storen(gates + 3 * n, cell.o, lanes);
+      if (!p.gates.data) continue;
+      const V gates[4] = {cell.i, cell.f, cell.g, cell.o};
+      for (int k = 0; k < 4; ++k) store_kept(p.gates, r * p.ldg + 4 * ch + k * n + j, gates[k], lanes);
     }
   }
 }
@@ -77,13 +87,9 @@ static void lstm_cells_forward(const LstmCells<T>& p, long begin, long end) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (!p.peephole) {
       const long whole = p.channels / kBlock < end ? p.channels / kBlock : end;
-      if (p.rows == 1)
-        for (; begin + 4 <= whole; begin += 4) lstm_cells_together<T, 4>(p, 0, begin, {4 * kBlock, kBlock, kBlock, kBlock, kBlock, 4 * kBlock});
-      for (; begin < whole; ++begin) {
-        long row = 0;
-        if (!p.gates) row = lstm_rows_together<T, 4>(p, row, begin);  // kept, they would be too many streams of stores at once
-        lstm_rows_together<T, 1>(p, row, begin);
-      }
+      if (!p.gates.data) begin = lstm_blocks_together<T, 0>(p, begin, whole);
+      else if (p.gates.format == kFull) begin = lstm_blocks_together<T, 1>(p, begin, whole);
+      else begin = lstm_blocks_together<T, 2>(p, begin, whole);
     }
   }
   for (; begin < end; ++begin) {
@@ -116,13 +122,13 @@ static INLINE void lstm_block_backward(const LstmCells<T>& p, long block) {
     const Peephole<V> pe = kPeephole ? load_peephole(p.peephole + ch + j, p.channels, lanes) : Peephole<V>{};
     Peephole<V> sum = {};
     for (long r = 0; r < p.rows; ++r) {
-      const T* a = p.gates + r * p.ldg + 4 * ch + j;
       V dh = p.dh ? load_lanes<T, kWhole>(p.dh + r * p.ldh + ch + j, lanes) : V{};
       if (p.dy && p.dy[r]) dh += load_lanes<T, kWhole>(p.dy[r] + ch + j, lanes);
       T* dc = p.dc + r * p.ld_dc + ch + j;
       const V c_prev = p.c_prev ? load_lanes<T, kWhole>(p.c_prev + r * p.ldc_prev + ch + j, lanes) : V{}, c = load_lanes<T, kWhole>(p.c + r * p.ldc + ch + j, lanes);
-      const CellBackward<V> cell = lstm_cell_backward<VectorMath<T>, kPeephole>(load_lanes<T, kWhole>(a, lanes), load_lanes<T, kWhole>(a + n, lanes), load_lanes<T, kWhole>(a + 2 * n, lanes),
-                                                                                load_lanes<T, kWhole>(a + 3 * n, lanes), c_prev, c, dh, load_lanes<T, kWhole>(dc, lanes), pe);
+      V gates[4];
+      for (int k = 0; k < 4; ++k) gates[k] = load_kept(p.gates, r * p.ldg + 4 * ch + k * n + j, kWhole ? (long)S::W : lanes);
+      const CellBackward<V> cell = lstm_cell_backward<VectorMath<T>, kPeephole>(gates[0], gates[1], gates[2], gates[3], c_prev, c, dh, load_lanes<T, kWhole>(dc, lanes), pe);
       store_lanes<T, kWhole>(dc, cell.dc, lanes);
       T* z = p.z + r * p.ldz + 4 * ch + j;
       store_lanes<T, kWhole>(z, cell.di, lanes);

@@ -20,13 +20,9 @@ static void cell_forward_rows(const CellSpan<T>& p) {
           kPeephole ? load_peephole(p.peephole + at, p.peephole_stride, lanes) : Peephole<V>{});
       S::storen(p.c + at, cell.c, lanes);
       S::storen(p.h + at, cell.h, lanes);
-      if (p.activated) {
-        T* a = p.activated + r * p.activated_next + j;
-        S::storen(a, cell.i, lanes);
-        S::storen(a + p.activated_stride, cell.f, lanes);
-        S::storen(a + 2 * p.activated_stride, cell.g, lanes);
-        S::storen(a + 3 * p.activated_stride, cell.o, lanes);
-      }
+      if (!p.activated.data) continue;
+      const V gates[4] = {cell.i, cell.f, cell.g, cell.o};
+      for (int k = 0; k < 4; ++k) store_kept(p.activated, r * p.activated_next + k * p.activated_stride + j, gates[k], lanes);
     }
 }
 
@@ -37,11 +33,11 @@ static void cell_backward_rows(const CellSpan<T>& p) {
   for (long r = 0; r < p.rows; ++r)
     for (long j = 0; j < p.n; j += S::W) {
       const long lanes = p.n - j < S::W ? p.n - j : (long)S::W, at = r * p.n + j;
-      const T* a = p.activated + r * p.activated_next + j;
+      V gates[4];
+      for (int k = 0; k < 4; ++k) gates[k] = load_kept(p.activated, r * p.activated_next + k * p.activated_stride + j, lanes);
       const V c_prev = p.c_prev ? S::loadn(p.c_prev + at, lanes) : V{}, c = S::loadn(p.c + at, lanes);
       const CellBackward<V> cell = lstm_cell_backward<VectorMath<T>, kPeephole>(
-          S::loadn(a, lanes), S::loadn(a + p.activated_stride, lanes), S::loadn(a + 2 * p.activated_stride, lanes),
-          S::loadn(a + 3 * p.activated_stride, lanes), c_prev, c, p.dh ? S::loadn(p.dh + at, lanes) : V{},
+          gates[0], gates[1], gates[2], gates[3], c_prev, c, p.dh ? S::loadn(p.dh + at, lanes) : V{},
           p.dc ? S::loadn(p.dc + at, lanes) : V{},
           kPeephole ? load_peephole(p.peephole + at, p.peephole_stride, lanes) : Peephole<V>{});
       T* dz = p.dz + r * p.dz_next + j;

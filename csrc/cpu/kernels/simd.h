@@ -46,6 +46,63 @@ struct Simd<float> {
 #endif
   static INLINE void stream(float* p, V v) { stream_vector((V*)p, v); }
   static INLINE void fence() { stream_fence(); }
+  // 16 bits a number, of a bfloat16 the upper half; narrowed to the nearest, of two to the even one.
+  typedef unsigned Bits __attribute__((vector_size(CONVFAST_BYTES)));
+  typedef unsigned short Halves __attribute__((vector_size(CONVFAST_BYTES / 2), aligned(2), may_alias));
+  static INLINE Halves load(const unsigned short* p) { return *(const Halves*)p; }
+  static INLINE void store(unsigned short* p, Halves h) { *(Halves*)p = h; }
+  // The compiler makes two of a conversion between vectors of unlike size.
+#if CONVFAST_BYTES == 64
+  static INLINE Bits upper(Halves h) { return (Bits)_mm512_cvtepu16_epi32((__m256i)h) << 16; }
+  static INLINE Halves lower(Bits b) { return (Halves)_mm512_cvtepi32_epi16((__m512i)b); }
+#else
+  static INLINE Bits upper(Halves h) { return __builtin_convertvector(h, Bits) << 16; }
+  static INLINE Halves lower(Bits b) { return __builtin_convertvector(b, Halves); }
+#endif
+  static INLINE V widen(Halves h, Format format) {
+    if (format == kHalf) return widen_half(h);
+    return (V)upper(h);
+  }
+  static INLINE Halves narrow(V v, Format format) {
+    if (format == kHalf) return narrow_half(v);
+#if defined(CONVFAST_BFLOAT16)
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+    const Bits b = (Bits)v, rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+    return lower(v == v ? rounded : Bits{} + 0x7fc0);
+#endif
+  }
+#if CONVFAST_BYTES == 64
+  static INLINE V widen_half(Halves h) { return (V)_mm512_cvtph_ps((__m256i)h); }
+  static INLINE Halves narrow_half(V v) { return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static INLINE Halves loadn(const unsigned short* p, long n) { return (Halves)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p); }
+  static INLINE void storen(unsigned short* p, Halves h, long n) { _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)h); }
+#else
+  // Both after torch (c10/util/Half.h). The exponent moves by a product with a power of two; numbers below its range by a sum with one
+  // that has the last bit where they have it.
+  static INLINE V widen_half(Halves h) {
+    const Bits all = upper(h), sign = all & 0x80000000u, rest = all + all;
+    const V normal = (V)((rest >> 4) + (0xe0u << 23)) * 0x1p-112f, small = (V)((rest >> 17) | (126u << 23)) - .5f;
+    return (V)(sign | (rest < (1u << 27) ? (Bits)small : (Bits)normal));
+  }
+  static INLINE Halves narrow_half(V v) {
+    const Bits all = (Bits)v, sign = all & 0x80000000u, twice = all + all, exponent = twice & 0xff000000u;
+    const V scaled = (V)(all & 0x7fffffffu) * 0x1p+112f * 0x1p-110f;  // infinite past the range
+    const Bits sum = (Bits)((V)(((exponent < 0x71000000u ? Bits{} + 0x71000000u : exponent) >> 1) + 0x07800000u) + scaled);
+    const Bits finite = (sum >> 13 & 0x7c00u) + (sum & 0xfffu);
+    return lower(sign >> 16 | (twice > 0xff000000u ? Bits{} + 0x7e00u : finite));
+  }
+  static INLINE Halves loadn(const unsigned short* p, long n) {
+    if (n >= W) return load(p);
+    Halves h = {};
+    for (long i = 0; i < n; ++i) h[i] = p[i];
+    return h;
+  }
+  static INLINE void storen(unsigned short* p, Halves h, long n) {
+    if (n >= W) return store(p, h);
+    for (long i = 0; i < n; ++i) p[i] = h[i];
+  }
+#endif
 #if CONVFAST_BYTES == 64
   static INLINE V set1(float x) { return (V)_mm512_set1_ps(x); }
   static INLINE V fma(V a, V b, V c) { return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -118,6 +175,23 @@ static INLINE V relu_of(V x) {
   return x <= V{} ? V{} : x;
 }
 
+// The vector at `at` of what is kept, `lanes` of it.
+template <class T>
+static INLINE typename Simd<T>::V load_kept(const Kept<T>& from, long at, long lanes) {
+  typedef Simd<T> S;
+  if constexpr (sizeof(T) == sizeof(float))
+    if (from.format != kFull) return S::widen(S::loadn((const unsigned short*)from.data + at, lanes), from.format);
+  return S::loadn((const T*)from.data + at, lanes);
+}
+
+template <class T>
+static INLINE void store_kept(const Kept<T>& to, long at, typename Simd<T>::V v, long lanes) {
+  typedef Simd<T> S;
+  if constexpr (sizeof(T) == sizeof(float))
+    if (to.format != kFull) return S::storen((unsigned short*)to.data + at, S::narrow(v, to.format), lanes);
+  S::storen((T*)to.data + at, v, lanes);
+}
+
 // N vectors at once, each operation for all of them before the next: what depends on itself alone would leave the processor waiting.
 template <class T, int N>
 struct Several {
@@ -143,6 +217,9 @@ struct Several {
   static INLINE Several load(const T* p, long apart) { CONVFAST_EACH(Simd<T>::load(p + i * apart)); }
   INLINE void store(T* p, long apart) const {
     _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::store(p + i * apart, v[i]);
+  }
+  INLINE void narrow(unsigned short* p, Format format, long apart) const {
+    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::store(p + i * apart, Simd<T>::narrow(v[i], format));
   }
   INLINE void stream(T* p, long apart) const {
     _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::stream(p + i * apart, v[i]);
