@@ -44,7 +44,8 @@
 //      c_n    [B, C, *S']       A', channels-last
 //      c      [B, T, C, *S']    A', channels-last; empty when save == none. Frames past a length are undefined
 //      gates  [B, T, 4C, *S']   A, channels-last, activated; empty unless save == fast
-//   Which step frame s of c and gates belongs to is the backend's own affair; they only ever go back to its backward.
+//   Which step frame s of c and gates belongs to, and the order of a pixel's gates, are the backend's own affair; they only ever go back
+//   to its backward.
 //   Bytes per step kept for backward, in units of B*C*prod(S'): fast 5 sizeof(A) + sizeof(A'), lean sizeof(A) + sizeof(A').
 //
 // conv_lstm_backward(dh, dh_n, dc_n, x, w_ih, w_hh, bias, peephole, h0, c0, lengths, h, c, gates, time, stride,

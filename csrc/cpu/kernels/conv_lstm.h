@@ -48,13 +48,12 @@ static INLINE void any_cells(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
   T* c = p.c ? p.c + sample * p.c_frame + pixel * p.channels + ch : 0;
   const T* gx = p.gates_x ? p.gates_x + sample * p.gates_x_frame + pixel * c4 + ch : 0;
   Kept<T> gates = p.gates;
-  long kept = sample * p.gates_frame + pixel * c4 + ch, gate = p.channels, next = c4;
+  long kept = sample * p.gates_frame + pixel * c4 + 4 * ch, next = c4;
   if (p.blocked_gates) {
     const long row = pixel / p.rows.width, d = row / p.rows.height, y = row % p.rows.height;
     const long at = p.gates_origin + d * p.gates_map.depth + y * p.gates_map.height + pixel % p.rows.width;
     gates = {p.blocked_gates, kFull};
     kept = sample * p.gates_frame + 4 * (p.gates_pixels * ch + at * n);
-    gate = n;
     next = 4 * n;
   }
   const T* peephole = kPeephole ? p.peephole + pixel * p.channels + ch : 0;
@@ -93,8 +92,8 @@ static INLINE void any_cells(const ConvLSTMStep<T>& p, const T* z, long ldz, lon
       if (!gates.data) continue;
       const V values[4] = {r.i, r.f, r.g, r.o};
       for (int k = 0; k < 4; ++k) {
-        const long to = kept + i * next + k * gate + j;
-        if (p.stream_gates) S::stream((T*)gates.data + to, values[k]);
+        const long to = kept + i * next + k * n + j;
+        if (p.stream_gates) stream_kept(gates, to, values[k]);
         else store_kept(gates, to, values[k], lanes);
       }
     }
@@ -110,8 +109,9 @@ struct CellTile {
   T *h_frame, *h;        // null = not wanted
 };
 
-// N neighbouring pixels from the `i`th of a row of a whole block; the arrays begin at the row's first.
-template <class T, int N, int kGates>
+// N neighbouring pixels from the `i`th of a row of a whole block; the arrays begin at the row's first. kGates: 0 not kept, 1 in T,
+// 2 in 16 bits.
+template <class T, int N, int kGates, bool kStream>
 static INLINE void plain_cells_together(const CellTile<T>& t, long i, long channels, const T* z, const T* c_prev, T* c, T* h, T* h_frame, const Kept<T>& gates, long kept,
                                         bool stream_out) {
   typedef Several<T, N> S;
@@ -127,10 +127,8 @@ static INLINE void plain_cells_together(const CellTile<T>& t, long i, long chann
     if (kGates) {
       const S values[4] = {r.i, r.f, r.g, r.o};
       for (int k = 0; k < 4; ++k) {
-        const long to = kept + (4 * i + k) * channels + j;
-        if (kGates == 1) values[k].store((T*)gates.data + to, 4 * channels);
-        else if (kGates == 2) values[k].stream((T*)gates.data + to, 4 * channels);
-        else values[k].narrow((unsigned short*)gates.data + to, gates.format, 4 * channels);
+        const Kept<T> to = {gates.data, kGates == 1 ? kFull : gates.format};
+        values[k].keep(to, kept + 4 * i * channels + k * kBlock + j, 4 * channels, kStream);
       }
     }
   }
@@ -138,17 +136,17 @@ static INLINE void plain_cells_together(const CellTile<T>& t, long i, long chann
 
 // What most cells are: a whole block, no peepholes, nothing to add. A cell is a chain of operations that wait for each other: pixels go
 // together, but where gates are kept, which would be too many streams of stores at once.
-template <class T, int kGates>
+template <class T, int kGates, bool kStream>
 static INLINE void plain_cells(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
   enum { kTogether = kGates ? 1 : 4 };
   const long channels = p.channels, next = p.rows.width * channels, first = t.pixel * channels + t.ch;
   const T *z = t.z, *c_prev = p.c_prev + t.sample * p.c_prev_frame + first;
   T *c = p.c + t.sample * p.c_frame + first, *h = t.h, *h_frame = t.h_frame;
-  long kept = t.sample * p.gates_frame + 4 * t.pixel * channels + t.ch;
+  long kept = t.sample * p.gates_frame + 4 * first;
   for (long y = 0; y < t.rows; ++y) {
     long i = 0;
-    for (; i + kTogether <= t.m; i += kTogether) plain_cells_together<T, kTogether, kGates>(t, i, channels, z, c_prev, c, h, h_frame, p.gates, kept, p.stream_out);
-    for (; i < t.m; ++i) plain_cells_together<T, 1, kGates>(t, i, channels, z, c_prev, c, h, h_frame, p.gates, kept, p.stream_out);
+    for (; i + kTogether <= t.m; i += kTogether) plain_cells_together<T, kTogether, kGates, kStream>(t, i, channels, z, c_prev, c, h, h_frame, p.gates, kept, p.stream_out);
+    for (; i < t.m; ++i) plain_cells_together<T, 1, kGates, kStream>(t, i, channels, z, c_prev, c, h, h_frame, p.gates, kept, p.stream_out);
     z += t.z_next;
     c_prev += next;
     c += next;
@@ -188,9 +186,9 @@ template <class T>
 static INLINE void cell_tile(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
   if (!p.peephole && !p.gates_x && !p.blocked_gates && p.c_prev && p.c && t.h_frame && t.h) {
     if constexpr (sizeof(T) == sizeof(float)) {
-      if (t.n == kBlock && !p.gates.data) return plain_cells<T, 0>(p, t);
-      if (t.n == kBlock && p.stream_gates) return plain_cells<T, 2>(p, t);
-      if (t.n == kBlock) return p.gates.format == kFull ? plain_cells<T, 1>(p, t) : plain_cells<T, 3>(p, t);
+      if (t.n == kBlock && !p.gates.data) return plain_cells<T, 0, false>(p, t);
+      if (t.n == kBlock && p.gates.format == kFull) return p.stream_gates ? plain_cells<T, 1, true>(p, t) : plain_cells<T, 1, false>(p, t);
+      if (t.n == kBlock) return p.stream_gates ? plain_cells<T, 2, true>(p, t) : plain_cells<T, 2, false>(p, t);
     }
     if (p.channels < kBlock && !p.gates.data) return narrow_cells(p, t);
   }
@@ -258,7 +256,7 @@ static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
       T* dgates = p.dgates + s * p.dgates_frame + 4 * (p.dgates_pixels * ch + (frame_pixel + x) * n);
       const long at = pixel * c1 + ch;
       const Kept<T> kept = p.gates.data ? p.gates : Kept<T>{dgates, kFull};
-      const long first = p.gates.data ? s * p.gates_frame + pixel * 4 * c1 + ch : 0, gate = p.gates.data ? c1 : n;
+      const long first = p.gates.data ? s * p.gates_frame + 4 * (pixel * c1 + ch) : 0;
       T* dc = p.dc + s * p.dc_frame + at;
       for (long j = 0; j < n; j += S::W) {
         const long lanes = n - j < S::W ? n - j : (long)S::W;
@@ -274,7 +272,7 @@ static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
         }
         const V c = S::loadn(p.c + s * p.c_frame + at + j, lanes);
         V gates[4];
-        for (int k = 0; k < 4; ++k) gates[k] = load_kept(kept, first + k * gate + j, lanes);
+        for (int k = 0; k < 4; ++k) gates[k] = load_kept(kept, first + k * n + j, lanes);
         const CellBackward<V> r = lstm_cell_backward<M, kPeephole>(
             gates[0], gates[1], gates[2], gates[3], c_prev, c, dh, S::loadn(dc + j, lanes), pe);
         S::storen(dc + j, r.dc, lanes);

@@ -71,13 +71,13 @@ struct ConvLSTMStep {
   long c_prev_frame;
   T* c;                  // null = not wanted
   long c_frame;
-  Kept<T> gates;         // [sample][row][x][4C], activated
+  Kept<T> gates;         // [sample][row][x][block][i | f | g | o][channels of the block], activated
   long gates_frame;
   // Where GatesBackward will read them and put its gradients (its dgates, map and origin), instead of gates; null = not wanted.
   T* blocked_gates;
   long gates_pixels, gates_origin;
   RowMap gates_map;
-  bool stream_gates;     // past the cache: nobody reads them before the backward. In T, whole blocks at aligned addresses only
+  bool stream_gates;     // past the cache: nobody reads them before the backward. Whole blocks at aligned addresses only
   T* h_frames;           // next step's recurrent input, inside its border; null = not wanted
   long h_frame;
   RowMap h_map;
@@ -91,7 +91,7 @@ template <class T>
 struct GatesBackward {
   Rows rows;
   long channels;
-  Kept<T> gates;         // [sample][row][x][4C], activated; not kept: they lie where dgates will
+  Kept<T> gates;         // as of ConvLSTMStep; not kept: they lie where dgates will
   long gates_frame;
   const T *c_prev, *c;   // c_prev null = zero
   long c_prev_frame, c_frame;

@@ -30,9 +30,8 @@ static INLINE void lstm_cells_together(const LstmCells<T>& p, long row, long blo
     if (p.y) cell.h.store(p.y + row * p.ldy + at, next.y);
     const S gates[4] = {cell.i, cell.f, cell.g, cell.o};
     for (int k = 0; kGates && k < 4; ++k) {
-      const long to = row * p.ldg + gate_at + k * kBlock;
-      if (kGates == 1) gates[k].store((T*)p.gates.data + to, next.gates);
-      else gates[k].narrow((unsigned short*)p.gates.data + to, p.gates.format, next.gates);
+      const Kept<T> to = {p.gates.data, kGates == 1 ? kFull : p.gates.format};
+      gates[k].keep(to, row * p.ldg + gate_at + k * kBlock, next.gates, false);
     }
   }
 }

@@ -8,13 +8,14 @@ struct Simd;
 // Stores that do not fetch the line first, for aligned vectors; ordinary ones where there are none.
 template <class V>
 static INLINE void stream_vector(V* p, V v) {
-#if CONVFAST_BYTES == 64
-  _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#elif CONVFAST_BYTES == 32
-  _mm256_stream_si256((__m256i*)p, (__m256i)v);
-#else
-  *p = v;
+#if CONVFAST_BYTES > 16
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
 #endif
+#if CONVFAST_BYTES == 64
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+  *p = v;
 }
 
 static INLINE void stream_fence() {
@@ -51,6 +52,7 @@ struct Simd<float> {
   typedef unsigned short Halves __attribute__((vector_size(CONVFAST_BYTES / 2), aligned(2), may_alias));
   static INLINE Halves load(const unsigned short* p) { return *(const Halves*)p; }
   static INLINE void store(unsigned short* p, Halves h) { *(Halves*)p = h; }
+  static INLINE void stream(unsigned short* p, Halves h) { stream_vector((Halves*)p, h); }
   // The compiler makes two of a conversion between vectors of unlike size.
 #if CONVFAST_BYTES == 64
   static INLINE Bits upper(Halves h) { return (Bits)_mm512_cvtepu16_epi32((__m256i)h) << 16; }
@@ -179,17 +181,34 @@ static INLINE V relu_of(V x) {
 template <class T>
 static INLINE typename Simd<T>::V load_kept(const Kept<T>& from, long at, long lanes) {
   typedef Simd<T> S;
-  if constexpr (sizeof(T) == sizeof(float))
-    if (from.format != kFull) return S::widen(S::loadn((const unsigned short*)from.data + at, lanes), from.format);
-  return S::loadn((const T*)from.data + at, lanes);
+  const bool whole = lanes >= S::W;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const unsigned short* p = (const unsigned short*)from.data + at;
+    if (from.format != kFull) return S::widen(whole ? S::load(p) : S::loadn(p, lanes), from.format);
+  }
+  const T* p = (const T*)from.data + at;
+  return whole ? S::load(p) : S::loadn(p, lanes);
 }
 
 template <class T>
 static INLINE void store_kept(const Kept<T>& to, long at, typename Simd<T>::V v, long lanes) {
   typedef Simd<T> S;
+  const bool whole = lanes >= S::W;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    unsigned short* p = (unsigned short*)to.data + at;
+    if (to.format != kFull) return whole ? S::store(p, S::narrow(v, to.format)) : S::storen(p, S::narrow(v, to.format), lanes);
+  }
+  T* p = (T*)to.data + at;
+  whole ? S::store(p, v) : S::storen(p, v, lanes);
+}
+
+// Whole vectors at aligned addresses.
+template <class T>
+static INLINE void stream_kept(const Kept<T>& to, long at, typename Simd<T>::V v) {
+  typedef Simd<T> S;
   if constexpr (sizeof(T) == sizeof(float))
-    if (to.format != kFull) return S::storen((unsigned short*)to.data + at, S::narrow(v, to.format), lanes);
-  S::storen((T*)to.data + at, v, lanes);
+    if (to.format != kFull) return S::stream((unsigned short*)to.data + at, S::narrow(v, to.format));
+  S::stream((T*)to.data + at, v);
 }
 
 // N vectors at once, each operation for all of them before the next: what depends on itself alone would leave the processor waiting.
@@ -218,8 +237,8 @@ struct Several {
   INLINE void store(T* p, long apart) const {
     _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::store(p + i * apart, v[i]);
   }
-  INLINE void narrow(unsigned short* p, Format format, long apart) const {
-    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::store(p + i * apart, Simd<T>::narrow(v[i], format));
+  INLINE void keep(const Kept<T>& to, long at, long apart, bool streams) const {
+    _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) streams ? stream_kept(to, at + i * apart, v[i]) : store_kept(to, at + i * apart, v[i], Simd<T>::W);
   }
   INLINE void stream(T* p, long apart) const {
     _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i) Simd<T>::stream(p + i * apart, v[i]);
