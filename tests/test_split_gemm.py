@@ -16,8 +16,9 @@ from tests.oracle import lstm as lstm_oracle
 
 OPS = ("lstm", "conv1d")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
-# Rows enough for tiles on both threads; 33 and 70 are no multiples of a tile's depth, 17 rows none of its height.
-SIZES = [(40, 6, 64, 64), (34, 5, 33, 70), (80, 3, 5, 17), (2, 40, 33, 24)]
+# Rows enough for tiles on both threads; 33 and 70 are no multiples of a tile's depth, 17 rows none of its height. Then few samples, whose
+# hidden units or layers the threads share, and some more with weights that fill a core's L2.
+SIZES = [(40, 6, 64, 64), (34, 5, 33, 70), (80, 3, 5, 17), (2, 40, 33, 24), (1, 70, 33, 40), (5, 12, 64, 70), (9, 3, 40, 512)]
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +85,7 @@ OPTIONS = ("plain", "lengths", "state", "projection", "two_directions", "columns
 
 # 70 samples: a thread has them in two groups, whose sums go on from each other.
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("size", [(14, 5, 64, 64), (13, 6, 33, 21), (70, 2, 70, 40), (6, 2, 5, 17)], ids=str)
+@pytest.mark.parametrize("size", [(14, 5, 64, 64), (13, 6, 33, 21), (70, 2, 70, 40), (6, 2, 5, 17), (3, 9, 33, 40)], ids=str)
 def test_gradients_match_oracle(dtype: torch.dtype, size: tuple[int, int, int, int], option: str) -> None:
     batch, time, inputs, hidden = size
     generator = torch.Generator().manual_seed(2)
@@ -122,7 +123,7 @@ def test_gradients_match_oracle(dtype: torch.dtype, size: tuple[int, int, int, i
         assert_close_to_oracle(value, exact[name], eager[name], name)
 
 
-@pytest.mark.parametrize("rows", range(3, 16))
+@pytest.mark.parametrize("rows", range(1, 16))
 def test_any_height_of_tiles_matches_oracle(rows: int) -> None:
     check_lstm((2 * rows, 4, 40, 24), torch.bfloat16)
 
@@ -133,6 +134,16 @@ def test_same_bits_again_and_beside_other_samples(dtype: torch.dtype) -> None:
     assert torch.equal(whole, convfast.lstm(**tensors, backend="cpu")[0])
     half = convfast.lstm(**tensors | {"input": tensors["input"][20:54]}, backend="cpu")[0]
     assert torch.equal(whole[20:54], half)
+
+
+@pytest.mark.parametrize("few", [1, 2, 3, 5, 7, 11])
+@pytest.mark.parametrize("size", [(33, 70), (64, 64), (40, 512)], ids=str)
+def test_few_samples_have_the_bits_of_many_by_dot_products(size: tuple[int, int], few: int, capability: str) -> None:
+    if "amx" in capability:
+        pytest.skip("few samples go by float32 beside matrix tiles")
+    tensors = arguments(24, 5, *size, torch.bfloat16)
+    many = convfast.lstm(**tensors, backend="cpu")[0]
+    assert torch.equal(many[:few], convfast.lstm(**tensors | {"input": tensors["input"][:few]}, backend="cpu")[0])
 
 
 def test_nan_stays_in_its_sample(dtype: torch.dtype) -> None:

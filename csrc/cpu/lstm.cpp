@@ -157,8 +157,8 @@ struct Engine {
   // Few rows: teams as large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at
   // every step: teams whose members' shares it holds.
   Split split() const {
-    constexpr long kFewRows = 4, kSomeRows = 16;
-    const long few = by_dots() ? kFewDots : kFewRows;
+    constexpr long kFewRows = 4, kSomeRows = 16, kFewOfLarge = 6;
+    const long few = !by_dots() ? kFewRows : pass.forward && 2 * weight_bytes() > l2_bytes() ? kFewOfLarge : kFewDots;
     if (stages > 1) return {threads / stages, stages};
     long team = 1;
     if (size == hidden && !in.directions[0].w_hr) {
@@ -175,15 +175,16 @@ struct Engine {
   bool together() const {
     const Split s = split();
     const long rows = most_rows(s);
-    if (by_dots() && s.team == 1) return rows >= kFewDots;
+    if (by_dots()) return rows >= kFewDots && !shares_units();
     return rows >= 2 * kTogether || (rows >= kTogether && (by_tiles() || 4 * operand_bytes() <= 3 * s.team * l2_bytes()));
   }
 
-  // Whether the GEMM of a step is of parts of bfloat16.
+  // Whether the GEMMs are of parts of bfloat16: by tiles where rows are enough for x and h as one operand.
   static constexpr long kParts = kSplitParts<A>;
-  bool by_parts() const { return (by_tiles() || by_dots()) && together() && !shares_units(); }
+  bool by_parts() const { return by_dots() || (by_tiles() && together() && !shares_units()); }
   long split_x() const { return round_up(inputs, kSplitDepth); }
-  long split_depth() const { return split_x() + round_up(size, kSplitDepth); }
+  long split_h() const { return round_up(size, kSplitDepth); }
+  long split_depth() const { return split_x() + split_h(); }
   // Of a step's rows of x and h, [row][part][split_depth()], with a gap for the sets of the cache.
   long split_ld() const { return kParts * split_depth() + kSplitDepth; }
 
@@ -272,7 +273,7 @@ struct Engine {
 
   struct Packed {
     const T *w_ih, *w_hh, *bias, *peephole, *w_hr;  // together(): w_ih is both, one above the other
-    const Part* split = nullptr;                     // by_parts(): instead of w_ih and w_hh
+    const Part *split_ih = nullptr, *split_hh = nullptr;  // by_parts(): instead of w_ih and w_hh; together(): split_ih is both
   };
 
   // Rows [first, first + n) of a GEMM operand of `all` rows from w [4H, n], the gates' columns in blocks: [panel][all][panel columns].
@@ -333,14 +334,27 @@ struct Engine {
       pack_panels(k, hidden, size, w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
     }
     if (by_parts()) {
-      Part* packed = workspace.take<Part>(split_size(4 * hidden, split_depth(), kParts));
-      const long ih0 = d.w_ih.stride(0), ih1 = d.w_ih.stride(1), hh0 = d.w_hh.stride(0), hh1 = d.w_hh.stride(1);
-      pack_split(*split_by, 4 * hidden, split_depth(), kParts, packed, [&](long column, float* to) {
-        std::fill(to, to + split_depth(), 0.f);
-        read(data(d.w_ih) + p.weight_row(column) * ih0, ih1, inputs, to);
-        read(data(d.w_hh) + p.weight_row(column) * hh0, hh1, size, to + split_x());
-      });
-      return {nullptr, nullptr, bias, pack_peephole(d.peephole), w_hr, packed};
+      const auto pack_rows = [&](long depth, const auto& fill) {
+        Part* packed = workspace.take<Part>(split_size(4 * hidden, depth, kParts));
+        pack_split(*split_by, 4 * hidden, depth, kParts, packed, [&](long column, float* to) {
+          std::fill(to, to + depth, 0.f);
+          fill(p.weight_row(column), to);
+        });
+        return packed;
+      };
+      const auto fill_ih = [&](long row, float* to) { read(data(d.w_ih) + row * d.w_ih.stride(0), d.w_ih.stride(1), inputs, to); };
+      const auto fill_hh = [&](long row, float* to) { read(data(d.w_hh) + row * d.w_hh.stride(0), d.w_hh.stride(1), size, to); };
+      Packed packed{nullptr, nullptr, bias, pack_peephole(d.peephole), w_hr};
+      if (together()) {
+        packed.split_ih = pack_rows(split_depth(), [&](long row, float* to) {
+          fill_ih(row, to);
+          fill_hh(row, to + split_x());
+        });
+      } else {
+        packed.split_ih = pack_rows(split_x(), fill_ih);
+        packed.split_hh = pack_rows(split_h(), fill_hh);
+      }
+      return packed;
     }
     // One above the other, or two buffers, which the backward will take for its own.
     const long all = together() ? inputs + size : 0;
@@ -460,8 +474,9 @@ struct Engine {
   struct Buffers {
     T *z, *h, *c, *m, *out;
     long slots, slot;   // steps that h is kept of, the newest in place of the oldest; elements of one, [rows][ldh]
-    Part* split;        // x and h of a step
+    Part* split;        // together(): x and h of a step
     std::vector<T*> x;  // of each member
+    std::vector<Part*> split_own;  // of each member, else: x of a chunk, h of a step
 
     T* h_after(long steps) const { return h + (steps + slots - 1) % slots * slot; }
   };
@@ -471,8 +486,9 @@ struct Engine {
     const long rows = most_rows(s), steps = steps_of_chunk(), at_once = together() ? 1 : steps;
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
-      b.z = workspace.take<T>(at_once * (by_parts() ? round_up(rows, kTileRows) : rows) * ldz);
-      b.split = by_parts() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
+      b.z = workspace.take<T>(at_once * (by_tiles() ? round_up(rows, kTileRows) : rows) * ldz);
+      b.split = by_parts() && together() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
+      const bool own = by_parts() && !together();
       b.slot = rows * ldh;
       b.slots = stages > 1 ? round_up(std::clamp<long>(kAhead / (b.slot * long(sizeof(T))), 2 * steps, p.time + 1), steps) : std::max(2l, turn);
       b.h = workspace.take<T>(b.slots * b.slot);
@@ -480,6 +496,7 @@ struct Engine {
       b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
       b.out = head.weight ? workspace.take<T>(rows * head.ld()) : nullptr;
       for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(at_once * rows * ldx));
+      for (long i = 0; own && i < s.team; ++i) b.split_own.push_back(workspace.take<Part>(at_once * rows * (std::max(split_x(), split_h()) + kSplitDepth)));
     }
     return parts;
   }
@@ -557,7 +574,7 @@ struct Engine {
     const long n = layers.size();
     if (first.p.time < kFewestSteps || first.p.directions > 1) return 1;
     for (const Engine* layer : layers)
-      if (layer->by_parts()) return 1;
+      if (layer->by_tiles() && layer->by_parts()) return 1;
     for (long stages = std::min(n, first.threads); stages > 1; --stages) {
       const long parts = first.threads / stages, rows = (first.p.batch + parts - 1) / parts;
       if (first.threads % stages || first.p.batch < parts || rows > (first.split_by ? kTogether - 1 : kMostRows)) continue;
@@ -589,7 +606,7 @@ struct Engine {
   };
 
   RowsOfX rows_of_x(const Task& t, const Chunk& chunk) const {
-    if (t.w.split ? regular() && frames.feature == 1 : together() && reads_x_directly(t.g))
+    if (together() && (t.w.split_ih ? regular() && frames.feature == 1 : reads_x_directly(t.g)))
       return {reinterpret_cast<const T*>(frames.at(t.g.sample(0), t.g.frame(0, chunk.begin))), t.g.stride * frames.sample};
     T* x = t.b.x[t.member.rank];
     read_x(t.g, chunk, x);
@@ -631,7 +648,9 @@ struct Engine {
   // The steps of a chunk. `above`: who reads h, which must not be overwritten before.
   void take(const Task& t, const Chunk& chunk, const RowsOfX& x, Progress* above) const {
     const bool whole = together();
-    if (!whole) {
+    if (!whole && t.w.split_ih) {
+      split_chunk(t, chunk.rows(), x);
+    } else if (!whole) {
       const Share mine = share(t.member);
       k.gemm({chunk.rows(), {x.data}, {rows_of(inputs, x.stride)}, t.w.w_ih + mine.column * inputs, inputs, mine.columns, t.w.bias + mine.column, 0,
               t.b.z + mine.column, ldz});
@@ -639,6 +658,34 @@ struct Engine {
     for (long s = chunk.begin; s < chunk.end; ++s) {
       if (above) above->wait(s + 1 - t.b.slots);
       step(t, s, chunk.active(s), t.b.z + chunk.at(s) * ldz, whole ? x : RowsOfX{nullptr, 0});
+    }
+  }
+
+  // The input part of a chunk's gates, of parts.
+  void split_chunk(const Task& t, long rows, const RowsOfX& x) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const Share mine = share(t.member);
+      const long ld = split_x() + kSplitDepth;
+      Part* own = t.b.split_own[t.member.rank];
+      split_by->split({rows, inputs, kParts, x.data, x.stride, own, 0, ld});
+      split_by->gemm({rows, kParts, own, 0, ld, t.w.split_ih + mine.column * split_x(), split_x(), round_up(mine.columns, kSlab), t.w.bias + mine.column,
+                      t.b.z + mine.column, ldz});
+    }
+  }
+
+  // A step's GEMM and cells; of x and h, or of h, where there is one.
+  void step_by_parts(const Task& t, long rows, const T* before, T* z, const RowsOfX& x, const LstmCells<T>& cells) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const long all = round_up(4 * hidden, kSlab);
+      if (x.data) {
+        split_rows(t.b, rows, inputs, x.data, x.stride, 0);
+        split_by->lstm_step({rows, kParts, t.b.split, split_depth(), split_ld(), t.w.split_ih, split_depth(), all, t.w.bias, z, ldz}, cells);
+      } else {
+        const long ld = split_h() + kSplitDepth;
+        Part* own = t.b.split_own[t.member.rank];
+        split_by->split({rows, size, kParts, before, ldh, own, 0, ld});
+        split_by->lstm_step({rows, kParts, own, 0, ld, t.w.split_hh, split_h(), all, nullptr, z, ldz}, cells);
+      }
     }
   }
 
@@ -657,7 +704,7 @@ struct Engine {
     const auto [out, out_end] = outputs_of(t);
     read_state(in.c0, t.g, mine.ch, mine.ch_end, t.b.c, ldh);
     read_state(in.h0, t.g, out, out_end, t.b.h_after(0), ldh);
-    if (t.w.split) split_rows(t.b, t.g.rows, size, t.b.h_after(0), ldh, split_x());
+    if (t.b.split) split_rows(t.b, t.g.rows, size, t.b.h_after(0), ldh, split_x());
     t.member.wait();
   }
 
@@ -691,15 +738,8 @@ struct Engine {
     if (before && member.team->size() > 1)  // what others wrote: all lines at once, not as the sum comes to each
       for (long i = 0; i < rows; ++i)
         for (long j = 0; j < size; j += 64 / long(sizeof(T))) __builtin_prefetch(before + i * ldh + j);
-    if constexpr (std::is_same_v<T, float>) {
-      if (w.split) {
-        split_rows(b, rows, inputs, x.data, x.stride, 0);
-        split_by->lstm_step({rows, kParts, b.split, split_depth(), split_ld(), w.split, split_depth(), round_up(4 * hidden, kSlab), w.bias, z, ldz}, cells);
-      }
-    }
-    if (w.split) {
-    } else if (x.data)
-      k.lstm_step({rows, {x.data, before}, {rows_of(inputs, x.stride), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
+    if (w.split_ih && (before || x.data)) step_by_parts(t, rows, before, z, x, cells);
+    else if (x.data) k.lstm_step({rows, {x.data, before}, {rows_of(inputs, x.stride), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
     else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
     if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});
     if (inside && kNarrow)
@@ -714,7 +754,7 @@ struct Engine {
       write(h + i * ldh + out, out_end - out, to);
       if constexpr (kNarrow) read(to, 1, out_end - out, h + i * ldh + out);
     }
-    if (w.split && s + 1 < g.length(0)) split_rows(b, rows, size, h, ldh, split_x());
+    if (b.split && s + 1 < g.length(0)) split_rows(b, rows, size, h, ldh, split_x());
     member.wait();
   }
 
@@ -776,7 +816,7 @@ struct Backward : Engine<A> {
   };
 
   // Whether the products are of bfloat16, as forward; z is rounded to it. float16 and float32 would be products of several parts.
-  bool splits_z() const { return std::is_same_v<A, BFloat16> && Base::by_parts(); }
+  bool splits_z() const { return std::is_same_v<A, BFloat16> && Base::by_parts() && Base::together(); }
   bool pays_for_x() const { return inputs > kSlab / 2; }
   long split_gates() const { return round_up(4 * hidden, kSplitDepth); }
   long split_ldz() const { return round_up(4 * hidden, kSlab) + kSplitDepth; }
