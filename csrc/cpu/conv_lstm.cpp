@@ -306,7 +306,7 @@ struct Engine {
     // x of the next step is packed beside this one where that is little: it saves waiting for each other.
     const bool ahead = p.has_x && !same_x() && x_size() * long(sizeof(T)) <= 1 << 20;
     take_x(ahead ? 2 : 1);
-    tiling.take_scratch(workspace, {input_channels()});
+    tiling.take_scratch(workspace, p.batch, {input_channels()});
     T* h_frames[2] = {workspace.take<T>(p.batch * h_layout.frame), workspace.take<T>(p.batch * h_layout.frame)};
     if (defined(in.h0)) pack_state(*in.h0, h_maps, h_frames[0]);
     for (int i = defined(in.h0) ? 1 : 0; i < 2; ++i) clear(h_frames[i], p.batch * h_layout.frame);
@@ -592,7 +592,7 @@ struct Backward : Engine<A> {
     T* h_frames = plan.w_hh || plan.lean ? workspace.template take<T>(p.batch * h_layout.frame) : nullptr;
     const bool reads_x = p.has_x && (plan.w_ih || plan.lean);
     if (reads_x) Base::take_x();
-    tiling.take_scratch(workspace, {4 * c1, Base::input_channels(), sum_channels(plan, p)});
+    tiling.take_scratch(workspace, p.batch, {4 * c1, Base::input_channels(), sum_channels(plan, p)});
 
     DgatesOperand back, here;
     if (plan.w_back && !tiling) dgates_operand(dgates, true, back);

@@ -38,10 +38,13 @@ struct Tiling {
   long group(long channels, bool sums) const { return !sums && leaves_cache(channels, false) ? 2 : 1; }
 
   // Enough for inputs of any of these numbers of channels.
-  void take_scratch(Workspace& workspace, std::initializer_list<long> channels) {
+  void take_scratch(Workspace& workspace, long samples, std::initializer_list<long> channels) {
     if (!kernels) return;
     for (long n : channels)
-      for (bool sums : {false, true}) scratch_size = std::max(scratch_size, round_up(winograd_scratch(kernels->planes, n, most_tiles(n, sums), group(n, sums)), 16));
+      for (bool sums : {false, true}) {
+        const long block = std::min(most_tiles(n, sums), samples * down * across);
+        scratch_size = std::max(scratch_size, round_up(winograd_scratch(kernels->planes, n, block, group(n, sums)), 16));
+      }
     scratch = workspace.take<T>(scratch_size * torch::stable::get_num_threads());
   }
 

@@ -28,12 +28,11 @@ static void narrow(long n, const float* from, Format format, unsigned short* to)
 
 // 32 rows of n bfloat16 as a depth of the second operand of a SplitGemm: neighbouring rows side by side. `panel`: from 32 columns to the next.
 static void pair_rows(long n, const unsigned short* const* row, unsigned short* to, long panel) {
+  typedef Simd<float> S;
   enum { kWide = 16 };
-  typedef unsigned short Wide __attribute__((vector_size(2 * kWide), aligned(2), may_alias));
-  typedef unsigned Pairs __attribute__((vector_size(4 * kWide), aligned(2), may_alias));
   unsigned short last[2][kWide] = {};
   for (long c = 0; c < n; c += kWide) {
-    Pairs* tile = (Pairs*)(to + c / 32 * panel + c % 32 * kSplitDepth);
+    float* tile = (float*)(to + c / 32 * panel + c % 32 * kSplitDepth);
     const long width = n - c < kWide ? n - c : kWide;
     for (long pair = 0; pair < kSplitDepth / 2; ++pair) {
       const unsigned short *even = row[2 * pair] + c, *odd = row[2 * pair + 1] + c;
@@ -42,7 +41,7 @@ static void pair_rows(long n, const unsigned short* const* row, unsigned short* 
         even = last[0];
         odd = last[1];
       }
-      tile[pair] = __builtin_convertvector(*(const Wide*)even, Pairs) | __builtin_convertvector(*(const Wide*)odd, Pairs) << 16;
+      for (long i = 0; i < kWide; i += S::W) S::store(tile + pair * kWide + i, (S::V)(S::upper(S::load(even + i)) >> 16 | S::upper(S::load(odd + i))));
     }
   }
 }
