@@ -1,10 +1,10 @@
 // LSTM on the CPU: glue between tensors and the kernels. The contract is in ops.h.
 //
 // A thread owns rows (samples) and runs their whole sequence, waiting for nobody. Where rows are few, threads share out the hidden units
-// instead and wait for each other once a step (team.h); or, without gradients, the layers, each a few steps behind the one below. Steps
-// are taken in chunks: the input part of a chunk's gates is one GEMM over all its rows, and so are dx and the weights' gradients, while
-// the chunk is in L2. Inside a step, GEMM and cell alternate block by block. Samples are ordered by length, so that the rows of a step
-// are the first ones.
+// instead and wait for each other once a step (team.h); or, without gradients, the layers, each a few steps behind the one below. Else
+// layers without gradients take turns of a few steps on every thread. Steps are taken in chunks: the input part of a chunk's gates is one
+// GEMM over all its rows, and so are dx and the weights' gradients, while the chunk is in L2. Inside a step, GEMM and cell alternate block
+// by block. Samples are ordered by length, so that the rows of a step are the first ones.
 // Floor: 8 H (I + P) operations per row and step at the FMA peak, three times that for training; for few rows, 16 H P bytes of w_hh a
 // step from L2.
 #include <torch/csrc/stable/library.h>
@@ -566,8 +566,8 @@ struct Engine {
   }
 
   // Stages of a pipeline: a thread has layers of its own and runs behind the thread of those below. A step then has the rows of all
-  // stages' threads, and a core's L2 holds its own layers' weights only. 1 where rows are many, steps few, layers unlike or sums of parts
-  // of bfloat16, so that nothing is gained by it. `outputs`: of a linear layer on top.
+  // stages' threads, and a core's L2 holds its own layers' weights only. 1 where rows are many or go by matrix tiles, steps few or layers
+  // unlike, so that nothing is gained by it. `outputs`: of a linear layer on top.
   static long pipeline_of(const std::vector<Engine*>& layers, long outputs) {
     constexpr long kMostRows = 32, kFewestSteps = 32;
     const Engine& first = *layers[0];
