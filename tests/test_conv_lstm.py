@@ -544,6 +544,33 @@ def test_memory_kept_for_backward(name: str, memory: str, most: float, backend: 
     assert 0 < sum(kept.values()) <= most * output.nbytes
 
 
+@pytest.mark.parametrize("algorithm", ["winograd", "direct"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+def test_gates_too_many_for_the_cache_are_those_of_each_sample(
+    dtype: torch.dtype, algorithm: str, native_ops: Any
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch, time, inputs, channels, size = 4, 33, 3, 32, 32  # 33 MiB of gates in 16 bits; 8 a sample are not streamed
+    x, weight_ih, weight_hh, upstream = (
+        (normal(shape, generator) * scale).to(dtype)
+        for shape, scale in (
+            ((batch, time, inputs, size, size), 1),
+            ((4 * channels, inputs, 3, 3), 0.2),
+            ((4 * channels, channels, 3, 3), 0.05),
+            ((batch, time, channels, size, size), 1),
+        )
+    )
+
+    def run(samples: slice) -> tuple[Tensor, Tensor]:
+        leaf = x[samples].requires_grad_()
+        h, _ = conv_lstm(leaf, weight_ih, weight_hh, algorithm=algorithm, backend="cpu")
+        return h, *torch.autograd.grad(h, leaf, upstream[samples])
+
+    apart = [run(slice(sample, sample + 1)) for sample in range(batch)]
+    for together, parts in zip(run(slice(None)), zip(*apart)):
+        assert torch.equal(together, torch.cat(parts))
+
+
 def test_explicit_backend_that_cannot_run_is_an_error() -> None:
     a = BY_ID["plain"].arguments(torch.float32)
     meta = {n: a[n].detach().to("meta") for n in ("input", "weight_ih", "weight_hh")}

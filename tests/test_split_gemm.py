@@ -18,8 +18,10 @@ OPS = ("lstm", "conv1d")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # Rows enough for tiles on both threads; 33 and 70 are no multiples of a tile's depth, 17 rows none of its height.
 # Then few samples, whose hidden units the threads share, and some more with weights that fill a core's L2.
-MANY = [(40, 6, 64, 64), (34, 5, 33, 70), (80, 3, 5, 17)]
-SIZES = [*MANY, (2, 40, 33, 24), (1, 70, 33, 40), (5, 12, 64, 70), (9, 3, 40, 512)]
+SIZES = [
+    *[(40, 6, 64, 64), (34, 5, 33, 70), (80, 3, 5, 17)],
+    *[(2, 40, 33, 24), (1, 70, 33, 40), (5, 12, 64, 70), (9, 3, 40, 512)],
+]
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +86,11 @@ def leaves_of(tensors: dict[str, Any]) -> list[Tensor]:
 OPTIONS = ("plain", "lengths", "state", "projection", "two_directions", "columns_of_x_far_apart", "turned_weights")
 
 
-# 70 samples: a thread has them in two groups, whose sums go on from each other.
+# 70 samples: a thread has them in two groups, whose sums go on from each other. 512 hidden units of 9 samples: shared
+# out forward, not backward.
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(
-    "size", [(14, 5, 64, 64), (13, 6, 33, 21), (70, 2, 70, 40), (6, 2, 5, 17), (3, 9, 33, 40)], ids=str
+    "size", [(14, 5, 64, 64), (13, 6, 33, 21), (70, 2, 70, 40), (6, 2, 5, 17), (3, 9, 33, 40), (9, 3, 40, 512)], ids=str
 )
 def test_gradients_match_oracle(dtype: torch.dtype, size: tuple[int, int, int, int], option: str) -> None:
     batch, time, inputs, hidden = size

@@ -615,9 +615,7 @@ struct Engine {
 
   // The same of what the layer below gives.
   RowsOfX rows_of_h(const Task& t, const Chunk& chunk, const Engine& below, const Buffers& given) const {
-    const long steps = chunk.end - chunk.begin;
-    const bool in_one = chunk.rows() * below.ldh == steps * given.slot && chunk.begin % given.slots + steps <= given.slots;
-    if (steps == 1 || in_one) return {given.h_after(chunk.begin + 1), below.ldh};
+    if (chunk.end - chunk.begin == 1 || chunk.rows() * below.ldh == (chunk.end - chunk.begin) * given.slot) return {given.h_after(chunk.begin + 1), below.ldh};
     T* x = t.b.x[t.member.rank];
     for (long s = chunk.begin; s < chunk.end; ++s)
       for (long i = 0; i < chunk.active(s); ++i) read(given.h_after(s + 1) + i * below.ldh, 1, inputs, x + (chunk.at(s) + i) * ldx);
@@ -627,13 +625,13 @@ struct Engine {
   // Layers [first, last), chunk by chunk. `progress`: of every layer, where others are other threads'.
   static void run_layers(const std::vector<Engine*>& layers, const std::vector<Task>& tasks, long first, long last, Progress* progress) {
     const Group& g = tasks[0].g;
-    const long steps = layers[0]->steps_of_chunk(), most = g.length(0);
+    // All layers are together() or none: they have the same rows, and those of a pipeline weights that L2 holds.
+    const long steps = layers[0]->steps_of_chunk(), each = layers[0]->together() ? 1 : steps, most = g.length(0);
     for (long i = first; i < last; ++i) layers[i]->start(tasks[i]);
     for (long begin = 0; begin < most; begin += steps) {
       const long end = std::min(most, begin + steps);
       for (long i = first; i < last; ++i) {
         if (progress && i > 0) progress[i - 1].wait(end);
-        const long each = layers[i]->together() ? 1 : steps;
         for (long at = begin; at < end; at += each) {
           const Chunk chunk(g, at, std::min(end, at + each));
           const RowsOfX x = i > 0 ? layers[i]->rows_of_h(tasks[i], chunk, *layers[i - 1], tasks[i - 1].b) : layers[i]->rows_of_x(tasks[i], chunk);

@@ -20,6 +20,17 @@ enum { kTileRows = 16 };  // what rows are rounded up to
 template <class A>
 constexpr long kSplitParts = std::is_same_v<A, BFloat16> ? 1 : std::is_same_v<A, Half> ? 2 : 3;
 
+// Whether the processor rounds to bfloat16 and multiplies it by dot products.
+inline bool has_bfloat16() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kOfBfloat16 = 1u << 5;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kOfBfloat16);
+#else
+  return false;
+#endif
+}
+
 // Where the processor has tiles, the system lets this process use them and ATEN_CPU_CAPABILITY asks for nothing less; else null.
 inline const SplitKernels* tile_kernels() {
   static const SplitKernels* const chosen = []() -> const SplitKernels* {
@@ -28,10 +39,10 @@ inline const SplitKernels* tile_kernels() {
 #if defined(CONVFAST_EMULATE_TILES)
     return amx_kernels();
 #endif
-    constexpr unsigned kTiles = 1u << 24, kOfBfloat16 = 1u << 22, kRounds = 1u << 5;
+    constexpr unsigned kTiles = 1u << 24, kOfBfloat16 = 1u << 22;
     constexpr long kAskFor = 0x1023, kTileData = 18;
     unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kOfBfloat16) || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kRounds)) return nullptr;
+    if (!has_bfloat16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kOfBfloat16)) return nullptr;
     if (syscall(SYS_arch_prctl, kAskFor, kTileData) == 0) return amx_kernels();
 #endif
     return nullptr;
@@ -45,13 +56,8 @@ const SplitKernels* split_kernels() {
   static const SplitKernels* const chosen = []() -> const SplitKernels* {
     if (std::is_same_v<A, double>) return nullptr;
     if (tile_kernels()) return tile_kernels();
-#if defined(__x86_64__) && defined(__linux__)
-    constexpr unsigned kDots = 1u << 5;
-    unsigned a, b, c, d;
     if (kSplitParts<A> > 1 || std::getenv("ATEN_CPU_CAPABILITY") || std::strcmp(kernels<float>().name, "avx512") != 0) return nullptr;
-    if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kDots)) return dot_kernels();
-#endif
-    return nullptr;
+    return has_bfloat16() ? dot_kernels() : nullptr;
   }();
   return chosen;
 }

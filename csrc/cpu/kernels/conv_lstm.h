@@ -135,7 +135,7 @@ static INLINE void plain_cells_together(const CellTile<T>& t, long i, long chann
 }
 
 // What most cells are: a whole block, no peepholes, nothing to add. A cell is a chain of operations that wait for each other: pixels go
-// together, but where gates are kept, which would be too many streams of stores at once.
+// together, but where gates are kept, whose stores make it slower.
 template <class T, int kGates, bool kStream>
 static INLINE void plain_cells(const ConvLSTMStep<T>& p, const CellTile<T>& t) {
   enum { kTogether = kGates ? 1 : 4 };
