@@ -693,6 +693,31 @@ def test_more_samples_than_a_thread_runs_together(lengths: bool, native_ops: Any
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+def test_gates_too_many_for_the_cache_are_those_of_half_the_batch(dtype: torch.dtype, native_ops: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch, time, hidden = 128, 1056 // dtype.itemsize, 64  # 33 MiB of gates; those of half the batch are not streamed
+    x, weight_ih, weight_hh, upstream = (
+        (normal(shape, generator) * scale).to(dtype)
+        for shape, scale in (
+            ((batch, time, 3), 1),
+            ((4 * hidden, 3), 0.2),
+            ((4 * hidden, hidden), 0.05),
+            ((batch, time, hidden), 1),
+        )
+    )
+
+    def run(samples: slice) -> tuple[Tensor, Tensor]:
+        leaf = x[samples].requires_grad_()
+        output, _ = lstm(leaf, weight_ih, weight_hh, backend="cpu")
+        return output, *torch.autograd.grad(output, leaf, upstream[samples])
+
+    halves = run(slice(batch // 2)), run(slice(batch // 2, None))
+    tiles = "amx" in torch.ops.convfast.cpu_capability()  # their order of sums depends on how many samples a thread has
+    for together, parts in zip(run(slice(None)), zip(*halves)):
+        torch.testing.assert_close(together, torch.cat(parts), **({} if tiles else exactly("cpu")))
+
+
 @pytest.mark.parametrize("batch, threads", [(40, 3), (63, 5), (9, 5), (12, 2)])
 def test_teams_of_threads_share_large_weights(batch: int, threads: int, native_ops: Any) -> None:
     # 3.4 MB of weights: a team, with groups of 32 and 8 samples in training; two where L2 holds 2 MB; few samples; some

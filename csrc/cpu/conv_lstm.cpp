@@ -283,11 +283,7 @@ struct Engine {
                 keep_gates ? new_channels_last(p.shape({p.batch, p.time, 4 * c1}), narrow) : empty_cpu({0}, narrow)};
     const auto& [h, h_n, c_n, c, gates] = all;
     const Packed packed = pack_weights();
-    // Larger than a cache, the saved gates and the output would only drive out what the next step needs.
-    const auto stream = [&](const Tensor& t, size_t most) {
-      return c1 % kBlock == 0 && t.numel() * sizeof(A) > most && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
-    };
-    const bool stream_gates = keep_gates && stream(gates, size_t(32) << 20), stream_out = !kNarrow && stream(h, size_t(8) << 20);
+    const bool stream_gates = keep_gates && streams<A>(gates, c1, kMostGates), stream_out = !kNarrow && streams<A>(h, c1, 8l << 20);
     for (long begin = 0, size = p.group_size(); begin < p.batch; begin += size) {
       const long n = std::min(size, p.batch - begin);
       Engine part(p.group(begin, n), in.group(begin, n));

@@ -53,6 +53,14 @@ inline long l2_bytes() {
   return 1 << 20;
 }
 
+// Whether so much is written that it would only drive out of the cache what the next step needs: more than `most` bytes of A, in whole
+// blocks of the channels.
+constexpr long kMostGates = 32l << 20;
+template <class A>
+bool streams(const Tensor& t, long channels, long most) {
+  return channels % kBlock == 0 && t.numel() * long(sizeof(A)) > most && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
+}
+
 // Cell arithmetic of activations A.
 template <class A>
 using Wide = std::conditional_t<std::is_same_v<A, double>, double, float>;

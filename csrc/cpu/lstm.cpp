@@ -414,6 +414,7 @@ struct Engine {
     OptionalTensor y;
     Tensor h_n, c_n;
     OptionalTensor c, gates;  // what is saved
+    bool stream_gates = false;
   };
 
   Tensor empty_output(bool time_major, long channels) const {
@@ -721,6 +722,7 @@ struct Engine {
     cells.z = z;
     cells.ldz = ldz;
     if (gates) cells.gates = kept(gates + g.saved_row(s) * 4 * hidden);
+    cells.stream_gates = outputs.stream_gates;
     cells.ldg = g.stride * 4 * hidden;
     cells.c_prev = c && s > 0 ? c + g.saved_row(s - 1) * hidden : b.c;
     cells.ldc_prev = c && s > 0 ? g.stride * hidden : ldh;
@@ -771,6 +773,7 @@ struct Engine {
         else std::fill(to + out, to + out_end, static_cast<A>(T(0)));
       }
     }
+    if (outputs.stream_gates) fence_streams();
     member.wait();
   }
 };
@@ -1051,32 +1054,45 @@ struct Backward : Engine<A> {
     if (b.c0) Base::read_state(in.c0, g, ch, ch_end, b.c0, ldh);
     const SequenceOf<const A> dys = given.dy ? SequenceOf<const A>(*given.dy) : SequenceOf<const A>(), ys(given.y);
     const SequenceOf<A> dxs(dx);
-    std::vector<const T*> dy(g.rows);
+    std::vector<const T*> dy(g.rows), next_dy(g.rows);
+    // What the forward kept of a step.
+    const auto cells_of = [&](long s, long rows) {
+      LstmCells<T> cells{};
+      cells.rows = rows;
+      cells.channels = hidden;
+      cells.gates = kept(gates_all + g.saved_row(s) * 4 * hidden);
+      cells.ldg = g.stride * 4 * hidden;
+      cells.c_prev = s > 0 ? c_all + g.saved_row(s - 1) * hidden : b.c0;
+      cells.ldc_prev = s > 0 ? g.stride * hidden : ldh;
+      cells.c = const_cast<T*>(c_all) + g.saved_row(s) * hidden;
+      cells.ldc = g.stride * hidden;
+      return cells;
+    };
     for (long begin = most ? (most - 1) / steps * steps : -1; begin >= 0; begin -= steps) {
       const Chunk chunk(g, begin, std::min(most, begin + steps));
       for (long s = chunk.end; s-- > begin;) {
         const long rows = chunk.active(s);
-        if (given.dy) read_dy(g, s, rows, dys, b.dy[member.rank], dy.data());
-        LstmCells<T> cells{};
-        cells.rows = rows;
-        cells.channels = hidden;
+        LstmCells<T> cells = cells_of(s, rows), next;
         cells.begin = first;
         cells.end = last;
         cells.z = b.z + chunk.at(s) * ldz;
         cells.ldz = ldz;
-        cells.gates = kept(gates_all + g.saved_row(s) * 4 * hidden);
-        cells.ldg = g.stride * 4 * hidden;
-        cells.c_prev = s > 0 ? c_all + g.saved_row(s - 1) * hidden : b.c0;
-        cells.ldc_prev = s > 0 ? g.stride * hidden : ldh;
-        cells.c = const_cast<T*>(c_all) + g.saved_row(s) * hidden;
-        cells.ldc = g.stride * hidden;
         cells.peephole = w.peephole;
         cells.dh = b.dh;
         cells.ldh = ldh;
+        if (given.dy) read_dy(g, s, rows, dys, b.dy[member.rank], dy.data());
         cells.dy = given.dy ? dy.data() : nullptr;
         cells.dc = b.dc;
         cells.ld_dc = ldh;
         cells.dpeephole = b.dpeephole;
+        if (s > begin) {
+          next = cells_of(s - 1, rows);
+          if (reads_dy_directly(dys)) {
+            point_at_dy(g, s - 1, rows, dys, next_dy.data());
+            next.dy = next_dy.data();
+          }
+          cells.next = &next;
+        }
         if (w.w_hr) project_back(w, b, cells);
         k.lstm_cells_backward(cells);
         member.wait();
@@ -1160,17 +1176,17 @@ struct Backward : Engine<A> {
     }
   }
 
-  // dy of a step's rows, as they lie where they can be read so.
+  // Whether rows of dy are read as they lie.
+  bool reads_dy_directly(const SequenceOf<const A>& dy) const { return !Base::kNarrow && dy.data && dy.feature == 1; }
+
+  void point_at_dy(const Group& g, long step, long rows, const SequenceOf<const A>& dy, const T** row) const {
+    for (long i = 0; i < rows; ++i) row[i] = reinterpret_cast<const T*>(dy.at(g.sample(i), g.frame(i, step)) + g.direction * size);
+  }
+
   void read_dy(const Group& g, long step, long rows, const SequenceOf<const A>& dy, T* scratch, const T** row) const {
+    if (reads_dy_directly(dy)) return point_at_dy(g, step, rows, dy, row);
     for (long i = 0; i < rows; ++i) {
-      const A* from = dy.at(g.sample(i), g.frame(i, step)) + g.direction * size * dy.feature;
-      if constexpr (!Base::kNarrow) {
-        if (dy.feature == 1) {
-          row[i] = from;
-          continue;
-        }
-      }
-      Base::read(from, dy.feature, size, scratch + i * ldh);
+      Base::read(dy.at(g.sample(i), g.frame(i, step)) + g.direction * size * dy.feature, dy.feature, size, scratch + i * ldh);
       row[i] = scratch + i * ldh;
     }
   }
@@ -1288,6 +1304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> run_layer(const Problem& p, c
   if (save) {
     out.c = engine.empty_saved(p.hidden, wide);
     out.gates = engine.empty_saved(4 * p.hidden, scalar_type<A>());
+    out.stream_gates = streams<A>(*out.gates, p.hidden, kMostGates);
   }
   engine.forward(out);
   return {*out.y, out.h_n, out.c_n, out.c ? *out.c : empty_cpu({0}, wide), out.gates ? *out.gates : empty_cpu({0}, scalar_type<A>())};

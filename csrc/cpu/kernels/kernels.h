@@ -227,6 +227,7 @@ struct LstmCells {
   T* z;                  // forward: pre-activations; backward: their gradients, written
   long ldz;
   Kept<T> gates;         // activated
+  bool stream_gates;     // as of ConvLSTMStep, but for who waits for them to fence
   long ldg;
   const T* c_prev;       // null = zero; may be c
   long ldc_prev;
@@ -242,6 +243,7 @@ struct LstmCells {
   T* dc;                 // gradient of c on entry, of c_prev on exit
   long ld_dc;
   T* dpeephole;          // [3][channels], added to; null = not wanted
+  const LstmCells* next; // backward: the step after this one, whose gates, c_prev and dy are asked for; null = none
 };
 
 // Rows of numbers as sums of `parts` bfloat16, the nearest first: 3 hold a float32, 2 a float16, 1 a bfloat16. Zero from n to a multiple

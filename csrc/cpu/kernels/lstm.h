@@ -31,7 +31,7 @@ static INLINE void lstm_cells_together(const LstmCells<T>& p, long row, long blo
     const S gates[4] = {cell.i, cell.f, cell.g, cell.o};
     for (int k = 0; kGates && k < 4; ++k) {
       const Kept<T> to = {p.gates.data, kGates == 1 ? kFull : p.gates.format};
-      gates[k].keep(to, row * p.ldg + gate_at + k * kBlock, next.gates, false);
+      gates[k].keep(to, row * p.ldg + gate_at + k * kBlock, next.gates, p.stream_gates);
     }
   }
 }
@@ -111,6 +111,16 @@ static void lstm_step(const Gemm<T>& sum, const LstmCells<T>& p) {
   }
 }
 
+// What the backward of a step reads of a row, one vector from `at` of its block's first channel ch on: kept since the forward, it is far.
+template <class T>
+static INLINE void ask_for_kept(const LstmCells<T>& p, long row, long ch, long n, long at) {
+  if (at * sizeof(T) % 64) return;  // asked for with the vector before
+  const long gate = row * p.ldg + 4 * ch + at, size = p.gates.format == kFull ? sizeof(T) : 2;
+  for (long k = 0; k < 4; ++k) __builtin_prefetch((const char*)p.gates.data + (gate + k * n) * size, 0, 2);
+  if (p.c_prev) __builtin_prefetch(p.c_prev + row * p.ldc_prev + ch + at, 0, 2);
+  if (p.dy) __builtin_prefetch(p.dy[row] + ch + at, 0, 2);
+}
+
 template <class T, bool kPeephole, bool kWhole>
 static INLINE void lstm_block_backward(const LstmCells<T>& p, long block) {
   typedef Simd<T> S;
@@ -121,6 +131,7 @@ static INLINE void lstm_block_backward(const LstmCells<T>& p, long block) {
     const Peephole<V> pe = kPeephole ? load_peephole(p.peephole + ch + j, p.channels, lanes) : Peephole<V>{};
     Peephole<V> sum = {};
     for (long r = 0; r < p.rows; ++r) {
+      if (p.next) ask_for_kept(*p.next, r, ch, n, j);
       V dh = p.dh ? load_lanes<T, kWhole>(p.dh + r * p.ldh + ch + j, lanes) : V{};
       if (p.dy && p.dy[r]) dh += load_lanes<T, kWhole>(p.dy[r] + ch + j, lanes);
       T* dc = p.dc + r * p.ld_dc + ch + j;
