@@ -1072,7 +1072,7 @@ struct Backward : Engine<A> {
       const Chunk chunk(g, begin, std::min(most, begin + steps));
       for (long s = chunk.end; s-- > begin;) {
         const long rows = chunk.active(s);
-        LstmCells<T> cells = cells_of(s, rows), next;
+        LstmCells<T> cells = cells_of(s, rows), next{};
         cells.begin = first;
         cells.end = last;
         cells.z = b.z + chunk.at(s) * ldz;
