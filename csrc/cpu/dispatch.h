@@ -53,9 +53,10 @@ inline long l2_bytes() {
   return 1 << 20;
 }
 
-// Whether so much is written that it would only drive out of the cache what the next step needs: more than `most` bytes of A, in whole
-// blocks of the channels.
-constexpr long kMostGates = 32l << 20;
+constexpr long kMostGates = 32l << 20;  // bytes that are kept for the backward by way of the cache
+
+// Whether so much is written, more than `most` bytes of A, that it would only drive out of the cache what the next step needs; whole
+// blocks of the channels at aligned addresses, as the kernels want it.
 template <class A>
 bool streams(const Tensor& t, long channels, long most) {
   return channels % kBlock == 0 && t.numel() * long(sizeof(A)) > most && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;

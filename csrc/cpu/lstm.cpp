@@ -773,7 +773,6 @@ struct Engine {
         else std::fill(to + out, to + out_end, static_cast<A>(T(0)));
       }
     }
-    if (outputs.stream_gates) fence_streams();
     member.wait();
   }
 };

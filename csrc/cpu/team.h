@@ -22,13 +22,6 @@ inline void pause() {
 #endif
 }
 
-// Stores past the cache, which no lock and no end of a parallel region waits for, come before all stores after this.
-inline void fence_streams() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
-
 // Where threads wait for what another one does. They look for about as long as going to sleep takes, then sleep: the other one may need
 // this core, and who gives it away by yielding gets it back only after a whole time slice of whoever else wants it.
 class Bell {

@@ -227,7 +227,7 @@ struct LstmCells {
   T* z;                  // forward: pre-activations; backward: their gradients, written
   long ldz;
   Kept<T> gates;         // activated
-  bool stream_gates;     // as of ConvLSTMStep, but the caller fences them
+  bool stream_gates;     // as of ConvLSTMStep
   long ldg;
   const T* c_prev;       // null = zero; may be c
   long ldc_prev;

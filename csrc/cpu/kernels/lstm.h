@@ -95,6 +95,7 @@ static void lstm_cells_forward(const LstmCells<T>& p, long begin, long end) {
     if (p.peephole) lstm_block_forward<T, true>(p, begin);
     else lstm_block_forward<T, false>(p, begin);
   }
+  if (p.stream_gates) Simd<T>::fence();
 }
 
 // Pre-activations by GEMM into p.z, then the cell, a few blocks at a time while they are in cache: as many as fill the widest tiles. One
