@@ -25,6 +25,7 @@ class Chip:
     flops: float  # a second, in a matrix product
     bytes: float  # a second, read + written by a copy
     shared: float  # bytes a second of one processor
+    winograd: bool = False  # whether convolutions of 16 features or more may take half of the products
 
 
 def measured(peaks: dict[str, float], peak: str, device: str, case: Case) -> Chip:
@@ -33,7 +34,7 @@ def measured(peaks: dict[str, float], peak: str, device: str, case: Case) -> Chi
         return Chip("measured", 1e9 * peaks[peak], 1e9 * peaks["GB/s"], H200.shared)
     # Activations may stay in caches. Threads that share a sample's hidden units share the reading of weights.
     threads = torch.get_num_threads() if case.batch == 1 else 1
-    return Chip("measured", 1e9 * peaks[peak], float("inf"), 1e9 * threads * peaks["L2 GB/s"])
+    return Chip("measured", 1e9 * peaks[peak], float("inf"), 1e9 * threads * peaks["L2 GB/s"], winograd=True)
 
 
 H200 = Chip("H200, bfloat16", 790e12, 4.3e12, 128 * 1.98e9)
@@ -71,18 +72,18 @@ class Kernel:
         return run + self.launches * LAUNCH_GAP
 
 
-def kernels(case: Case, train: bool, size: int = 2) -> list[Kernel]:
-    """`size`: bytes of an activation or weight."""
+def kernels(case: Case, train: bool, size: int = 2, winograd: bool = False) -> list[Kernel]:
+    """`size`: bytes of an activation or weight. `winograd`: see Chip."""
     if isinstance(case, ConvLSTMCase):
         return list(_conv_lstm(case, train, size))
     if isinstance(case, Conv1dLSTMCase):
-        return list(_conv1d_lstm(case, train, size))
+        return list(_conv1d_lstm(case, train, size, winograd))
     return list(_lstm_gates(case, train, size))
 
 
 def floor(case: Case, train: bool, chip: Chip, size: int = 2) -> float:
     """Seconds of all kernels, one after the other."""
-    return sum(kernel.floor(chip) for kernel in kernels(case, train, size))
+    return sum(kernel.floor(chip) for kernel in kernels(case, train, size, chip.winograd))
 
 
 def _conv_lstm(case: ConvLSTMCase, train: bool, size: int) -> Iterator[Kernel]:
@@ -103,11 +104,12 @@ def _conv_lstm(case: ConvLSTMCase, train: bool, size: int) -> Iterator[Kernel]:
         yield Kernel("weight_grad", 2, product * (time * cin + (time - 1) * c), sources)
 
 
-def _conv1d_lstm(case: Conv1dLSTMCase, train: bool, size: int) -> Iterator[Kernel]:
+def _conv1d_lstm(case: Conv1dLSTMCase, train: bool, size: int, winograd: bool) -> Iterator[Kernel]:
     rows, hidden = case.frames, case.hidden
     sizes = [case.features, case.conv, 2 * case.conv]
     for index, (cin, cout) in enumerate(pairwise(sizes)):
-        flops, moved = 2.0 * rows * 3 * cin * cout, size * rows * (cin + cout)
+        taps = 1.5 if winograd and cin >= 16 else 3
+        flops, moved = 2.0 * rows * taps * cin * cout, size * rows * (cin + cout)
         if index == 0 or train:
             yield Kernel(f"conv1d {index}", 1, flops, moved)
         else:

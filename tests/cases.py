@@ -278,6 +278,11 @@ CONV1D_CASES = [
     Conv1dCase("features_1_channels_1", features=1, channels=1),
     Conv1dCase("features_33_channels_70", features=33, channels=70),
     Conv1dCase("channels_32", time=70, channels=32, options={"padding": 1, "activation": "relu"}),
+    Conv1dCase("tiles_of_4", time=70, features=16, channels=24, lengths=(70, 0, 65), options={"padding": 1}),
+    Conv1dCase("tiles_of_2", time=67, features=40, channels=17, kernel=5, options={"padding": "full"}),
+    Conv1dCase(
+        "tiles_reflect", features=17, channels=16, lengths=(3, 9, 8), options={"padding": 2, "padding_mode": "reflect"}
+    ),
     Conv1dCase("time_1", time=1, kernel=1),
     Conv1dCase("batch_1", batch=1),
     Conv1dCase("stride_2", options={"stride": 2}),

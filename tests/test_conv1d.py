@@ -206,7 +206,7 @@ def test_past_its_length_a_sample_reads_nothing_and_gives_zero(name: str, backen
         torch.testing.assert_close(found[key], value, rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", ["plain", "stride_2", "features_33_channels_70", "lengths", "everything"])
+@pytest.mark.parametrize("name", ["plain", "stride_2", "tiles_of_4", "tiles_of_2", "lengths", "everything"])
 def test_same_bits_again_and_a_sample_does_not_depend_on_its_batch(name: str, backend: str) -> None:
     case = CONV1D[name]
     a = case.arguments(torch.float32)
@@ -227,7 +227,7 @@ def test_same_bits_again_and_a_sample_does_not_depend_on_its_batch(name: str, ba
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
-@pytest.mark.parametrize("name", ["features_33_channels_70", "everything"])
+@pytest.mark.parametrize("name", ["features_33_channels_70", "tiles_of_4", "everything"])
 def test_any_number_of_threads(name: str, threads: int, backend: str) -> None:
     case = CONV1D[name]
     found, before = [], torch.get_num_threads()
@@ -243,8 +243,9 @@ def test_any_number_of_threads(name: str, threads: int, backend: str) -> None:
         torch.testing.assert_close(found[1][key], found[0][key])
 
 
-def test_inference_equals_training_forward_bit_for_bit(backend: str) -> None:
-    case = CONV1D["everything"]
+@pytest.mark.parametrize("name", ["tiles_of_4", "everything"])
+def test_inference_equals_training_forward_bit_for_bit(name: str, backend: str) -> None:
+    case = CONV1D[name]
     arguments = case.arguments(torch.float32)
     training = case.call(conv1d, arguments, backend=backend)
     with torch.no_grad():
@@ -310,6 +311,53 @@ def test_nan_stays_within_its_receptive_field(backend: str) -> None:
     within = torch.zeros(3, 9, 6, dtype=torch.bool)
     within[1, 2:6] = True
     assert torch.equal(nan, within)
+
+
+@pytest.mark.parametrize(
+    "kernel, features, options, tiles",
+    [
+        (3, 16, {}, True),
+        (5, 40, {"padding": 2, "activation": "relu"}, True),
+        (3, 15, {}, False),
+        (4, 16, {}, False),
+        (3, 16, {"stride": 2}, False),
+        (3, 16, {"dilation": 2}, False),
+        (3, 32, {"groups": 2}, False),
+    ],
+)
+def test_winograd_where_it_can_be_had(
+    kernel: int, features: int, options: dict, tiles: bool, native_ops: Any
+) -> None:
+    # Sums of small integers are exact, but for Winograd, whose points are irrational.
+    x, weight, dy = (
+        torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float().requires_grad_()
+        for shape in ((2, 70, features), (16, features // options.get("groups", 1), kernel), (2, 70, 16))
+    )
+
+    def found(function: Any, dtype: torch.dtype, **backend: str) -> list[Tensor]:
+        a, w = (t.detach().to(dtype).requires_grad_() for t in (x, weight))
+        y = function(a, w, None, **options, **backend)
+        return [y.detach(), *torch.autograd.grad(y, (a, w), dy[:, : y.shape[1]].to(dtype))]
+
+    exact = found(oracle, torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(found(conv1d, torch.float64, backend="cpu"), exact))
+    rounded = [not torch.equal(a.double(), b) for a, b in zip(found(conv1d, torch.float32, backend="cpu"), exact)]
+    assert rounded == [tiles] * 3
+
+
+def test_nan_stays_within_the_tiles_that_read_it(native_ops: Any) -> None:
+    for kernel, tile in ((3, 4), (5, 2)):
+        x, weight = torch.randn(2, 70, 16), torch.randn(16, 16, kernel)
+        with torch.no_grad():
+            clean = conv1d(x, weight, None, padding=kernel // 2, backend="cpu")
+            x[1, 33, 2] = float("nan")
+            found = conv1d(x, weight, None, padding=kernel // 2, backend="cpu")
+        first, last = (33 + reach for reach in (-(kernel // 2), kernel // 2))
+        outside = torch.ones(70, dtype=torch.bool)
+        outside[first // tile * tile : last // tile * tile + tile] = False
+        assert torch.equal(found[0], clean[0])
+        assert torch.equal(found[1, outside], clean[1, outside])
+        assert found[1, first : last + 1].isnan().all()
 
 
 @pytest.mark.parametrize("channels", [32, 5])

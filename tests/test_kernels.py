@@ -355,6 +355,36 @@ def test_winograd(
     within(kernels.winograd_weight_gradient(isa, frames, grad, r), exact, samples * height * width)
 
 
+@pytest.mark.parametrize("r", [3, 5])
+@pytest.mark.parametrize("rows, features, channels", [(1, 1, 1), (4, 16, 16), (2, 5, 33), (23, 17, 48), (64, 64, 20)])
+def test_winograd_1d(kernels: ModuleType, isa: str, r: int, rows: int, features: int, channels: int) -> None:
+    random = np.random.default_rng(0)
+    x, w, g, bias = (
+        random.normal(size=size).astype(np.float32)
+        for size in ((rows + r - 1, features), (r, features, channels), (rows, channels), channels)
+    )
+    windows = np.lib.stride_tricks.sliding_window_view(x.astype(np.float64), r, axis=0)
+    v = kernels.winograd_1d_input(isa, x, r).astype(np.float64)
+    u = kernels.winograd_1d_filter(isa, w.reshape(r, -1), r).reshape(-1, features, channels)
+    products = np.einsum("ptf,pfc->ptc", v, u).astype(np.float32)
+
+    def within(found: np.ndarray, exact: np.ndarray, terms: np.ndarray) -> None:
+        # Every product takes part with all its roundings, amplified as in one dim of test_winograd.
+        assert found.shape == exact.shape
+        assert np.all(np.abs(found - exact) <= 5.5**0.5 * 4 * np.finfo(np.float32).eps * terms.max())
+
+    exact = np.einsum("rfj,jfc->rc", windows, w.astype(np.float64))
+    sizes = np.einsum("rfj,jfc->rc", np.abs(windows), np.abs(w))
+    within(kernels.winograd_1d_output(isa, products, r, rows), exact, sizes)
+    found = kernels.winograd_1d_output(isa, products, r, rows, bias, True)
+    within(found, np.maximum(exact + bias, 0), sizes + np.abs(bias))
+    d = kernels.winograd_1d_input(isa, g, r, True).astype(np.float64)
+    sums = np.einsum("ptf,ptc->pfc", v, d).astype(np.float32)
+    found = kernels.winograd_1d_filter(isa, sums.reshape(-1, features * channels), r, True)
+    exact = np.einsum("rfj,rc->jfc", windows, g.astype(np.float64))
+    within(found, exact.reshape(r, -1), np.einsum("rfj,rc->jfc", np.abs(windows), np.abs(g)))
+
+
 def take_turns(kernels: ModuleType, threads: int, *how: int) -> tuple[int, float]:
     """How often one was let through too early, and seconds of processor; who comes late to a team is not in it."""
     for _ in range(50):

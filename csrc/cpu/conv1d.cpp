@@ -11,6 +11,7 @@
 
 #include "frames.h"
 #include "split.h"
+#include "winograd1d.h"
 
 namespace convfast {
 namespace cpu {
@@ -190,6 +191,14 @@ struct Engine {
     }
   }
 
+  // Whether Winograd can be had and its transforms do not outweigh the products that it saves. float64 is for those who want every digit.
+  bool tiles_wanted() const {
+    constexpr long kLeast = 16;
+    return std::is_same_v<T, float> && (p.taps == 3 || p.taps == 5) && p.stride == 1 && p.dilation == 1 && p.groups == 1 &&
+           std::min(p.features, p.channels) >= kLeast;
+  }
+  const TimeTiles<T> by_tiles = tiles_wanted() ? TimeTiles<T>(k, p.taps, p.features, p.channels) : TimeTiles<T>();
+
   // Weights as a GEMM operand, [group][tap][feature] by channels; or, depthwise, [tap][channel].
   const T* pack_weights() {
     const A* w = data(weight);
@@ -200,13 +209,39 @@ struct Engine {
         for (long c = 0; c < width; ++c) packed[j * width + c] = static_cast<T>(w[c * s0 + j * s2]);
       return packed;
     }
-    const long rows = p.taps * p.group_features(), columns = p.group_channels(), size = rows * round_up(columns, k.lanes);
+    if (by_tiles) return by_tiles.pack(workspace, width, p.channels, [&](long first, long n, long lanes, T* to) { read_taps(first, n, lanes, to); });
+    const long fg = p.group_features(), cg = p.group_channels(), size = p.taps * fg * round_up(cg, k.lanes);
     T* packed = workspace.take<T>(p.groups * size);
     for (long g = 0; g < p.groups; ++g)
-      pack_panels(k, rows, columns, packed + g * size, [&](long i, long n) {
-        return static_cast<T>(w[(g * columns + n) * s0 + i % p.group_features() * s1 + i / p.group_features() * s2]);
+      for_panels(k, workspace, p.taps * fg, cg, [=](long first, long n, long lanes, T* taps) {
+        read_taps(g * cg + first, n, lanes, taps);
+        T* to = packed + g * size + first * p.taps * fg;
+        for (long j = 0; j < p.taps; ++j)
+          for (long f = 0; f < fg; ++f, to += lanes) std::copy_n(taps + (f * p.taps + j) * lanes, lanes, to);
       });
     return packed;
+  }
+
+  // Weights of n channels as [feature][tap][lanes], zero from n on.
+  void read_taps(long channel, long n, long lanes, T* to) const {
+    const long s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2), fg = p.group_features();
+    const A* from = data(weight) + channel * s0;
+    if (n < lanes) std::fill_n(to, fg * p.taps * lanes, T(0));
+    if constexpr (!kNarrow) {
+      if (s2 == 1 && s1 == p.taps) return k.transpose(n, fg * p.taps, from, s0, to, lanes);
+    }
+    for (long f = 0; f < fg; ++f)
+      for (long j = 0; j < p.taps; ++j, to += lanes)
+        for (long c = 0; c < n; ++c) to[c] = static_cast<T>(from[c * s0 + f * s1 + j * s2]);
+  }
+
+  // The same for gradients of x: those of n features as [channel][tap, the last first][lanes].
+  void read_taps_back(long feature, long n, long lanes, T* to) const {
+    const long s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2);
+    const A* from = data(weight) + feature * s1;
+    for (long c = 0; c < p.channels; ++c)
+      for (long j = p.taps; j-- > 0; to += lanes)
+        for (long f = 0; f < lanes; ++f) to[f] = f < n ? static_cast<T>(from[c * s0 + f * s1 + j * s2]) : T(0);
   }
 
   const T* pack_bias() {
@@ -220,7 +255,8 @@ struct Engine {
   bool relu_in_gemm() const { return act.forward == k.relu && !p.depthwise(); }
 
   // Convolution of packed rows: z [rows][ldz]. `in_place`: z is the result, out of cache, and relu_in_gemm() holds.
-  void convolve(long rows, const T* packed, const T* w, const T* b, T* z, long ldz, bool in_place) const {
+  void convolve(long rows, const T* packed, const T* w, const T* b, T* z, long ldz, bool in_place, T* scratch) const {
+    if (by_tiles) return by_tiles.convolve(rows, packed, width, p.features, p.channels, w, b, in_place && relu_in_gemm(), z, ldz, scratch);
     const Runs runs = window();
     if (p.depthwise()) return k.depthwise(rows, packed, runs, w, b, z, ldz);
     const long deep = p.taps * p.group_features(), columns = p.group_channels(), size = deep * round_up(columns, k.lanes);
@@ -256,7 +292,8 @@ struct Engine {
     Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<A>()) : empty_cpu({0}, scalar_type<A>());
     const Part* parts = by_parts() ? pack_parts() : nullptr;
     const T *w = parts ? nullptr : pack_weights(), *b = pack_bias();
-    const long threads = torch::stable::get_num_threads(), split_size = parts ? kSplitParts<A> * part_size() : 0, size = packed_rows(kRows) * width + kRows * ldc + 64;
+    const long threads = torch::stable::get_num_threads(), split_size = parts ? kSplitParts<A> * part_size() : 0, tile_size = by_tiles && !parts ? by_tiles.scratch() : 0;
+    const long size = round_up(packed_rows(kRows) * width + kRows * ldc + 64 + tile_size, 16);
     T* scratch = workspace.take<T>(threads * size);
     Part* split = workspace.take<Part>(threads * split_size);
     const SequenceOf<A> results(y);
@@ -268,12 +305,12 @@ struct Engine {
       const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
       for (long r = valid; r < rows; ++r) std::fill_n(results.at(sample, begin + r), p.channels, static_cast<A>(T(0)));
       if (!valid) return;
-      T *z = scratch + thread * size, *packed = z + kRows * ldc;
+      T *own = scratch + thread * size, *z = own + tile_size, *packed = z + kRows * ldc;
       pack_input(sample, begin * p.stride, packed_rows(valid), packed);
       if constexpr (!kNarrow) {
         if (in_place) {
           T* first = results.at(sample, begin);
-          convolve(valid, packed, w, b, first, results.step, true);
+          convolve(valid, packed, w, b, first, results.step, true, own);
           if (relu_in_gemm()) return;
           const long together = results.step == p.channels ? valid : 1;  // rows without a gap are one stretch
           for (long r = 0; act.forward && r < valid; r += together) act.forward(together * p.channels, first + r * results.step, first + r * results.step);
@@ -281,7 +318,7 @@ struct Engine {
         }
       }
       if (parts) convolve_parts(valid, packed, parts, b, split + thread * split_size, z);
-      else convolve(valid, packed, w, b, z, ldc, false);
+      else convolve(valid, packed, w, b, z, ldc, false, own);
       for (long r = 0; r < valid; ++r) {
         T* row = z + r * ldc;
         A* to = results.at(sample, begin + r);
@@ -369,7 +406,8 @@ struct Engine {
   }
 
   // Gradients of rows [begin, begin + rows) of the padded sample, [row][ldw]; g holds those of the output rows from `first` on.
-  void input_gradients(const std::vector<Phase>& phases, long begin, long rows, const T* g, long first, T* to, long ldw) const {
+  void input_gradients(const std::vector<Phase>& phases, const T* tile_weights, long begin, long rows, const T* g, long first, T* to, long ldw, T* scratch) const {
+    if (by_tiles) return by_tiles.convolve(rows, g + (begin - p.reach() - first) * ldc, ldc, p.channels, p.features, tile_weights, nullptr, false, to, ldw, scratch);
     for (long phase = 0; phase < p.stride; ++phase) {
       const long skip = ((phase - begin) % p.stride + p.stride) % p.stride, n = (rows - skip + p.stride - 1) / p.stride;
       if (skip >= rows) continue;
@@ -396,47 +434,62 @@ struct Engine {
     Tensor dx = needs[0] ? cpu::empty_like(x) : empty_cpu({0}, narrow), dweight = empty_cpu({0}, narrow), dbias = empty_cpu({0}, narrow);
     const bool need_bias = needs[2] && bias;
     const long threads = torch::stable::get_num_threads(), cg = p.group_channels(), fg = p.group_features();
-    const long ldg = p.depthwise() ? width : round_up(cg, 16), depth = p.depthwise() ? p.taps : p.groups * p.taps * fg;
+    const long ldg = p.depthwise() ? width : round_up(cg, 16), planes = by_tiles ? by_tiles.kernels().planes : p.taps;
+    const long depth = p.depthwise() ? p.taps : p.groups * planes * fg, tile_size = by_tiles ? round_up(by_tiles.scratch(), 16) : 0;
     const Runs runs = window();
     const Saved saved{SequenceOf<const A>(dy), SequenceOf<const A>(y), SequenceOf<const A>(pre)};
     const SequenceOf<A> out(dx);
     Region region;
 
-    T* sums = nullptr;
-    const long sums_size = depth * ldg + ldc, adders = std::min(threads, p.batch * chunks_of(p.out_time));
+    const long sums_size = depth * ldg + ldc;
+    std::vector<T*> sums(threads, nullptr);   // of each thread that has some
+    std::vector<long> collected(threads, 0);  // tiles that are not in them yet
     if (needs[1] || need_bias) {
-      sums = workspace.take<T>(adders * sums_size);
-      std::fill(sums, sums + adders * sums_size, T(0));
-      const long size = packed_rows(kRows) * width + 64 + kRows * ldc + ldc;
+      T* all_sums = workspace.take<T>(threads * sums_size);
+      const long size = round_up(packed_rows(kRows) * width + 64 + kRows * ldc + ldc, 16) + tile_size;
       T* scratch = workspace.take<T>(threads * size);
-      add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
+      add_chunks(region, p.out_time, [=, &sums, &collected](long sample, long begin, long rows, long thread) {
         static const T one = 1;
         const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
         if (!valid) return;
-        T *g = scratch + thread * size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = sums + thread * sums_size;
+        T *tiles = scratch + thread * size, *g = tiles + tile_size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = all_sums + thread * sums_size;
+        if (!sums[thread]) {
+          sums[thread] = sum;
+          std::fill(sum, sum + sums_size, T(0));
+        }
         pre_gradients(saved, sample, begin, valid, buffer, g);
         if (need_bias) k.outer_sum({valid, &one, {&kZero, 1, 1, 0}, g, ldc, p.channels, sum + depth * ldg, ldc});
         if (!needs[1]) return;
         pack_input(sample, begin * p.stride, packed_rows(valid), packed);
+        if (by_tiles) {
+          collected[thread] = by_tiles.collect(valid, packed, width, g, ldc, tiles, collected[thread], sum, ldg);
+          return;
+        }
         if (p.depthwise()) return k.depthwise_weight_grad(valid, packed, runs, g, ldc, sum);
         for (long group = 0; group < p.groups; ++group)
           k.outer_sum({valid, packed + group * fg, runs, g + group * cg, ldc, cg, sum + group * p.taps * fg * ldg, ldg});
       });
+      if (by_tiles && needs[1])
+        region.add(threads, [=, &sums, &collected](long, long, long thread) {
+          if (collected[thread]) by_tiles.add_products(collected[thread], scratch + thread * size, sums[thread], ldg);
+        });
     }
 
     std::vector<Phase> phases;
     if (needs[0]) {
-      phases = pack_back();
+      const T* tile_weights = nullptr;
+      if (by_tiles) tile_weights = by_tiles.pack(workspace, p.channels, p.features, [&](long first, long n, long lanes, T* to) { read_taps_back(first, n, lanes, to); });
+      else phases = pack_back();
       // Rows of a sample are cut into chunks where each shows itself alone; other paddings show some twice, and are summed.
       const bool alone = p.padding_mode == "zeros" || !(p.before || p.behind);
       const long ldw = round_up(width, 16) + 16, reach = p.reach() / p.stride + 2, padded = p.before + p.time + p.behind;
-      const long most = alone ? kRows : padded, size = most * ldw + (most / p.stride + reach + 1) * ldc + ldc + (alone ? 0 : p.time * p.features);
+      const long most = alone ? kRows : padded, size = round_up(most * ldw + (most / p.stride + reach + 1) * ldc + ldc + (alone ? 0 : p.time * p.features), 16) + tile_size;
       T* scratch = workspace.take<T>(threads * size);
-      const auto chunk = [=, &phases](long sample, long begin, long rows, T* sum, T* own) {
+      const auto chunk = [=, &phases](long sample, long begin, long rows, T* sum, T* tiles) {
         const long last = (begin + rows - 1) / p.stride, first = begin / p.stride - reach + 1;
-        T *g = own + most * ldw, *buffer = g + (last - first + 1) * ldc;
+        T *own = tiles + tile_size, *g = own + most * ldw, *buffer = g + (last - first + 1) * ldc;
         pre_gradients(saved, sample, first, last - first + 1, buffer, g);
-        input_gradients(phases, begin, rows, g, first, own, ldw);
+        input_gradients(phases, tile_weights, begin, rows, g, first, own, ldw, tiles);
         const long each = width / p.features;
         for (long r = 0; r < rows; ++r) {
           T* row = own + r * ldw;
@@ -474,35 +527,50 @@ struct Engine {
     }
     region.run();
 
-    if (needs[1]) {
-      dweight = empty_cpu({p.channels, fg, p.taps}, narrow);
-      A* to = out_data(dweight);
-      constexpr long kTogether = 16;  // channels, whose sums share a cache line
-      parallel((p.channels + kTogether - 1) / kTogether, [&](long begin, long end) {
-        for (long first = begin * kTogether; first < std::min(p.channels, end * kTogether); first += kTogether) {
-          const long n = std::min(kTogether, p.channels - first);
-          const T* sum[kTogether];
-          for (long c = 0; c < n; ++c) sum[c] = sums + (p.depthwise() ? first + c : (first + c) / cg * p.taps * fg * ldg + (first + c) % cg);
-          for (long f = 0; f < fg; ++f)
-            for (long j = 0; j < p.taps; ++j)
-              for (long c = 0; c < n; ++c) {
-                T total = 0;
-                for (long i = 0; i < adders; ++i) total += sum[c][i * sums_size + (j * fg + f) * ldg];
-                to[((first + c) * fg + f) * p.taps + j] = static_cast<A>(total);
-              }
-        }
-      });
-    }
+    sums.erase(std::remove(sums.begin(), sums.end(), nullptr), sums.end());
+    if (needs[1]) dweight = weight_gradient(sums, planes, ldg);
     if (need_bias) {
       dbias = empty_cpu({p.channels}, narrow);
-      A* to = out_data(dbias);
-      for (long c = 0; c < p.channels; ++c) {
-        T total = 0;
-        for (long i = 0; i < adders; ++i) total += sums[i * sums_size + depth * ldg + c];
-        to[c] = static_cast<A>(total);
-      }
+      std::vector<T> total(p.channels);
+      add_up(sums, depth * ldg, p.channels, total.data());
+      convert(total.data(), p.channels, out_data(dbias));
     }
     return {dx, dweight, dbias};
+  }
+
+  // to[i] = all sums' [at + i].
+  static void add_up(const std::vector<T*>& sums, long at, long n, T* to) {
+    std::fill_n(to, n, T(0));
+    for (const T* sum : sums)
+      for (long i = 0; i < n; ++i) to[i] += sum[at + i];
+  }
+
+  // From each thread's sums, [group][tap or plane][feature][ld].
+  Tensor weight_gradient(const std::vector<T*>& sums, long planes, long ld) const {
+    constexpr long kTogether = 32;
+    const long groups = p.depthwise() ? 1 : p.groups, columns = p.channels / groups, blocks = (columns + kTogether - 1) / kTogether;
+    const long fg = p.group_features(), each = fg * p.taps;
+    Tensor dweight = empty_cpu({p.channels, fg, p.taps}, scalar_type<A>());
+    A* to = out_data(dweight);
+    parallel(groups * blocks, [&](long begin, long end) {
+      std::vector<T> of_planes(by_tiles ? planes * kTogether : 0), by_tap(each * kTogether), by_channel(kNarrow ? each * kTogether : 0);
+      for (long i = begin; i < end; ++i) {
+        const long group = i / blocks, first = i % blocks * kTogether, n = std::min(kTogether, columns - first);
+        for (long f = 0; f < fg; ++f) {
+          T* taps = by_tap.data() + f * p.taps * kTogether;
+          for (long j = 0; j < planes; ++j) add_up(sums, ((group * planes + j) * fg + f) * ld + first, n, (by_tiles ? of_planes.data() : taps) + j * kTogether);
+          if (by_tiles) by_tiles.kernels().filter_gradient(kTogether, of_planes.data(), kTogether, taps, kTogether);
+        }
+        A* rows = to + (group * columns + first) * each;
+        if constexpr (kNarrow) {
+          k.transpose(each, n, by_tap.data(), kTogether, by_channel.data(), each);
+          convert(by_channel.data(), n * each, rows);
+        } else {
+          k.transpose(each, n, by_tap.data(), kTogether, rows, each);
+        }
+      }
+    });
+    return dweight;
   }
 
   void zero_rows(const SequenceOf<A>& t, long sample, long begin, long end) const {

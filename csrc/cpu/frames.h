@@ -37,6 +37,8 @@ inline std::vector<long> padding_map(long size, long before, long behind, const 
   return map;
 }
 
+inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
+
 struct PaddingMaps {
   std::vector<long> d, h, w;
   Extent extent() const { return {long(d.size()), long(h.size()), long(w.size())}; }
@@ -105,14 +107,27 @@ void pack_panels(const Kernels<T>& kernels, long k, long columns, T* dst, const 
   });
 }
 
+// f(first, n, width, buffer) for the n columns of each panel, of the operand as pack_panels lays it out; with a buffer of k rows.
+template <class T, class F>
+void for_panels(const Kernels<T>& kernels, Workspace& workspace, long k, long columns, const F& f) {
+  const long panels = (columns + kernels.panel - 1) / kernels.panel, size = round_up(k * kernels.panel, 16);
+  T* buffers = workspace.take<T>(std::min<long>(panels, torch::stable::get_num_threads()) * size);
+  Region region;
+  region.add(panels, [=, &kernels](long begin, long end, long thread) {
+    for (long first = begin * kernels.panel; first < std::min(columns, end * kernels.panel); first += kernels.panel) {
+      const long left = columns - first, width = left > kernels.lanes ? kernels.panel : kernels.lanes;
+      f(first, std::min(left, width), width, buffers + thread * size);
+    }
+  });
+  region.run();
+}
+
 // Row of a weight [4C, ..] whose gates lie in a column: columns are [block][gate][channel of the block], rows [gate][channel].
 inline long gate_row(long column, long channels) {
   const long block = column / kSlab, n = std::min<long>(kBlock, channels - block * kBlock), j = column % kSlab;
   if (n == kBlock) return j / kBlock * channels + block * kBlock + j % kBlock;  // no division at run time
   return j / n * channels + block * kBlock + j % n;
 }
-
-inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 }  // namespace cpu
 }  // namespace convfast

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <ctime>
 #include <optional>
@@ -361,6 +362,56 @@ static Array<float> winograd_weight_gradient(const std::string& isa, const Array
   return result;
 }
 
+// The transforms of Winograd1d, whose vectors run over the end of their n columns.
+struct Transforms {
+  const Winograd1d<float>& kernels;
+  const long tiles;
+
+  Transforms(const std::string& isa, long r, long rows) : kernels(*::kernels<float>(isa).winograd_1d[r == 3 ? 0 : 1]), tiles((rows + kernels.m - 1) / kernels.m) {}
+
+  static std::vector<float> wide(const Array<float>& a, long rows, long n) {
+    std::vector<float> to(rows * ld(n), NAN);
+    for (long i = 0; i < rows; ++i) std::memcpy(&to[i * ld(n)], a.data() + i * n, n * sizeof(float));
+    return to;
+  }
+  static Array<float> narrow(const std::vector<float>& from, long n, std::vector<py::ssize_t> shape) {
+    shape.push_back(n);
+    Array<float> to(shape);
+    for (long i = 0; i < to.size() / n; ++i) std::memcpy(to.mutable_data() + i * n, &from[i * ld(n)], n * sizeof(float));
+    return to;
+  }
+  static long ld(long n) { return (n + 15) / 16 * 16; }
+};
+
+// Of x [rows + r - 1, n], or of gradients [rows, n]: [planes, tiles, n].
+static Array<float> winograd_1d_input(const std::string& isa, const Array<float>& x, long r, bool gradient) {
+  const long n = x.shape(1), ld = Transforms::ld(n), rows = x.shape(0) - (gradient ? 0 : r - 1);
+  const Transforms t(isa, r, rows);
+  std::vector<float> v(t.kernels.planes * t.tiles * ld);
+  (gradient ? t.kernels.output_gradient : t.kernels.input)(rows, n, t.wide(x, x.shape(0), n).data(), ld, v.data(), t.tiles * ld, ld);
+  return t.narrow(v, n, {t.kernels.planes, t.tiles});
+}
+
+// v [planes, tiles, n] -> [rows, n]
+static Array<float> winograd_1d_output(const std::string& isa, const Array<float>& v, long r, long rows, const OptionalArray<float>& bias, bool relu) {
+  const long n = v.shape(2), ld = Transforms::ld(n);
+  const Transforms t(isa, r, rows);
+  std::vector<float> out((rows + 1) * ld, -1.f), wide_bias = bias ? t.wide(*bias, 1, n) : std::vector<float>();
+  t.kernels.output(rows, n, t.wide(v, t.kernels.planes * t.tiles, n).data(), t.tiles * ld, ld, bias ? wide_bias.data() : nullptr, relu, out.data(), ld);
+  if (out[rows * ld] != -1.f) throw std::runtime_error("a row past the last was written");
+  return t.narrow(out, n, {rows});
+}
+
+// g [r, n] -> [planes, n], or back.
+static Array<float> winograd_1d_filter(const std::string& isa, const Array<float>& g, long r, bool back) {
+  const long n = g.shape(1), ld = Transforms::ld(n);
+  const Transforms t(isa, r, 1);
+  const long rows = back ? r : t.kernels.planes;
+  std::vector<float> out(rows * ld);
+  (back ? t.kernels.filter_gradient : t.kernels.filter)(n, t.wide(g, g.shape(0), n).data(), ld, out.data(), ld);
+  return t.narrow(out, n, {rows});
+}
+
 // src [rows, columns] -> [columns, rows]
 template <class T>
 static Array<T> transpose(const std::string& isa, const Array<T>& src) {
@@ -457,5 +508,8 @@ PYBIND11_MODULE(convfast_kernels, m) {
   m.def("widen", widen, isa, py::arg("from_").noconvert(), py::arg("half"));
   m.def("narrow", narrow, isa, py::arg("from_").noconvert(), py::arg("half"));
   m.def("winograd_convolve", winograd_convolve, isa, py::arg("frames").noconvert(), py::arg("weight").noconvert());
+  m.def("winograd_1d_input", winograd_1d_input, isa, py::arg("x").noconvert(), py::arg("r"), py::arg("gradient") = false);
+  m.def("winograd_1d_output", winograd_1d_output, isa, py::arg("v").noconvert(), py::arg("r"), py::arg("rows"), py::arg("bias") = py::none(), py::arg("relu") = false);
+  m.def("winograd_1d_filter", winograd_1d_filter, isa, py::arg("g").noconvert(), py::arg("r"), py::arg("back") = false);
   m.def("winograd_weight_gradient", winograd_weight_gradient, isa, py::arg("frames").noconvert(), py::arg("grad").noconvert(), py::arg("r"));
 }

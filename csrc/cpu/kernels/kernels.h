@@ -189,6 +189,19 @@ struct WinogradKernels {
   void (*filter_gradient)(const T* u, long n, T* g);          // n columns of u [plane][kSlab] to g [tap][kSlab]
 };
 
+// Winograd along rows: a tile is m neighbouring rows of results, from the m + r - 1 rows of x that begin with its first, by as many
+// products ("planes"). Rows that the last tile lacks count as zero, and are not written. Of n columns whole vectors are read and written.
+template <class T>
+struct Winograd1d {
+  long m, r, planes;
+  // [plane][tile][ld] from rows of x (of so many rows of results), or of gradients g of the results.
+  void (*input)(long rows, long n, const T* x, long ldx, T* v, long plane, long ldv);
+  void (*output_gradient)(long rows, long n, const T* g, long ldg, T* v, long plane, long ldv);
+  void (*output)(long rows, long n, const T* v, long plane, long ldv, const T* bias, bool relu, T* out, long ldo);  // bias null = zero
+  void (*filter)(long n, const T* g, long ldg, T* u, long plane);           // g [tap][ldg] to u[plane][n]
+  void (*filter_gradient)(long n, const T* u, long plane, T* g, long ldg);  // and back
+};
+
 // out[row, n] = init[row, n] + sum over k of window(row)[k] B[k, n], or its relu; the window of a row is the runs from
 // a[0] + row * stride, then those of a[1].
 template <class T>
@@ -320,6 +333,7 @@ struct Kernels {
   void (*depthwise)(long rows, const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo);
   void (*depthwise_weight_grad)(long rows, const T* x, const Runs& runs, const T* g, long ldg, T* dw);
   const WinogradKernels<T>* winograd[2];  // F(4×4, 3×3), F(2×2, 5×5); null for double
+  const Winograd1d<T>* winograd_1d[2];    // F(4, 3), F(2, 5); null for double
 };
 
 // The library exports these: tests run the kernels that it runs.

@@ -371,6 +371,67 @@ static void winograd_filter_gradient(const T* u, long n, T* g) {
   transform_columns<T, kM + kR - 1, kR, Points<T, kM, kR>::filter_gradient>(n, u, kSlab, g, kSlab);
 }
 
+// F of n columns (whole vectors): from kIn rows, of which `in` are there and the others zero, to kOut rows, of which `out` are wanted.
+template <class T, int kIn, int kOut, void (*F)(const typename Simd<T>::V*, typename Simd<T>::V*), bool kWhole, class Store>
+static INLINE void transform_rows(long n, const T* from, long ld_from, long in, T* to, long ld_to, long out, const Store& store) {
+  typedef typename Simd<T>::V V;
+  for (long j = 0; j < n; j += Simd<T>::W) {
+    V before[kIn], after[kOut];
+#pragma GCC unroll 6
+    for (int i = 0; i < kIn; ++i) before[i] = kWhole || i < in ? Simd<T>::load(from + i * ld_from + j) : V{};
+    F(before, after);
+#pragma GCC unroll 6
+    for (int i = 0; i < kOut; ++i)
+      if (kWhole || i < out) store(to + i * ld_to + j, after[i], j);
+  }
+}
+
+template <class T, int kIn, int kOut, void (*F)(const typename Simd<T>::V*, typename Simd<T>::V*), class Store>
+static INLINE void transform_rows(long n, const T* from, long ld_from, long in, T* to, long ld_to, long out, const Store& store) {
+  if (in >= kIn && out >= kOut) transform_rows<T, kIn, kOut, F, true>(n, from, ld_from, in, to, ld_to, out, store);
+  else transform_rows<T, kIn, kOut, F, false>(n, from, ld_from, in, to, ld_to, out, store);
+}
+
+template <class T>
+struct PlainRow {
+  INLINE void operator()(T* p, typename Simd<T>::V v, long) const { Simd<T>::store(p, v); }
+};
+
+template <class T, int kM, int kR>
+static void winograd_1d_input(long rows, long n, const T* x, long ldx, T* v, long plane, long ldv) {
+  enum { kA = kM + kR - 1 };
+  for (; rows > 0; rows -= kM, x += kM * ldx, v += ldv)
+    transform_rows<T, kA, kA, Points<T, kM, kR>::input>(n, x, ldx, rows + kR - 1, v, plane, kA, PlainRow<T>());
+}
+
+template <class T, int kM, int kR>
+static void winograd_1d_output_gradient(long rows, long n, const T* g, long ldg, T* v, long plane, long ldv) {
+  enum { kA = kM + kR - 1 };
+  for (; rows > 0; rows -= kM, g += kM * ldg, v += ldv)
+    transform_rows<T, kM, kA, Points<T, kM, kR>::output_gradient>(n, g, ldg, rows, v, plane, kA, PlainRow<T>());
+}
+
+template <class T, int kM, int kR>
+static void winograd_1d_output(long rows, long n, const T* v, long plane, long ldv, const T* bias, bool relu, T* out, long ldo) {
+  typedef Simd<T> S;
+  enum { kA = kM + kR - 1 };
+  for (; rows > 0; rows -= kM, v += ldv, out += kM * ldo)
+    transform_rows<T, kA, kM, Points<T, kM, kR>::output>(n, v, plane, kA, out, ldo, rows, [&](T* p, typename S::V sum, long column) CONVFAST_LAMBDA {
+      if (bias) sum += S::load(bias + column);
+      S::store(p, relu ? relu_of(sum) : sum);
+    });
+}
+
+template <class T, int kM, int kR>
+static void winograd_1d_filter(long n, const T* g, long ldg, T* u, long plane) {
+  transform_rows<T, kR, kM + kR - 1, Points<T, kM, kR>::filter>(n, g, ldg, kR, u, plane, kM + kR - 1, PlainRow<T>());
+}
+
+template <class T, int kM, int kR>
+static void winograd_1d_filter_gradient(long n, const T* u, long plane, T* g, long ldg) {
+  transform_rows<T, kM + kR - 1, kR, Points<T, kM, kR>::filter_gradient>(n, u, plane, kM + kR - 1, g, ldg, kR, PlainRow<T>());
+}
+
 template <class T, int kM, int kR>
 static const WinogradKernels<T>* winograd_table() {
   static const WinogradKernels<T> kernels = {kM,
@@ -384,7 +445,24 @@ static const WinogradKernels<T>* winograd_table() {
   return &kernels;
 }
 
+template <class T, int kM, int kR>
+static const Winograd1d<T>* winograd_1d_table() {
+  static const Winograd1d<T> kernels = {kM,
+                                        kR,
+                                        kM + kR - 1,
+                                        winograd_1d_input<T, kM, kR>,
+                                        winograd_1d_output_gradient<T, kM, kR>,
+                                        winograd_1d_output<T, kM, kR>,
+                                        winograd_1d_filter<T, kM, kR>,
+                                        winograd_1d_filter_gradient<T, kM, kR>};
+  return &kernels;
+}
+
 template <>
 const WinogradKernels<double>* winograd_table<double, 4, 3>() { return 0; }
 template <>
 const WinogradKernels<double>* winograd_table<double, 2, 5>() { return 0; }
+template <>
+const Winograd1d<double>* winograd_1d_table<double, 4, 3>() { return 0; }
+template <>
+const Winograd1d<double>* winograd_1d_table<double, 2, 5>() { return 0; }
