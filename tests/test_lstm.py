@@ -25,6 +25,7 @@ from tests.cases import (
     LSTM,
     LSTM_CASES,
     LSTM_EVERYTHING,
+    LSTM_STATE,
     LSTM_WEIGHTS,
     NAMESPACES,
     SEQUENCE_LAYOUTS,
@@ -237,7 +238,7 @@ def test_chunked_sequence_equals_whole(name: str, dtype: torch.dtype, backend: s
     with torch.no_grad():
         whole, h_whole, c_whole = case.call(lstm, a, backend=backend)
         state, outputs = (a["h0"], a["c0"]), []
-        for part in (a["input"][:, :2], a["input"][:, 2:]):
+        for part in (a["input"][:, :2], a["input"][:, 2:3], a["input"][:, 3:]):
             output, *state = case.call(lstm, a | {"input": part, "h0": state[0], "c0": state[1]}, backend=backend)
             outputs.append(output)
     for part, all_at_once in ((torch.cat(outputs, 1), whole), (state[0], h_whole), (state[1], c_whole)):
@@ -721,6 +722,26 @@ def test_gates_too_many_for_the_cache_are_those_of_half_the_batch(dtype: torch.d
     tiles = "amx" in torch.ops.convfast.cpu_capability()  # their order of sums depends on how many samples a thread has
     for together, parts in zip(whole, zip(*halves)):
         torch.testing.assert_close(together, torch.cat(parts), **({} if tiles else exactly("cpu")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("batch, hidden", [(1, 128), (7, 70), (33, 17), (64, 40), (65, 16)])
+def test_one_step_is_the_first_of_many(batch: int, hidden: int, dtype: torch.dtype, native_ops: Any) -> None:
+    case = LSTMCase("steps", batch=batch, time=2, features=37, hidden=hidden, given=LSTM_STATE, directions=2)
+    a = case.arguments(dtype)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                both, _, _ = case.call(lstm, a, backend="cpu")
+                one, h, _ = case.call(lstm, a | {"input": a["input"][:, :1]}, backend="cpu")
+            training, _, _ = case.call(lstm, a | {"input": a["input"][:, :1]}, backend="cpu")
+            for found in (one, training.detach()):
+                torch.testing.assert_close(found[:, 0, :hidden], both[:, 0, :hidden], **exactly("cpu"))
+            torch.testing.assert_close(h, one[:, 0].unflatten(1, (2, hidden)).transpose(0, 1), **exactly("cpu"))
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch, threads", [(40, 3), (63, 5), (9, 5), (12, 2)])

@@ -174,9 +174,9 @@ struct Engine {
   const Part* pack_parts() {
     const long depth = p.taps * width, s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2);
     Part* packed = workspace.take<Part>(split_size(p.channels, depth, kSplitParts<A>));
-    pack_split(*split_by, p.channels, depth, kSplitParts<A>, packed, [&](long c, float* to) {
+    pack_split<Unsplit<A>>(*split_by, p.channels, depth, kSplitParts<A>, packed, [&](long c, Unsplit<A>* to) {
       for (long j = 0; j < p.taps; ++j)
-        for (long f = 0; f < width; ++f) to[j * width + f] = static_cast<float>(data(weight)[c * s0 + f * s1 + j * s2]);
+        for (long f = 0; f < width; ++f) to[j * width + f] = static_cast<Unsplit<A>>(unsplit(data(weight))[c * s0 + f * s1 + j * s2]);
     });
     return packed;
   }

@@ -4,7 +4,8 @@
 // instead and wait for each other once a step (team.h); or, without gradients, the layers, each a few steps behind the one below. Else
 // layers without gradients take turns of a few steps on every thread. Steps are taken in chunks: the input part of a chunk's gates is one
 // GEMM over all its rows, and so are dx and the weights' gradients, while the chunk is in L2. Inside a step, GEMM and cell alternate block
-// by block. Samples are ordered by length, so that the rows of a step are the first ones.
+// by block. Samples are ordered by length, so that the rows of a step are the first ones. A sequence of one step packs no weights but a
+// block's at a time.
 // Floor: 8 H (I + P) operations per row and step at the FMA peak, three times that for training; for few rows, 16 H P bytes of w_hh a
 // step from L2.
 #include <torch/csrc/stable/library.h>
@@ -158,6 +159,7 @@ struct Engine {
   // every step: teams whose members' shares it holds.
   Split split() const {
     constexpr long kFewRows = 4, kSomeRows = 16, kFewOfLarge = 6;
+    if (once()) return {1, std::min(threads, units())};
     const long few = !by_dots() ? kFewRows : pass.forward && 2 * weight_bytes() > l2_bytes() ? kFewOfLarge : kFewDots;
     if (stages > 1) return {threads / stages, stages};
     long team = 1;
@@ -170,9 +172,17 @@ struct Engine {
 
   bool shares_units() const { return stages == 1 && split().team > 1; }
 
+  // One step of few rows: weights are read once. All threads share out the hidden units, and each packs a block's weights where it needs
+  // them, in its cache.
+  bool once() const {
+    if (!pass.forward || p.time > 1 || p.batch > pass.most_rows || in.directions[0].w_hr) return false;
+    return !by_tiles() || p.batch < kTogether * threads;
+  }
+
   // Rows enough for whole tiles: x and h are then one operand of a step's GEMM. Fewer rows, or few against weights that L2 does not hold
   // from step to step: the input part of a chunk of steps is a GEMM of its own, over the rows of all its steps.
   bool together() const {
+    if (once()) return true;
     const Split s = split();
     const long rows = most_rows(s);
     if (by_dots()) return rows >= kFewDots && !shares_units();
@@ -181,7 +191,7 @@ struct Engine {
 
   // Whether the GEMMs are of parts of bfloat16: by tiles where rows are enough for x and h as one operand.
   static constexpr long kParts = kSplitParts<A>;
-  bool by_parts() const { return by_dots() || (by_tiles() && together() && !shares_units()); }
+  bool by_parts() const { return by_dots() || (by_tiles() && together() && !shares_units() && !once()); }
   long split_x() const { return round_up(inputs, kSplitDepth); }
   long split_h() const { return round_up(size, kSplitDepth); }
   long split_depth() const { return split_x() + split_h(); }
@@ -278,35 +288,38 @@ struct Engine {
 
   // Rows [first, first + n) of a GEMM operand of `all` rows from w [4H, n], the gates' columns in blocks: [panel][all][panel columns].
   void pack_matrix(const Tensor& w, long n, T* packed, long first, long all) const {
+    parallel((columns + k.panel - 1) / k.panel, [&](long begin, long end) {
+      for (long start = begin * k.panel; start < std::min(columns, end * k.panel); start += k.panel) pack_panel(w, n, start, packed + start * all, first);
+    });
+  }
+
+  // The panel from column `start` on.
+  void pack_panel(const Tensor& w, long n, long start, T* panel, long first) const {
     const A* source = data(w);
     const long s0 = w.stride(0), s1 = w.stride(1);
-    parallel((columns + k.panel - 1) / k.panel, [&](long begin, long end) {
-      for (long start = begin * k.panel; start < std::min(columns, end * k.panel); start += k.panel) {
-        const long left = columns - start, width = left > k.lanes ? k.panel : k.lanes, real = std::min(4 * hidden - start, width);
-        T* panel = packed + start * all + first * width;
-        for (long j = 0; j < real;) {
-          // Neighbouring columns are neighbouring rows of w, as far as a gate's channels of a block go.
-          const long row = p.weight_row(start + j);
-          long same = 1;
-          while (j + same < real && p.weight_row(start + j + same) == row + same) ++same;
-          if constexpr (!kNarrow) {
-            if (s1 == 1) {
-              // The next rows are those of another gate: the processor does not foresee them.
-              const T* ahead = source + p.weight_row(std::min(start + j + same, 4 * hidden - 1)) * s0;
-              for (long q = 0; q < same; ++q)
-                for (long i = 0; i < n; i += 64 / long(sizeof(T))) __builtin_prefetch(ahead + q * s0 + i);
-              k.transpose(same, n, source + row * s0, s0, panel + j, width);
-              j += same;
-              continue;
-            }
-          }
-          for (long i = 0; i < n; ++i)
-            for (long q = 0; q < same; ++q) panel[i * width + j + q] = static_cast<T>(source[(row + q) * s0 + i * s1]);
+    const long left = columns - start, width = left > k.lanes ? k.panel : k.lanes, real = std::min(4 * hidden - start, width);
+    panel += first * width;
+    for (long j = 0; j < real;) {
+      // Neighbouring columns are neighbouring rows of w, as far as a gate's channels of a block go.
+      const long row = p.weight_row(start + j);
+      long same = 1;
+      while (j + same < real && p.weight_row(start + j + same) == row + same) ++same;
+      if constexpr (!kNarrow) {
+        if (s1 == 1) {
+          // The next rows are those of another gate: the processor does not foresee them.
+          const T* ahead = source + p.weight_row(std::min(start + j + same, 4 * hidden - 1)) * s0;
+          for (long q = 0; q < same; ++q)
+            for (long i = 0; i < n; i += 64 / long(sizeof(T))) __builtin_prefetch(ahead + q * s0 + i);
+          k.transpose(same, n, source + row * s0, s0, panel + j, width);
           j += same;
+          continue;
         }
-        for (long i = 0; real < width && i < n; ++i) std::fill(panel + i * width + real, panel + (i + 1) * width, T(0));
       }
-    });
+      for (long i = 0; i < n; ++i)
+        for (long q = 0; q < same; ++q) panel[i * width + j + q] = static_cast<T>(source[(row + q) * s0 + i * s1]);
+      j += same;
+    }
+    for (long i = 0; real < width && i < n; ++i) std::fill(panel + i * width + real, panel + (i + 1) * width, T(0));
   }
 
   T* pack_peephole(const OptionalTensor& t) {
@@ -333,27 +346,16 @@ struct Engine {
       const long s0 = d.w_hr->stride(0), s1 = d.w_hr->stride(1);
       pack_panels(k, hidden, size, w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
     }
+    if (once()) return {nullptr, nullptr, bias, pack_peephole(d.peephole), nullptr};
     if (by_parts()) {
-      const auto pack_rows = [&](long depth, const auto& fill) {
+      const auto pack_columns = [&](long depth, bool of_x, bool of_h) {
         Part* packed = workspace.take<Part>(split_size(4 * hidden, depth, kParts));
-        pack_split(*split_by, 4 * hidden, depth, kParts, packed, [&](long column, float* to) {
-          std::fill(to, to + depth, 0.f);
-          fill(p.weight_row(column), to);
-        });
+        pack_split<Unsplit<A>>(*split_by, 4 * hidden, depth, kParts, packed, [&](long column, Unsplit<A>* to) { read_column(d, column, depth, of_x, of_h, to); });
         return packed;
       };
-      const auto fill_ih = [&](long row, float* to) { read(data(d.w_ih) + row * d.w_ih.stride(0), d.w_ih.stride(1), inputs, to); };
-      const auto fill_hh = [&](long row, float* to) { read(data(d.w_hh) + row * d.w_hh.stride(0), d.w_hh.stride(1), size, to); };
       Packed packed{nullptr, nullptr, bias, pack_peephole(d.peephole), w_hr};
-      if (together()) {
-        packed.split_ih = pack_rows(split_depth(), [&](long row, float* to) {
-          fill_ih(row, to);
-          fill_hh(row, to + split_x());
-        });
-      } else {
-        packed.split_ih = pack_rows(split_x(), fill_ih);
-        packed.split_hh = pack_rows(split_h(), fill_hh);
-      }
+      packed.split_ih = together() ? pack_columns(split_depth(), true, true) : pack_columns(split_x(), true, false);
+      if (!together()) packed.split_hh = pack_columns(split_h(), false, true);
       return packed;
     }
     // One above the other, or two buffers, which the backward will take for its own.
@@ -362,6 +364,16 @@ struct Engine {
     pack_matrix(d.w_ih, inputs, w, 0, all ? all : inputs);
     pack_matrix(d.w_hh, size, w_hh, all ? inputs : 0, all ? all : size);
     return {w, w_hh, bias, pack_peephole(d.peephole), w_hr};
+  }
+
+  // A column of the gates: its weights for x, for h, or for both, one behind the other, in `depth` numbers.
+  void read_column(const Direction& d, long column, long depth, bool of_x, bool of_h, Unsplit<A>* to) const {
+    const auto read_row = [row = p.weight_row(column)](const Tensor& w, long n, Unsplit<A>* to) {
+      read(unsplit(data(w)) + row * w.stride(0), w.stride(1), n, to);
+    };
+    std::fill(to, to + depth, Unsplit<A>(0));
+    if (of_x) read_row(d.w_ih, inputs, to);
+    if (of_h) read_row(d.w_hh, size, to + (of_x ? split_x() : 0));
   }
 
   // n elements, `stride` apart.
@@ -477,7 +489,8 @@ struct Engine {
     long slots, slot;   // steps that h is kept of, the newest in place of the oldest; elements of one, [rows][ldh]
     Part* split;        // together(): x and h of a step
     std::vector<T*> x;  // of each member
-    std::vector<Part*> split_own;  // of each member, else: x of a chunk, h of a step
+    std::vector<Part*> split_own;  // of each member, else: x of a chunk, h of a step; once(): both
+    std::vector<T*> slab;          // once(): of each member, weights of a block; by_parts() their parts
 
     T* h_after(long steps) const { return h + (steps + slots - 1) % slots * slot; }
   };
@@ -488,8 +501,8 @@ struct Engine {
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
       b.z = workspace.take<T>(at_once * (by_tiles() ? round_up(rows, kTileRows) : rows) * ldz);
-      b.split = by_parts() && together() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
-      const bool own = by_parts() && !together();
+      b.split = by_parts() && together() && !once() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
+      const bool own = by_parts() && (!together() || once());
       b.slot = rows * ldh;
       b.slots = stages > 1 ? round_up(std::clamp<long>(kAhead / (b.slot * long(sizeof(T))), 2 * steps, p.time + 1), steps) : std::max(2l, turn);
       b.h = workspace.take<T>(b.slots * b.slot);
@@ -497,7 +510,8 @@ struct Engine {
       b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
       b.out = head.weight ? workspace.take<T>(rows * head.ld()) : nullptr;
       for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(at_once * rows * ldx));
-      for (long i = 0; own && i < s.team; ++i) b.split_own.push_back(workspace.take<Part>(at_once * rows * (std::max(split_x(), split_h()) + kSplitDepth)));
+      for (long i = 0; own && i < s.team; ++i) b.split_own.push_back(workspace.take<Part>(at_once * rows * (once() ? split_ld() : std::max(split_x(), split_h()) + kSplitDepth)));
+      for (long i = 0; once() && i < s.team; ++i) b.slab.push_back(workspace.take<T>(kSlab * split_depth()));
     }
     return parts;
   }
@@ -688,6 +702,38 @@ struct Engine {
     }
   }
 
+  // The step of once().
+  void only_step(const Task& t, long rows, T* z, const RowsOfX& x, const LstmCells<T>& cells) const {
+    const Direction& d = in.directions[t.g.direction];
+    const Share mine = share(t.member);
+    const T* h = in.h0 ? t.b.h_after(0) : nullptr;
+    const long end = mine.column + mine.columns, deep = inputs + (h ? size : 0);
+    T* slab = t.b.slab[t.member.rank];
+    if constexpr (std::is_same_v<T, float>) {
+      if (by_parts()) {
+        Part* own = t.b.split_own[t.member.rank];
+        split_by->split({rows, inputs, kParts, x.data, x.stride, own, split_depth(), split_ld()});
+        split_by->split({rows, size, kParts, t.b.h_after(0), ldh, own + split_x(), split_depth(), split_ld()});
+        for (long column = mine.column; column < end; column += kSlab) {
+          Part* parts = reinterpret_cast<Part*>(slab);
+          pack_split<Unsplit<A>>(*split_by, std::min<long>(kSlab, 4 * hidden - column), split_depth(), kParts, parts, [&](long i, Unsplit<A>* to) { read_column(d, column + i, split_depth(), true, true, to); });
+          split_by->gemm({rows, kParts, own, split_depth(), split_ld(), parts, split_depth(), kSlab, t.w.bias + column, z + column, ldz});
+        }
+        return k.lstm_step({rows, {nullptr}}, cells);
+      }
+    }
+    for (long column = mine.column; column < end; column += kSlab) {
+      const long n = std::min<long>(kSlab, end - column);
+      for (long start = column; start < column + n; start += k.panel) {
+        T* panel = slab + (start - column) * deep;
+        pack_panel(d.w_ih, inputs, start, panel, 0);
+        if (h) pack_panel(d.w_hh, size, start, panel, inputs);
+      }
+      k.gemm({rows, {x.data, h}, {rows_of(inputs, x.stride), rows_of(size, ldh)}, slab, deep, n, t.w.bias + column, 0, z + column, ldz});
+    }
+    k.lstm_step({rows, {nullptr}}, cells);
+  }
+
   // What of h is a member's: all of it where a projection mixes the hidden units.
   std::pair<long, long> outputs_of(const Task& t) const {
     const Share mine = share(t.member);
@@ -738,7 +784,8 @@ struct Engine {
     if (before && member.team->size() > 1)  // what others wrote: all lines at once, not as the sum comes to each
       for (long i = 0; i < rows; ++i)
         for (long j = 0; j < size; j += 64 / long(sizeof(T))) __builtin_prefetch(before + i * ldh + j);
-    if (w.split_ih && (before || x.data)) step_by_parts(t, rows, before, z, x, cells);
+    if (once()) only_step(t, rows, z, x, cells);
+    else if (w.split_ih && (before || x.data)) step_by_parts(t, rows, before, z, x, cells);
     else if (x.data) k.lstm_step({rows, {x.data, before}, {rows_of(inputs, x.stride), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
     else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
     if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});

@@ -64,20 +64,32 @@ const SplitKernels* split_kernels() {
 
 inline long split_size(long columns, long k, long parts) { return round_up(columns, kSlab) * k * parts; }
 
+// What a number of type A is given to pack_split as: a bfloat16 as it is.
+template <class A>
+using Unsplit = std::conditional_t<std::is_same_v<A, BFloat16>, Part, float>;
+template <class A>
+const auto* unsplit(const A* numbers) {
+  return reinterpret_cast<const std::conditional_t<std::is_same_v<A, BFloat16>, Part, A>*>(numbers);
+}
+
 // The second operand of a SplitGemm: fill(column, to) writes the k numbers of a column (k whole depths); columns from `columns` on are zero.
-template <class F>
+template <class N, class F>
 void pack_split(const SplitKernels& by, long columns, long k, long parts, Part* packed, const F& fill) {
   constexpr long kWide = 16, kTile = kWide * kSplitDepth;
   parallel(round_up(columns, kSlab) / kWide, [&](long begin, long end) {
-    std::vector<float> rows(kWide * k);
+    constexpr bool kSplits = std::is_same_v<N, float>;
+    std::vector<float> rows(kSplits ? kWide * k : 0);
     std::vector<Part> split(parts * kWide * k);
+    N* numbers;
+    if constexpr (kSplits) numbers = rows.data();
+    else numbers = split.data();
     for (long tile = begin; tile < end; ++tile) {
       for (long j = 0; j < kWide; ++j) {
-        float* to = rows.data() + j * k;
+        N* to = numbers + j * k;
         if (tile * kWide + j < columns) fill(tile * kWide + j, to);
-        else std::fill(to, to + k, 0.f);
+        else std::fill(to, to + k, N(0));
       }
-      by.split({kWide, k, parts, rows.data(), k, split.data(), kWide * k, k});
+      if (kSplits) by.split({kWide, k, parts, rows.data(), k, split.data(), kWide * k, k});
       Part* to = packed + (tile / 2 * 2 * kWide * k * parts) + tile % 2 * kTile;
       for (long at = 0; at < k; at += kSplitDepth)
         for (long part = 0; part < parts; ++part, to += 2 * kTile)  // a pair of k is the size of a float
