@@ -182,33 +182,37 @@ struct Engine {
         const long width = 4 * p.block_channels(b);
         T* block = packed + kSlab * b * (kx + kh);
         for (long n0 = 0; n0 < width; n0 += k.panel) {
-          const long left = width - n0, w = left > k.lanes ? k.panel : k.lanes;
+          const long left = width - n0, w = left > k.lanes ? k.panel : k.lanes, real = std::min(left, w), column = kSlab * b + n0;
           T* panel = block + n0 * (kx + kh);
-          std::memset(static_cast<void*>(panel), 0, (kx + kh) * w * sizeof(T));
-          for (long j = 0; j < std::min(left, w); ++j) {
-            const long row = p.weight_row(kSlab * b + n0 + j);
-            if (kx) pack_column(data(w_ih) + row * kx, p.x_channels, p.x_conv.taps(), panel + j, w);
-            pack_column(data(w_hh) + row * kh, c1, p.h_conv.taps(), panel + kx * w + j, w);
-          }
+          if (kx) pack_columns(w_ih, p.x_channels, p.x_conv.taps(), column, real, panel, w);
+          pack_columns(w_hh, c1, p.h_conv.taps(), column, real, panel + kx * w, w);
         }
       }
     });
     return packed;
   }
 
+  // Columns of a contiguous weight, [tap][channel][width], zero from `columns` on.
+  void pack_columns(const Tensor& weight, long channels, long taps, long first, long columns, T* to, long width) const {
+    constexpr long kTogether = 16;  // channels
+    std::vector<T> rows(kTogether * taps * width);
+    for (long c0 = 0; c0 < channels; c0 += kTogether) {
+      const long n = std::min(kTogether, channels - c0);
+      read_columns(k, data(weight) + c0 * taps, channels * taps, 1, n * taps, c1, first, columns, rows.data(), width);
+      for (long t = 0; t < taps; ++t)
+        for (long c = 0; c < n; ++c) std::copy_n(rows.data() + (c * taps + t) * width, width, to + (t * channels + c0 + c) * width);
+    }
+  }
+
   T* pack_winograd_weights() {
     const long ci = p.convolves_x() ? p.x_channels : 0, taps = p.h_conv.taps();
     const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = ci ? torch::stable::contiguous(*in.w_ih) : w_hh;
-    return tiling.pack_filters(k, workspace, ci + c1, 4 * c1, false, [&](long i, long n) {
-      const long row = p.weight_row(n);
-      return i < ci ? data(w_ih) + (row * ci + i) * taps : data(w_hh) + (row * c1 + i - ci) * taps;
+    const A *of_x = data(w_ih), *of_h = data(w_hh);
+    return tiling.pack_filters(k, workspace, ci + c1, 4 * c1, [=](long first, long n, long column, long columns, T* to) {
+      const long with_x = std::clamp(ci - first, 0l, n), with_h = n - with_x, h = std::max(0l, first - ci);
+      if (with_x) read_columns(k, of_x + first * taps, ci * taps, 1, with_x * taps, c1, column, columns, to, kSlab);
+      if (with_h) read_columns(k, of_h + h * taps, c1 * taps, 1, with_h * taps, c1, column, columns, to + with_x * taps * kSlab, kSlab);
     });
-  }
-
-  // w [channels][taps] of one output channel into a column, k = tap * channels + channel.
-  static void pack_column(const A* w, long channels, long taps, T* column, long width) {
-    for (long t = 0; t < taps; ++t)
-      for (long c = 0; c < channels; ++c) column[(t * channels + c) * width] = static_cast<T>(w[c * taps + t]);
   }
 
   // The arguments of a step that do not change from step to step.
@@ -744,10 +748,22 @@ struct Backward : Engine<A> {
   T* pack_winograd_back(bool with_x) {
     const long taps = p.h_conv.taps(), split = dx_column(), ci = p.x_channels;
     const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = with_x ? torch::stable::contiguous(*in.w_ih) : w_hh;
-    return tiling.pack_filters(k, workspace, 4 * c1, with_x ? split + ci : c1, true, [&](long i, long n) -> const A* {
-      const long row = p.weight_row(i);
-      if (n < c1) return Base::data(w_hh) + (row * c1 + n) * taps;
-      return n < split ? nullptr : Base::data(w_ih) + (row * ci + n - split) * taps;
+    const A *of_h = Base::data(w_hh), *of_x = Base::data(w_ih);
+    // Taps of neighbouring channels lie side by side: columns [begin, end) of all are channels from `from` on.
+    const auto read = [=](const A* from, long begin, long end, T* to) {
+      to += (taps - 1) * kSlab + begin;
+      if constexpr (std::is_same_v<A, T>) return k.transpose(end - begin, taps, from, taps, to, -kSlab);
+      for (long t = 0; t < taps; ++t, to -= kSlab)
+        for (long j = 0; j < end - begin; ++j) to[j] = static_cast<T>(from[j * taps + t]);
+    };
+    return tiling.pack_filters(k, workspace, 4 * c1, with_x ? split + ci : c1, [=](long first, long n, long column, long columns, T* to) {
+      const long of_hidden = std::clamp(c1 - column, 0l, columns), none = std::clamp(split - column, of_hidden, columns);
+      for (long i = 0; i < n; ++i, to += taps * kSlab) {
+        const long row = p.weight_row(first + i);
+        if (of_hidden) read(of_h + (row * c1 + column) * taps, 0, of_hidden, to);
+        for (long t = 0; none > of_hidden && t < taps; ++t) std::fill(to + t * kSlab + of_hidden, to + t * kSlab + none, T(0));
+        if (columns > none) read(of_x + (row * ci + column + none - split) * taps, none, columns, to);
+      }
     });
   }
 

@@ -129,5 +129,33 @@ inline long gate_row(long column, long channels) {
   return j / n * channels + block * kBlock + j % n;
 }
 
+// to[i][j], rows ld_to apart, = the i-th of n numbers, s1 apart, of the row of w, s0 apart, that column `first` + j is.
+template <class A, class T>
+void read_columns(const Kernels<T>& kernels, const A* w, long s0, long s1, long n, long channels, long first, long columns, T* to, long ld_to) {
+  std::vector<T> wide;
+  for (long j = 0, same; j < columns; j += same) {
+    // Neighbouring columns are neighbouring rows of w, as far as a gate's channels of a block go.
+    const long row = gate_row(first + j, channels);
+    for (same = 1; j + same < columns && gate_row(first + j + same, channels) == row + same;) ++same;
+    if constexpr (std::is_same_v<A, T>) {
+      if (s1 == 1) {
+        // The next rows are those of another gate: the processor does not foresee them.
+        const T* ahead = w + gate_row(std::min(first + j + same, 4 * channels - 1), channels) * s0;
+        for (long q = 0; q < same; ++q)
+          for (long i = 0; i < n; i += 64 / long(sizeof(T))) __builtin_prefetch(ahead + q * s0 + i);
+        kernels.transpose(same, n, w + row * s0, s0, to + j, ld_to);
+        continue;
+      }
+    } else if (s1 == 1) {
+      wide.resize(same * n);
+      for (long q = 0; q < same; ++q) convert(w + (row + q) * s0, n, wide.data() + q * n);
+      kernels.transpose(same, n, wide.data(), n, to + j, ld_to);
+      continue;
+    }
+    for (long i = 0; i < n; ++i)
+      for (long q = 0; q < same; ++q) to[i * ld_to + j + q] = static_cast<T>(w[(row + q) * s0 + i * s1]);
+  }
+}
+
 }  // namespace cpu
 }  // namespace convfast

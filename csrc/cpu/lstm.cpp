@@ -295,30 +295,9 @@ struct Engine {
 
   // The panel from column `start` on.
   void pack_panel(const Tensor& w, long n, long start, T* panel, long first) const {
-    const A* source = data(w);
-    const long s0 = w.stride(0), s1 = w.stride(1);
     const long left = columns - start, width = left > k.lanes ? k.panel : k.lanes, real = std::min(4 * hidden - start, width);
     panel += first * width;
-    for (long j = 0; j < real;) {
-      // Neighbouring columns are neighbouring rows of w, as far as a gate's channels of a block go.
-      const long row = p.weight_row(start + j);
-      long same = 1;
-      while (j + same < real && p.weight_row(start + j + same) == row + same) ++same;
-      if constexpr (!kNarrow) {
-        if (s1 == 1) {
-          // The next rows are those of another gate: the processor does not foresee them.
-          const T* ahead = source + p.weight_row(std::min(start + j + same, 4 * hidden - 1)) * s0;
-          for (long q = 0; q < same; ++q)
-            for (long i = 0; i < n; i += 64 / long(sizeof(T))) __builtin_prefetch(ahead + q * s0 + i);
-          k.transpose(same, n, source + row * s0, s0, panel + j, width);
-          j += same;
-          continue;
-        }
-      }
-      for (long i = 0; i < n; ++i)
-        for (long q = 0; q < same; ++q) panel[i * width + j + q] = static_cast<T>(source[(row + q) * s0 + i * s1]);
-      j += same;
-    }
+    read_columns(k, data(w), w.stride(0), w.stride(1), n, hidden, start, real, panel, width);
     for (long i = 0; real < width && i < n; ++i) std::fill(panel + i * width + real, panel + (i + 1) * width, T(0));
   }
 

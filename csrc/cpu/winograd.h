@@ -86,24 +86,26 @@ struct Tiling {
     });
   }
 
-  // G g Gᵀ of filter(channel, column), r * r taps or null for zero: [slab][plane][panel][channel][panel columns].
+  // G g Gᵀ as [slab][plane][panel][channel][panel columns]; taps_of(channel, n, column, columns, to) puts down the r * r taps of n channels
+  // to so many columns of a slab as [channel][tap][kSlab].
   template <class F>
-  T* pack_filters(const Kernels<T>& k, Workspace& workspace, long channels, long columns, bool turned, const F& filter) const {
-    const long taps = kernels->r * kernels->r;
+  T* pack_filters(const Kernels<T>& k, Workspace& workspace, long channels, long columns, const F& taps_of) const {
+    constexpr long kTogether = 16;  // channels
+    const long taps = kernels->r * kernels->r, groups = (channels + kTogether - 1) / kTogether;
     T* packed = workspace.take<T>(weights_size(channels, round_up(columns, k.lanes)));
-    parallel((columns + kSlab - 1) / kSlab * channels, [&](long begin, long end) {
-      alignas(64) T g[25 * kSlab];
+    parallel((columns + kSlab - 1) / kSlab * groups, [&](long begin, long end) {
+      std::vector<T> g(kTogether * taps * kSlab);
       for (long i = begin; i < end; ++i) {
-        const long n0 = i / channels * kSlab, c = i % channels, n = std::min<long>(kSlab, columns - n0), ld = round_up(n, k.lanes);
-        for (long j = 0; j < ld; ++j) {
-          const auto* taps_of = j < n ? filter(c, n0 + j) : nullptr;
-          for (long t = 0; t < taps; ++t) g[t * kSlab + j] = taps_of ? static_cast<T>(taps_of[turned ? taps - 1 - t : t]) : T(0);
-        }
+        const long first = i % groups * kTogether, count = std::min(kTogether, channels - first);
+        const long n0 = i / groups * kSlab, n = std::min<long>(kSlab, columns - n0), ld = round_up(n, k.lanes);
+        if (n < ld) std::fill(g.begin(), g.end(), T(0));
+        taps_of(first, count, n0, n, g.data());
         T* slab = packed + n0 * kernels->planes * channels;
-        for (long p = 0; p < ld; p += k.panel) {
-          const long width = std::min(k.panel, ld - p);
-          kernels->filter(g + p, width, slab + p * channels + c * width, channels * ld);
-        }
+        for (long c = 0; c < count; ++c)
+          for (long p = 0; p < ld; p += k.panel) {
+            const long width = std::min(k.panel, ld - p);
+            kernels->filter(g.data() + c * taps * kSlab + p, width, slab + p * channels + (first + c) * width, channels * ld);
+          }
       }
     });
     return packed;
