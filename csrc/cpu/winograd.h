@@ -90,13 +90,14 @@ struct Tiling {
   // to so many columns of a slab as [channel][tap][kSlab].
   template <class F>
   T* pack_filters(const Kernels<T>& k, Workspace& workspace, long channels, long columns, const F& taps_of) const {
-    constexpr long kTogether = 16;  // channels
-    const long taps = kernels->r * kernels->r, groups = (channels + kTogether - 1) / kTogether;
+    constexpr long kMost = 16;
+    const long taps = kernels->r * kernels->r, slabs = (columns + kSlab - 1) / kSlab;
+    const long together = std::clamp<long>(slabs * channels / torch::stable::get_num_threads(), 1, kMost), groups = (channels + together - 1) / together;
     T* packed = workspace.take<T>(weights_size(channels, round_up(columns, k.lanes)));
-    parallel((columns + kSlab - 1) / kSlab * groups, [&](long begin, long end) {
-      std::vector<T> g(kTogether * taps * kSlab);
+    parallel(slabs * groups, [&](long begin, long end) {
+      std::vector<T> g(together * taps * kSlab);
       for (long i = begin; i < end; ++i) {
-        const long first = i % groups * kTogether, count = std::min(kTogether, channels - first);
+        const long first = i % groups * together, count = std::min(together, channels - first);
         const long n0 = i / groups * kSlab, n = std::min<long>(kSlab, columns - n0), ld = round_up(n, k.lanes);
         if (n < ld) std::fill(g.begin(), g.end(), T(0));
         taps_of(first, count, n0, n, g.data());
