@@ -464,10 +464,10 @@ struct Engine {
   }
 
   struct Buffers {
-    T *z, *h, *c, *m, *out;
+    std::vector<T*> x, z, c;  // of each member: what a core fetches ahead of its own columns would be its neighbour's
+    T *h, *m, *out;
     long slots, slot;   // steps that h is kept of, the newest in place of the oldest; elements of one, [rows][ldh]
     Part* split;        // together(): x and h of a step
-    std::vector<T*> x;  // of each member
     std::vector<Part*> split_own;  // of each member, else: x of a chunk, h of a step; once(): both
     std::vector<T*> slab;          // once(): of each member, weights of a block; by_parts() their parts
 
@@ -479,13 +479,15 @@ struct Engine {
     const long rows = most_rows(s), steps = steps_of_chunk(), at_once = together() ? 1 : steps;
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
-      b.z = workspace.take<T>(at_once * (by_tiles() ? round_up(rows, kTileRows) : rows) * ldz);
+      for (long i = 0; i < s.team; ++i) {
+        b.z.push_back(workspace.take<T>(at_once * (by_tiles() ? round_up(rows, kTileRows) : rows) * ldz));
+        b.c.push_back(workspace.take<T>(rows * ldh));
+      }
       b.split = by_parts() && together() && !once() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
       const bool own = by_parts() && (!together() || once());
       b.slot = rows * ldh;
       b.slots = stages > 1 ? round_up(std::clamp<long>(kAhead / (b.slot * long(sizeof(T))), 2 * steps, p.time + 1), steps) : std::max(2l, turn);
       b.h = workspace.take<T>(b.slots * b.slot);
-      b.c = workspace.take<T>(rows * ldh);
       b.m = in.directions[0].w_hr ? workspace.take<T>(rows * ldh) : nullptr;
       b.out = head.weight ? workspace.take<T>(rows * head.ld()) : nullptr;
       for (long i = 0; i < s.team; ++i) b.x.push_back(workspace.take<T>(at_once * rows * ldx));
@@ -645,11 +647,11 @@ struct Engine {
     } else if (!whole) {
       const Share mine = share(t.member);
       k.gemm({chunk.rows(), {x.data}, {rows_of(inputs, x.stride)}, t.w.w_ih + mine.column * inputs, inputs, mine.columns, t.w.bias + mine.column, 0,
-              t.b.z + mine.column, ldz});
+              t.b.z[t.member.rank] + mine.column, ldz});
     }
     for (long s = chunk.begin; s < chunk.end; ++s) {
       if (above) above->wait(s + 1 - t.b.slots);
-      step(t, s, chunk.active(s), t.b.z + chunk.at(s) * ldz, whole ? x : RowsOfX{nullptr, 0});
+      step(t, s, chunk.active(s), t.b.z[t.member.rank] + chunk.at(s) * ldz, whole ? x : RowsOfX{nullptr, 0});
     }
   }
 
@@ -661,7 +663,7 @@ struct Engine {
       Part* own = t.b.split_own[t.member.rank];
       split_by->split({rows, inputs, kParts, x.data, x.stride, own, 0, ld});
       split_by->gemm({rows, kParts, own, 0, ld, t.w.split_ih + mine.column * split_x(), split_x(), round_up(mine.columns, kSlab), t.w.bias + mine.column,
-                      t.b.z + mine.column, ldz});
+                      t.b.z[t.member.rank] + mine.column, ldz});
     }
   }
 
@@ -726,7 +728,7 @@ struct Engine {
   void start(const Task& t) const {
     const Share mine = share(t.member);
     const auto [out, out_end] = outputs_of(t);
-    read_state(in.c0, t.g, mine.ch, mine.ch_end, t.b.c, ldh);
+    read_state(in.c0, t.g, mine.ch, mine.ch_end, t.b.c[t.member.rank], ldh);
     read_state(in.h0, t.g, out, out_end, t.b.h_after(0), ldh);
     if (t.b.split) split_rows(t.b, t.g.rows, size, t.b.h_after(0), ldh, split_x());
     t.member.wait();
@@ -749,9 +751,9 @@ struct Engine {
     if (gates) cells.gates = kept(gates + g.saved_row(s) * 4 * hidden);
     cells.stream_gates = outputs.stream_gates;
     cells.ldg = g.stride * 4 * hidden;
-    cells.c_prev = c && s > 0 ? c + g.saved_row(s - 1) * hidden : b.c;
+    cells.c_prev = c && s > 0 ? c + g.saved_row(s - 1) * hidden : b.c[member.rank];
     cells.ldc_prev = c && s > 0 ? g.stride * hidden : ldh;
-    cells.c = c ? c + g.saved_row(s) * hidden : b.c;
+    cells.c = c ? c + g.saved_row(s) * hidden : b.c[member.rank];
     cells.ldc = c ? g.stride * hidden : ldh;
     cells.peephole = w.peephole;
     cells.h = w.w_hr ? b.m : h;
@@ -791,7 +793,7 @@ struct Engine {
     for (long i = 0; i < g.rows; ++i) {
       const long sample = g.sample(i), length = g.length(i), row = state_row(g.direction) * p.batch + sample;
       write(b.h_after(length) + i * ldh + out, out_end - out, out_data(outputs.h_n) + row * size + out);
-      const T* last_c = c && length > 0 ? c + (g.saved_row(length - 1) + i * g.stride) * hidden : b.c + i * ldh;
+      const T* last_c = c && length > 0 ? c + (g.saved_row(length - 1) + i * g.stride) * hidden : b.c[member.rank] + i * ldh;
       std::memcpy(static_cast<T*>(outputs.c_n.mutable_data_ptr()) + row * hidden + mine.ch, last_c + mine.ch, (mine.ch_end - mine.ch) * sizeof(T));
       for (long step = length; y.data && step < p.time; ++step) {
         A* to = y.at(sample, step) + g.direction * size;
@@ -876,9 +878,9 @@ struct Backward : Engine<A> {
 
   // Of a part of the rows: scratch, and sums over its rows.
   struct Buffers {
-    T *z, *dh, *dc, *c0, *dm, *m;
+    T *z, *c0, *dm, *m;
     T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [4H][I], [4H][P], whole vectors, [ldz], [3][H], [P][ldh]; null = not wanted
-    std::vector<T*> x, h, dx, dy;                  // of each member
+    std::vector<T*> dh, dc, x, h, dx, dy;          // of each member
     SplitBuffers split;                            // splits_z(); the sums of weights are transposed then, [I][ldz] and [P][ldz]
   };
 
@@ -1042,8 +1044,6 @@ struct Backward : Engine<A> {
       std::vector<Buffers> parts(s.parts);
       for (Buffers& b : parts) {
         b.z = workspace.template take<T>(steps * rows * ldz);
-        b.dh = workspace.template take<T>(round_up(rows, kTileRows) * ldh);
-        b.dc = workspace.template take<T>(rows * ldh);
         b.c0 = in.c0 ? workspace.template take<T>(rows * ldh) : nullptr;
         b.dm = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
         b.m = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
@@ -1053,6 +1053,8 @@ struct Backward : Engine<A> {
         b.dpeephole = w.need_peephole ? new_sum(3 * hidden) : nullptr;
         b.dw_hr = w.need_hr ? new_sum(size * ldh) : nullptr;
         for (long i = 0; i < s.team; ++i) {
+          b.dh.push_back(workspace.template take<T>(round_up(rows, kTileRows) * ldh));
+          b.dc.push_back(workspace.template take<T>(rows * ldh));
           b.x.push_back(w.need_ih && !splits_z() ? workspace.template take<T>(steps * rows * ldx) : nullptr);
           b.h.push_back(w.need_hh && !splits_z() ? workspace.template take<T>(steps * rows * ldh) : nullptr);
           b.dx.push_back(needs[kX] ? workspace.template take<T>(round_up(steps * rows, kTileRows) * ld_dx()) : nullptr);
@@ -1074,8 +1076,9 @@ struct Backward : Engine<A> {
     const T* c_all = static_cast<const T*>(given.c.const_data_ptr());
     const A* gates_all = data(given.gates);
     const T one = 1;
-    Base::read_state(given.dh_n, g, h_begin, h_end, b.dh, ldh);
-    Base::read_state(given.dc_n, g, ch, ch_end, b.dc, ldh);
+    T *dh = b.dh[member.rank], *dc = b.dc[member.rank];
+    Base::read_state(given.dh_n, g, h_begin, h_end, dh, ldh);
+    Base::read_state(given.dc_n, g, ch, ch_end, dc, ldh);
     if (b.c0) Base::read_state(in.c0, g, ch, ch_end, b.c0, ldh);
     const SequenceOf<const A> dys = given.dy ? SequenceOf<const A>(*given.dy) : SequenceOf<const A>(), ys(given.y);
     const SequenceOf<A> dxs(dx);
@@ -1103,11 +1106,11 @@ struct Backward : Engine<A> {
         cells.z = b.z + chunk.at(s) * ldz;
         cells.ldz = ldz;
         cells.peephole = w.peephole;
-        cells.dh = b.dh;
+        cells.dh = dh;
         cells.ldh = ldh;
         if (given.dy) read_dy(g, s, rows, dys, b.dy[member.rank], dy.data());
         cells.dy = given.dy ? dy.data() : nullptr;
-        cells.dc = b.dc;
+        cells.dc = dc;
         cells.ld_dc = ldh;
         cells.dpeephole = b.dpeephole;
         if (s > begin) {
@@ -1124,7 +1127,7 @@ struct Backward : Engine<A> {
         const bool goes_on = s > 0 || dh0.numel();
         if (splits_z()) split_back(w, b, rows, cells.z, chunk.at(s), goes_on, rows == g.rows);
         else if (goes_on)
-          k.gemm({rows, {cells.z}, {gates_of(w.ld_hh)}, w.w_hh + h_begin * (w.ld_hh ? 1 : 4 * hidden), 4 * hidden, h_end - h_begin, nullptr, 0, b.dh + h_begin, ldh, w.ld_hh});
+          k.gemm({rows, {cells.z}, {gates_of(w.ld_hh)}, w.w_hh + h_begin * (w.ld_hh ? 1 : 4 * hidden), 4 * hidden, h_end - h_begin, nullptr, 0, dh + h_begin, ldh, w.ld_hh});
       }
       if (splits_z()) add_split_weight_gradients(w, b, g, chunk, ys);
       else add_weight_gradients(w, b, g, chunk, ys, member);
@@ -1143,9 +1146,9 @@ struct Backward : Engine<A> {
     }
     for (long i = 0; i < g.rows; ++i) {
       const long row = g.direction * p.batch + g.sample(i);
-      if (dh0.numel()) Base::write(b.dh + i * ldh + h_begin, h_end - h_begin, out_data(dh0) + row * size + h_begin);
+      if (dh0.numel()) Base::write(dh + i * ldh + h_begin, h_end - h_begin, out_data(dh0) + row * size + h_begin);
       if (!dc0.numel()) continue;
-      const T* from = b.dc + i * ldh + ch;
+      const T* from = dc + i * ldh + ch;
       if (dc0.scalar_type() == scalar_type<A>()) Base::write(from, ch_end - ch, out_data(dc0) + row * hidden + ch);
       else Base::write(from, ch_end - ch, static_cast<T*>(dc0.mutable_data_ptr()) + row * hidden + ch);
     }
@@ -1158,9 +1161,9 @@ struct Backward : Engine<A> {
       Part* to = b.split.z + at * split_ldz();
       Base::split_by->split({rows, 4 * hidden, 1, z, ldz, to, 0, split_ldz()});
       if (!goes_on) return;
-      T* dh = all ? b.dh : b.split.dh;  // rows are written up to a whole tile, and others have theirs already
+      T* dh = all ? b.dh[0] : b.split.dh;  // rows are written up to a whole tile, and others have theirs already
       Base::split_by->gemm({rows, 1, to, 0, split_ldz(), w.split_hh, split_gates(), round_up(size, kSlab), b.split.no_bias, dh, ldh});
-      for (long i = 0; !all && i < rows; ++i) std::copy_n(dh + i * ldh, size, b.dh + i * ldh);
+      for (long i = 0; !all && i < rows; ++i) std::copy_n(dh + i * ldh, size, b.dh[0] + i * ldh);
     }
   }
 
@@ -1247,7 +1250,7 @@ struct Backward : Engine<A> {
   // h = w_hr m: from the gradient of h, with dy, to that of m, which takes its place; and that of w_hr.
   void project_back(const Weights& w, const Buffers& b, LstmCells<T>& cells) const {
     for (long i = 0; cells.dy && i < cells.rows; ++i)
-      for (long j = 0; j < size; ++j) b.dh[i * ldh + j] += cells.dy[i][j];
+      for (long j = 0; j < size; ++j) b.dh[0][i * ldh + j] += cells.dy[i][j];
     cells.dy = nullptr;
     for (long i = 0; w.need_hr && i < cells.rows; ++i) {
       T* m = b.m + i * ldh;
@@ -1257,8 +1260,8 @@ struct Backward : Engine<A> {
         m[c] *= static_cast<T>(static_cast<const A*>(cells.gates.data)[i * cells.ldg + 4 * ch + 3 * width + c - ch]);
       }
     }
-    if (w.need_hr) k.outer_sum({cells.rows, b.dh, rows_of(size, ldh), b.m, ldh, hidden, b.dw_hr, ldh});
-    k.gemm({cells.rows, {b.dh}, {rows_of(size, ldh)}, w.w_hr, size, hidden, nullptr, 0, b.dm, ldh});
+    if (w.need_hr) k.outer_sum({cells.rows, b.dh[0], rows_of(size, ldh), b.m, ldh, hidden, b.dw_hr, ldh});
+    k.gemm({cells.rows, {b.dh[0]}, {rows_of(size, ldh)}, w.w_hr, size, hidden, nullptr, 0, b.dm, ldh});
     cells.dh = b.dm;
   }
 
