@@ -197,7 +197,7 @@ struct Engine {
     return std::is_same_v<T, float> && (p.taps == 3 || p.taps == 5) && p.stride == 1 && p.dilation == 1 && p.groups == 1 &&
            std::min(p.features, p.channels) >= kLeast;
   }
-  const TimeTiles<T> by_tiles = tiles_wanted() ? TimeTiles<T>(k, p.taps, p.features, p.channels) : TimeTiles<T>();
+  const TimeTiles<T> by_tiles = tiles_wanted() ? TimeTiles<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiles<T>();
 
   // Weights as a GEMM operand, [group][tap][feature] by channels; or, depthwise, [tap][channel].
   const T* pack_weights() {
@@ -441,18 +441,19 @@ struct Engine {
     const SequenceOf<A> out(dx);
     Region region;
 
+    T* const tile_scratch = workspace.take<T>(threads * tile_size);
     const long sums_size = depth * ldg + ldc;
     std::vector<T*> sums(threads, nullptr);   // of each thread that has some
     std::vector<long> collected(threads, 0);  // tiles that are not in them yet
     if (needs[1] || need_bias) {
       T* all_sums = workspace.take<T>(threads * sums_size);
-      const long size = round_up(packed_rows(kRows) * width + 64 + kRows * ldc + ldc, 16) + tile_size;
+      const long size = round_up(packed_rows(kRows) * width + 64 + kRows * ldc + ldc, 16);
       T* scratch = workspace.take<T>(threads * size);
       add_chunks(region, p.out_time, [=, &sums, &collected](long sample, long begin, long rows, long thread) {
         static const T one = 1;
         const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
         if (!valid) return;
-        T *tiles = scratch + thread * size, *g = tiles + tile_size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = all_sums + thread * sums_size;
+        T *tiles = tile_scratch + thread * tile_size, *g = scratch + thread * size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = all_sums + thread * sums_size;
         if (!sums[thread]) {
           sums[thread] = sum;
           std::fill(sum, sum + sums_size, T(0));
@@ -471,7 +472,7 @@ struct Engine {
       });
       if (by_tiles && needs[1])
         region.add(threads, [=, &sums, &collected](long, long, long thread) {
-          if (collected[thread]) by_tiles.add_products(collected[thread], scratch + thread * size, sums[thread], ldg);
+          if (collected[thread]) by_tiles.add_products(collected[thread], tile_scratch + thread * tile_size, sums[thread], ldg);
         });
     }
 
@@ -483,11 +484,11 @@ struct Engine {
       // Rows of a sample are cut into chunks where each shows itself alone; other paddings show some twice, and are summed.
       const bool alone = p.padding_mode == "zeros" || !(p.before || p.behind);
       const long ldw = round_up(width, 16) + 16, reach = p.reach() / p.stride + 2, padded = p.before + p.time + p.behind;
-      const long most = alone ? kRows : padded, size = round_up(most * ldw + (most / p.stride + reach + 1) * ldc + ldc + (alone ? 0 : p.time * p.features), 16) + tile_size;
+      const long most = alone ? kRows : padded, size = round_up(most * ldw + (most / p.stride + reach + 1) * ldc + ldc + (alone ? 0 : p.time * p.features), 16);
       T* scratch = workspace.take<T>(threads * size);
-      const auto chunk = [=, &phases](long sample, long begin, long rows, T* sum, T* tiles) {
+      const auto chunk = [=, &phases](long sample, long begin, long rows, T* sum, T* own, T* tiles) {
         const long last = (begin + rows - 1) / p.stride, first = begin / p.stride - reach + 1;
-        T *own = tiles + tile_size, *g = own + most * ldw, *buffer = g + (last - first + 1) * ldc;
+        T *g = own + most * ldw, *buffer = g + (last - first + 1) * ldc;
         pre_gradients(saved, sample, first, last - first + 1, buffer, g);
         input_gradients(phases, tile_weights, begin, rows, g, first, own, ldw, tiles);
         const long each = width / p.features;
@@ -509,7 +510,7 @@ struct Engine {
       if (alone) {
         add_chunks(region, p.time, [=](long sample, long begin, long rows, long thread) {
           const long valid = std::clamp(p.lengths[sample] - begin, 0l, rows);
-          if (valid) chunk(sample, begin + p.before, valid, nullptr, scratch + thread * size);
+          if (valid) chunk(sample, begin + p.before, valid, nullptr, scratch + thread * size, tile_scratch + thread * tile_size);
           zero_rows(out, sample, begin + valid, begin + rows);
         });
       } else {
@@ -518,7 +519,7 @@ struct Engine {
             T *own = scratch + thread * size, *sum = own + size - p.time * p.features;
             const long length = p.lengths[sample];
             std::fill(sum, sum + length * p.features, T(0));
-            if (length) chunk(sample, 0, p.before + length + p.behind, sum, own);
+            if (length) chunk(sample, 0, p.before + length + p.behind, sum, own, tile_scratch + thread * tile_size);
             for (long t = 0; t < length; ++t) write(sum + t * p.features, p.features, out.at(sample, t), out.feature);
             zero_rows(out, sample, length, p.time);
           }

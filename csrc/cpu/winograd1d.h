@@ -10,9 +10,9 @@ class TimeTiles {
  public:
   // None: the convolution is not done this way.
   TimeTiles() = default;
-  // From `features` to `channels`.
-  TimeTiles(const Kernels<T>& kernels, long taps, long features, long channels)
-      : kernels_(&kernels), by_(kernels.winograd_1d[taps == 3 ? 0 : 1]), features_(features), channels_(channels) {}
+  // From `features` to `channels`, of `rows` rows in all.
+  TimeTiles(const Kernels<T>& kernels, long taps, long features, long channels, long rows)
+      : kernels_(&kernels), by_(kernels.winograd_1d[taps == 3 ? 0 : 1]), features_(features), channels_(channels), most_(std::clamp(tiles(rows), 16l, 64l)) {}
 
   explicit operator bool() const { return by_ != nullptr; }
   const Winograd1d<T>& kernels() const { return *by_; }
@@ -36,8 +36,8 @@ class TimeTiles {
   // out[row, :] = bias + the convolution of rows [row, row + r) of x, from `depth` to `columns` channels, or its relu. Whole vectors are written.
   void convolve(long rows, const T* x, long ldx, long depth, long columns, const T* weights, const T* bias, bool relu, T* out, long ldo, T* scratch) const {
     T* products = scratch + by_->planes * plane(depth);
-    for (long row = 0; row < rows; row += kTiles * by_->m) {
-      const long n = std::min(rows - row, kTiles * by_->m);
+    for (long row = 0; row < rows; row += most_ * by_->m) {
+      const long n = std::min(rows - row, most_ * by_->m);
       by_->input(n, depth, x + row * ldx, ldx, scratch, plane(depth), ld(depth));
       for (long p = 0; p < by_->planes; ++p)
         kernels_->gemm({tiles(n), {scratch + p * plane(depth)}, {{&kNone, 1, depth, ld(depth)}}, weights + p * plane_size(depth, columns), depth, columns, nullptr, 0,
@@ -50,7 +50,7 @@ class TimeTiles {
   // scratch, where `taken` tiles are, until they are enough for a GEMM.
   long collect(long rows, const T* x, long ldx, const T* g, long ldg, T* scratch, long taken, T* sums, long ld_sums) const {
     T* gradients = scratch + by_->planes * plane(features_);
-    if (taken + tiles(rows) > kTiles) {
+    if (taken + tiles(rows) > most_) {
       add_products(taken, scratch, sums, ld_sums);
       taken = 0;
     }
@@ -67,17 +67,18 @@ class TimeTiles {
   }
 
  private:
-  static constexpr long kNone = 0, kTiles = 64;
+  static constexpr long kNone = 0;
 
   long tiles(long rows) const { return (rows + by_->m - 1) / by_->m; }
   // A tile's channels in a plane, off the powers of two that would share cache sets.
   static long ld(long channels) { return winograd_ld(round_up(channels, 16)); }
-  static long plane(long channels) { return winograd_plane(kTiles, ld(channels)); }
+  long plane(long channels) const { return winograd_plane(most_, ld(channels)); }
   long plane_size(long depth, long columns) const { return depth * round_up(columns, kernels_->lanes) + 16; }
 
   const Kernels<T>* kernels_ = nullptr;
   const Winograd1d<T>* by_ = nullptr;
   long features_ = 0, channels_ = 0;
+  long most_ = 0;  // tiles that are transformed together
 };
 
 }  // namespace cpu
