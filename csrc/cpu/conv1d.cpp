@@ -199,6 +199,9 @@ struct Engine {
   }
   const TimeTiles<T> by_tiles = tiles_wanted() ? TimeTiles<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiles<T>();
 
+  // Whether it pays for weights' gradients: their sums are larger.
+  bool sums_tiles() const { return by_tiles && p.batch * p.out_time >= 256; }
+
   // Weights as a GEMM operand, [group][tap][feature] by channels; or, depthwise, [tap][channel].
   const T* pack_weights() {
     const A* w = data(weight);
@@ -292,7 +295,7 @@ struct Engine {
     Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<A>()) : empty_cpu({0}, scalar_type<A>());
     const Part* parts = by_parts() ? pack_parts() : nullptr;
     const T *w = parts ? nullptr : pack_weights(), *b = pack_bias();
-    const long threads = torch::stable::get_num_threads(), split_size = parts ? kSplitParts<A> * part_size() : 0, tile_size = by_tiles && !parts ? by_tiles.scratch() : 0;
+    const long threads = std::min<long>(torch::stable::get_num_threads(), p.batch * chunks_of(p.out_time)), split_size = parts ? kSplitParts<A> * part_size() : 0, tile_size = by_tiles && !parts ? by_tiles.scratch() : 0;
     const long size = round_up(packed_rows(kRows) * width + kRows * ldc + 64 + tile_size, 16);
     T* scratch = workspace.take<T>(threads * size);
     Part* split = workspace.take<Part>(threads * split_size);
@@ -434,13 +437,16 @@ struct Engine {
     Tensor dx = needs[0] ? cpu::empty_like(x) : empty_cpu({0}, narrow), dweight = empty_cpu({0}, narrow), dbias = empty_cpu({0}, narrow);
     const bool need_bias = needs[2] && bias;
     const long threads = torch::stable::get_num_threads(), cg = p.group_channels(), fg = p.group_features();
-    const long ldg = p.depthwise() ? width : round_up(cg, 16), planes = by_tiles ? by_tiles.kernels().planes : p.taps;
+    const long ldg = p.depthwise() ? width : round_up(cg, 16), planes = sums_tiles() ? by_tiles.kernels().planes : p.taps;
     const long depth = p.depthwise() ? p.taps : p.groups * planes * fg, tile_size = by_tiles ? round_up(by_tiles.scratch(), 16) : 0;
     const Runs runs = window();
     const Saved saved{SequenceOf<const A>(dy), SequenceOf<const A>(y), SequenceOf<const A>(pre)};
     const SequenceOf<A> out(dx);
     Region region;
 
+    const T* tile_weights = nullptr;
+    if (needs[0] && by_tiles)
+      tile_weights = by_tiles.pack(workspace, p.channels, p.features, [&](long first, long n, long lanes, T* to) { read_taps_back(first, n, lanes, to); });
     T* const tile_scratch = workspace.take<T>(threads * tile_size);
     const long sums_size = depth * ldg + ldc;
     std::vector<T*> sums(threads, nullptr);   // of each thread that has some
@@ -462,7 +468,7 @@ struct Engine {
         if (need_bias) k.outer_sum({valid, &one, {&kZero, 1, 1, 0}, g, ldc, p.channels, sum + depth * ldg, ldc});
         if (!needs[1]) return;
         pack_input(sample, begin * p.stride, packed_rows(valid), packed);
-        if (by_tiles) {
+        if (sums_tiles()) {
           collected[thread] = by_tiles.collect(valid, packed, width, g, ldc, tiles, collected[thread], sum, ldg);
           return;
         }
@@ -470,7 +476,7 @@ struct Engine {
         for (long group = 0; group < p.groups; ++group)
           k.outer_sum({valid, packed + group * fg, runs, g + group * cg, ldc, cg, sum + group * p.taps * fg * ldg, ldg});
       });
-      if (by_tiles && needs[1])
+      if (sums_tiles() && needs[1])
         region.add(threads, [=, &sums, &collected](long, long, long thread) {
           if (collected[thread]) by_tiles.add_products(collected[thread], tile_scratch + thread * tile_size, sums[thread], ldg);
         });
@@ -478,9 +484,7 @@ struct Engine {
 
     std::vector<Phase> phases;
     if (needs[0]) {
-      const T* tile_weights = nullptr;
-      if (by_tiles) tile_weights = by_tiles.pack(workspace, p.channels, p.features, [&](long first, long n, long lanes, T* to) { read_taps_back(first, n, lanes, to); });
-      else phases = pack_back();
+      if (!by_tiles) phases = pack_back();
       // Rows of a sample are cut into chunks where each shows itself alone; other paddings show some twice, and are summed.
       const bool alone = p.padding_mode == "zeros" || !(p.before || p.behind);
       const long ldw = round_up(width, 16) + 16, reach = p.reach() / p.stride + 2, padded = p.before + p.time + p.behind;
@@ -554,13 +558,13 @@ struct Engine {
     Tensor dweight = empty_cpu({p.channels, fg, p.taps}, scalar_type<A>());
     A* to = out_data(dweight);
     parallel(groups * blocks, [&](long begin, long end) {
-      std::vector<T> of_planes(by_tiles ? planes * kTogether : 0), by_tap(each * kTogether), by_channel(kNarrow ? each * kTogether : 0);
+      std::vector<T> of_planes(sums_tiles() ? planes * kTogether : 0), by_tap(each * kTogether), by_channel(kNarrow ? each * kTogether : 0);
       for (long i = begin; i < end; ++i) {
         const long group = i / blocks, first = i % blocks * kTogether, n = std::min(kTogether, columns - first);
         for (long f = 0; f < fg; ++f) {
           T* taps = by_tap.data() + f * p.taps * kTogether;
-          for (long j = 0; j < planes; ++j) add_up(sums, ((group * planes + j) * fg + f) * ld + first, n, (by_tiles ? of_planes.data() : taps) + j * kTogether);
-          if (by_tiles) by_tiles.kernels().filter_gradient(kTogether, of_planes.data(), kTogether, taps, kTogether);
+          for (long j = 0; j < planes; ++j) add_up(sums, ((group * planes + j) * fg + f) * ld + first, n, (sums_tiles() ? of_planes.data() : taps) + j * kTogether);
+          if (sums_tiles()) by_tiles.kernels().filter_gradient(kTogether, of_planes.data(), kTogether, taps, kTogether);
         }
         A* rows = to + (group * columns + first) * each;
         if constexpr (kNarrow) {

@@ -464,8 +464,9 @@ struct Engine {
   }
 
   struct Buffers {
-    std::vector<T*> x, z, c;  // of each member: what a core fetches ahead of its own columns would be its neighbour's
-    T *h, *m, *out;
+    std::vector<T*> x, c;  // of each member
+    T *z, *h, *m, *out;    // z: each member's columns apart, see task()
+    long z_rows;
     long slots, slot;   // steps that h is kept of, the newest in place of the oldest; elements of one, [rows][ldh]
     Part* split;        // together(): x and h of a step
     std::vector<Part*> split_own;  // of each member, else: x of a chunk, h of a step; once(): both
@@ -479,10 +480,9 @@ struct Engine {
     const long rows = most_rows(s), steps = steps_of_chunk(), at_once = together() ? 1 : steps;
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {
-      for (long i = 0; i < s.team; ++i) {
-        b.z.push_back(workspace.take<T>(at_once * (by_tiles() ? round_up(rows, kTileRows) : rows) * ldz));
-        b.c.push_back(workspace.take<T>(rows * ldh));
-      }
+      b.z_rows = at_once * (by_tiles() ? round_up(rows, kTileRows) : rows);
+      b.z = workspace.take<T>(b.z_rows * (ldz + s.team * leading(2 * kSlab)));
+      for (long i = 0; i < s.team; ++i) b.c.push_back(workspace.take<T>(rows * ldh));
       b.split = by_parts() && together() && !once() ? workspace.take<Part>(round_up(rows, kTileRows) * split_ld()) : nullptr;
       const bool own = by_parts() && (!together() || once());
       b.slot = rows * ldh;
@@ -507,11 +507,19 @@ struct Engine {
     SequenceOf<A> y;  // null: nobody but the layer above reads it
     T* c;             // null: not kept
     A* gates;         // the same
+    T* z;             // of a chunk, [row][ldz]
+    long ldz;
   };
 
   Task task(const Group& g, const Packed& w, const Buffers& b, const Member& member, const Outputs& outputs) const {
-    T* c = outputs.c ? static_cast<T*>(outputs.c->mutable_data_ptr()) : nullptr;
-    return {g, w, b, member, outputs, outputs.y ? SequenceOf<A>(*outputs.y) : SequenceOf<A>(), c, outputs.gates ? out_data(*outputs.gates) : nullptr};
+    T *c = outputs.c ? static_cast<T*>(outputs.c->mutable_data_ptr()) : nullptr, *z = b.z;
+    long ld = ldz;
+    if (const long n = member.team->size(); n > 1) {
+      // Side by side, what a core fetches ahead of its own columns would be its neighbour's.
+      ld = leading((units() + n - 1) / n * 2 * kSlab);
+      z += member.rank * b.z_rows * ld - share(member).column;
+    }
+    return {g, w, b, member, outputs, outputs.y ? SequenceOf<A>(*outputs.y) : SequenceOf<A>(), c, outputs.gates ? out_data(*outputs.gates) : nullptr, z, ld};
   }
 
   void forward(const Outputs& all) {
@@ -647,11 +655,11 @@ struct Engine {
     } else if (!whole) {
       const Share mine = share(t.member);
       k.gemm({chunk.rows(), {x.data}, {rows_of(inputs, x.stride)}, t.w.w_ih + mine.column * inputs, inputs, mine.columns, t.w.bias + mine.column, 0,
-              t.b.z[t.member.rank] + mine.column, ldz});
+              t.z + mine.column, t.ldz});
     }
     for (long s = chunk.begin; s < chunk.end; ++s) {
       if (above) above->wait(s + 1 - t.b.slots);
-      step(t, s, chunk.active(s), t.b.z[t.member.rank] + chunk.at(s) * ldz, whole ? x : RowsOfX{nullptr, 0});
+      step(t, s, chunk.active(s), t.z + chunk.at(s) * t.ldz, whole ? x : RowsOfX{nullptr, 0});
     }
   }
 
@@ -663,7 +671,7 @@ struct Engine {
       Part* own = t.b.split_own[t.member.rank];
       split_by->split({rows, inputs, kParts, x.data, x.stride, own, 0, ld});
       split_by->gemm({rows, kParts, own, 0, ld, t.w.split_ih + mine.column * split_x(), split_x(), round_up(mine.columns, kSlab), t.w.bias + mine.column,
-                      t.b.z[t.member.rank] + mine.column, ldz});
+                      t.z + mine.column, t.ldz});
     }
   }
 
@@ -673,12 +681,12 @@ struct Engine {
       const long all = round_up(4 * hidden, kSlab);
       if (x.data) {
         split_rows(t.b, rows, inputs, x.data, x.stride, 0);
-        split_by->lstm_step({rows, kParts, t.b.split, split_depth(), split_ld(), t.w.split_ih, split_depth(), all, t.w.bias, z, ldz}, cells);
+        split_by->lstm_step({rows, kParts, t.b.split, split_depth(), split_ld(), t.w.split_ih, split_depth(), all, t.w.bias, z, t.ldz}, cells);
       } else {
         const long ld = split_h() + kSplitDepth;
         Part* own = t.b.split_own[t.member.rank];
         split_by->split({rows, size, kParts, before, ldh, own, 0, ld});
-        split_by->lstm_step({rows, kParts, own, 0, ld, t.w.split_hh, split_h(), all, nullptr, z, ldz}, cells);
+        split_by->lstm_step({rows, kParts, own, 0, ld, t.w.split_hh, split_h(), all, nullptr, z, t.ldz}, cells);
       }
     }
   }
@@ -698,7 +706,7 @@ struct Engine {
         for (long column = mine.column; column < end; column += kSlab) {
           Part* parts = reinterpret_cast<Part*>(slab);
           pack_split<Unsplit<A>>(*split_by, std::min<long>(kSlab, 4 * hidden - column), split_depth(), kParts, parts, [&](long i, Unsplit<A>* to) { read_column(d, column + i, split_depth(), true, true, to); });
-          split_by->gemm({rows, kParts, own, split_depth(), split_ld(), parts, split_depth(), kSlab, t.w.bias + column, z + column, ldz});
+          split_by->gemm({rows, kParts, own, split_depth(), split_ld(), parts, split_depth(), kSlab, t.w.bias + column, z + column, t.ldz});
         }
         return k.lstm_step({rows, {nullptr}}, cells);
       }
@@ -710,7 +718,7 @@ struct Engine {
         pack_panel(d.w_ih, inputs, start, panel, 0);
         if (h) pack_panel(d.w_hh, size, start, panel, inputs);
       }
-      k.gemm({rows, {x.data, h}, {rows_of(inputs, x.stride), rows_of(size, ldh)}, slab, deep, n, t.w.bias + column, 0, z + column, ldz});
+      k.gemm({rows, {x.data, h}, {rows_of(inputs, x.stride), rows_of(size, ldh)}, slab, deep, n, t.w.bias + column, 0, z + column, t.ldz});
     }
     k.lstm_step({rows, {nullptr}}, cells);
   }
@@ -736,7 +744,7 @@ struct Engine {
 
   // Without x, its part of the gates is in z.
   void step(const Task& t, long s, long rows, T* z, const RowsOfX& x) const {
-    const auto& [g, w, b, member, outputs, y, c, gates] = t;
+    const auto& [g, w, b, member, outputs, y, c, gates, all_z, ldz] = t;
     const Share mine = share(member);
     T* h = b.h_after(s + 1);
     const T* before = s > 0 || in.h0 ? b.h_after(s) : nullptr;
@@ -787,7 +795,7 @@ struct Engine {
   }
 
   void finish(const Task& t) const {
-    const auto& [g, w, b, member, outputs, y, c, gates] = t;
+    const auto& [g, w, b, member, outputs, y, c, gates, all_z, ldz] = t;
     const Share mine = share(member);
     const auto [out, out_end] = outputs_of(t);
     for (long i = 0; i < g.rows; ++i) {
