@@ -331,7 +331,7 @@ def test_winograd_where_it_can_be_had(
     # Sums of small integers are exact, but for Winograd, whose points are irrational.
     x, weight, dy = (
         torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(0)).float().requires_grad_()
-        for shape in ((2, 70, features), (16, features // options.get("groups", 1), kernel), (2, 70, 16))
+        for shape in ((3, 70, features), (16, features // options.get("groups", 1), kernel), (3, 70, 16))
     )
 
     def found(function: Any, dtype: torch.dtype, **backend: str) -> list[Tensor]:

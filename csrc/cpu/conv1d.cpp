@@ -200,7 +200,7 @@ struct Engine {
   const TimeTiles<T> by_tiles = tiles_wanted() ? TimeTiles<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiles<T>();
 
   // Whether it pays for weights' gradients: their sums are larger.
-  bool sums_tiles() const { return by_tiles && p.batch * p.out_time >= 256; }
+  bool sums_tiles() const { return by_tiles && p.batch * p.out_time >= 3 * kRows; }
 
   // Weights as a GEMM operand, [group][tap][feature] by channels; or, depthwise, [tap][channel].
   const T* pack_weights() {
