@@ -192,15 +192,15 @@ struct Engine {
   }
 
   // Whether Winograd can be had and its transforms do not outweigh the products that it saves. float64 is for those who want every digit.
-  bool tiles_wanted() const {
+  bool takes_winograd() const {
     constexpr long kLeast = 16;
     return std::is_same_v<T, float> && (p.taps == 3 || p.taps == 5) && p.stride == 1 && p.dilation == 1 && p.groups == 1 &&
            std::min(p.features, p.channels) >= kLeast;
   }
-  const TimeTiles<T> by_tiles = tiles_wanted() ? TimeTiles<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiles<T>();
+  const TimeTiling<T> winograd = takes_winograd() ? TimeTiling<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiling<T>();
 
   // Whether it pays for weights' gradients: their sums are larger.
-  bool sums_tiles() const { return by_tiles && p.batch * p.out_time >= 3 * kRows; }
+  bool sums_by_winograd() const { return winograd && p.batch * p.out_time >= 3 * kRows; }
 
   // Weights as a GEMM operand, [group][tap][feature] by channels; or, depthwise, [tap][channel].
   const T* pack_weights() {
@@ -212,7 +212,7 @@ struct Engine {
         for (long c = 0; c < width; ++c) packed[j * width + c] = static_cast<T>(w[c * s0 + j * s2]);
       return packed;
     }
-    if (by_tiles) return by_tiles.pack(workspace, width, p.channels, [&](long first, long n, long lanes, T* to) { read_taps(first, n, lanes, to); });
+    if (winograd) return winograd.pack(workspace, width, p.channels, [&](long first, long n, long lanes, T* to) { read_taps(first, n, lanes, to); });
     const long fg = p.group_features(), cg = p.group_channels(), size = p.taps * fg * round_up(cg, k.lanes);
     T* packed = workspace.take<T>(p.groups * size);
     for (long g = 0; g < p.groups; ++g)
@@ -259,7 +259,7 @@ struct Engine {
 
   // Convolution of packed rows: z [rows][ldz]. `in_place`: z is the result, out of cache, and relu_in_gemm() holds.
   void convolve(long rows, const T* packed, const T* w, const T* b, T* z, long ldz, bool in_place, T* scratch) const {
-    if (by_tiles) return by_tiles.convolve(rows, packed, width, p.features, p.channels, w, b, in_place && relu_in_gemm(), z, ldz, scratch);
+    if (winograd) return winograd.convolve(rows, packed, width, p.features, p.channels, w, b, in_place && relu_in_gemm(), z, ldz, scratch);
     const Runs runs = window();
     if (p.depthwise()) return k.depthwise(rows, packed, runs, w, b, z, ldz);
     const long deep = p.taps * p.group_features(), columns = p.group_channels(), size = deep * round_up(columns, k.lanes);
@@ -295,8 +295,8 @@ struct Engine {
     Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<A>()) : empty_cpu({0}, scalar_type<A>());
     const Part* parts = by_parts() ? pack_parts() : nullptr;
     const T *w = parts ? nullptr : pack_weights(), *b = pack_bias();
-    const long threads = std::min<long>(torch::stable::get_num_threads(), p.batch * chunks_of(p.out_time)), split_size = parts ? kSplitParts<A> * part_size() : 0, tile_size = by_tiles && !parts ? by_tiles.scratch() : 0;
-    const long size = round_up(packed_rows(kRows) * width + kRows * ldc + 64 + tile_size, 16);
+    const long threads = std::min<long>(torch::stable::get_num_threads(), p.batch * chunks_of(p.out_time)), split_size = parts ? kSplitParts<A> * part_size() : 0, winograd_size = winograd && !parts ? winograd.scratch() : 0;
+    const long size = round_up(packed_rows(kRows) * width + kRows * ldc + 64 + winograd_size, 16);
     T* scratch = workspace.take<T>(threads * size);
     Part* split = workspace.take<Part>(threads * split_size);
     const SequenceOf<A> results(y);
@@ -308,7 +308,7 @@ struct Engine {
       const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
       for (long r = valid; r < rows; ++r) std::fill_n(results.at(sample, begin + r), p.channels, static_cast<A>(T(0)));
       if (!valid) return;
-      T *own = scratch + thread * size, *z = own + tile_size, *packed = z + kRows * ldc;
+      T *own = scratch + thread * size, *z = own + winograd_size, *packed = z + kRows * ldc;
       pack_input(sample, begin * p.stride, packed_rows(valid), packed);
       if constexpr (!kNarrow) {
         if (in_place) {
@@ -409,8 +409,8 @@ struct Engine {
   }
 
   // Gradients of rows [begin, begin + rows) of the padded sample, [row][ldw]; g holds those of the output rows from `first` on.
-  void input_gradients(const std::vector<Phase>& phases, const T* tile_weights, long begin, long rows, const T* g, long first, T* to, long ldw, T* scratch) const {
-    if (by_tiles) return by_tiles.convolve(rows, g + (begin - p.reach() - first) * ldc, ldc, p.channels, p.features, tile_weights, nullptr, false, to, ldw, scratch);
+  void input_gradients(const std::vector<Phase>& phases, const T* winograd_weights, long begin, long rows, const T* g, long first, T* to, long ldw, T* scratch) const {
+    if (winograd) return winograd.convolve(rows, g + (begin - p.reach() - first) * ldc, ldc, p.channels, p.features, winograd_weights, nullptr, false, to, ldw, scratch);
     for (long phase = 0; phase < p.stride; ++phase) {
       const long skip = ((phase - begin) % p.stride + p.stride) % p.stride, n = (rows - skip + p.stride - 1) / p.stride;
       if (skip >= rows) continue;
@@ -437,17 +437,17 @@ struct Engine {
     Tensor dx = needs[0] ? cpu::empty_like(x) : empty_cpu({0}, narrow), dweight = empty_cpu({0}, narrow), dbias = empty_cpu({0}, narrow);
     const bool need_bias = needs[2] && bias;
     const long threads = torch::stable::get_num_threads(), cg = p.group_channels(), fg = p.group_features();
-    const long ldg = p.depthwise() ? width : round_up(cg, 16), planes = sums_tiles() ? by_tiles.kernels().planes : p.taps;
-    const long depth = p.depthwise() ? p.taps : p.groups * planes * fg, tile_size = by_tiles ? round_up(by_tiles.scratch(), 16) : 0;
+    const long ldg = p.depthwise() ? width : round_up(cg, 16), planes = sums_by_winograd() ? winograd.kernels().planes : p.taps;
+    const long depth = p.depthwise() ? p.taps : p.groups * planes * fg, winograd_size = winograd ? round_up(winograd.scratch(), 16) : 0;
     const Runs runs = window();
     const Saved saved{SequenceOf<const A>(dy), SequenceOf<const A>(y), SequenceOf<const A>(pre)};
     const SequenceOf<A> out(dx);
     Region region;
 
-    const T* tile_weights = nullptr;
-    if (needs[0] && by_tiles)
-      tile_weights = by_tiles.pack(workspace, p.channels, p.features, [&](long first, long n, long lanes, T* to) { read_taps_back(first, n, lanes, to); });
-    T* const tile_scratch = workspace.take<T>(threads * tile_size);
+    const T* winograd_weights = nullptr;
+    if (needs[0] && winograd)
+      winograd_weights = winograd.pack(workspace, p.channels, p.features, [&](long first, long n, long lanes, T* to) { read_taps_back(first, n, lanes, to); });
+    T* const winograd_scratch = workspace.take<T>(threads * winograd_size);
     const long sums_size = depth * ldg + ldc;
     std::vector<T*> sums(threads, nullptr);   // of each thread that has some
     std::vector<long> collected(threads, 0);  // tiles that are not in them yet
@@ -459,7 +459,7 @@ struct Engine {
         static const T one = 1;
         const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
         if (!valid) return;
-        T *tiles = tile_scratch + thread * tile_size, *g = scratch + thread * size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = all_sums + thread * sums_size;
+        T *tiles = winograd_scratch + thread * winograd_size, *g = scratch + thread * size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = all_sums + thread * sums_size;
         if (!sums[thread]) {
           sums[thread] = sum;
           std::fill(sum, sum + sums_size, T(0));
@@ -468,23 +468,23 @@ struct Engine {
         if (need_bias) k.outer_sum({valid, &one, {&kZero, 1, 1, 0}, g, ldc, p.channels, sum + depth * ldg, ldc});
         if (!needs[1]) return;
         pack_input(sample, begin * p.stride, packed_rows(valid), packed);
-        if (sums_tiles()) {
-          collected[thread] = by_tiles.collect(valid, packed, width, g, ldc, tiles, collected[thread], sum, ldg);
+        if (sums_by_winograd()) {
+          collected[thread] = winograd.collect(valid, packed, width, g, ldc, tiles, collected[thread], sum, ldg);
           return;
         }
         if (p.depthwise()) return k.depthwise_weight_grad(valid, packed, runs, g, ldc, sum);
         for (long group = 0; group < p.groups; ++group)
           k.outer_sum({valid, packed + group * fg, runs, g + group * cg, ldc, cg, sum + group * p.taps * fg * ldg, ldg});
       });
-      if (sums_tiles() && needs[1])
+      if (sums_by_winograd() && needs[1])
         region.add(threads, [=, &sums, &collected](long, long, long thread) {
-          if (collected[thread]) by_tiles.add_products(collected[thread], tile_scratch + thread * tile_size, sums[thread], ldg);
+          if (collected[thread]) winograd.add_products(collected[thread], winograd_scratch + thread * winograd_size, sums[thread], ldg);
         });
     }
 
     std::vector<Phase> phases;
     if (needs[0]) {
-      if (!by_tiles) phases = pack_back();
+      if (!winograd) phases = pack_back();
       // Rows of a sample are cut into chunks where each shows itself alone; other paddings show some twice, and are summed.
       const bool alone = p.padding_mode == "zeros" || !(p.before || p.behind);
       const long ldw = round_up(width, 16) + 16, reach = p.reach() / p.stride + 2, padded = p.before + p.time + p.behind;
@@ -494,7 +494,7 @@ struct Engine {
         const long last = (begin + rows - 1) / p.stride, first = begin / p.stride - reach + 1;
         T *g = own + most * ldw, *buffer = g + (last - first + 1) * ldc;
         pre_gradients(saved, sample, first, last - first + 1, buffer, g);
-        input_gradients(phases, tile_weights, begin, rows, g, first, own, ldw, tiles);
+        input_gradients(phases, winograd_weights, begin, rows, g, first, own, ldw, tiles);
         const long each = width / p.features;
         for (long r = 0; r < rows; ++r) {
           T* row = own + r * ldw;
@@ -514,7 +514,7 @@ struct Engine {
       if (alone) {
         add_chunks(region, p.time, [=](long sample, long begin, long rows, long thread) {
           const long valid = std::clamp(p.lengths[sample] - begin, 0l, rows);
-          if (valid) chunk(sample, begin + p.before, valid, nullptr, scratch + thread * size, tile_scratch + thread * tile_size);
+          if (valid) chunk(sample, begin + p.before, valid, nullptr, scratch + thread * size, winograd_scratch + thread * winograd_size);
           zero_rows(out, sample, begin + valid, begin + rows);
         });
       } else {
@@ -523,7 +523,7 @@ struct Engine {
             T *own = scratch + thread * size, *sum = own + size - p.time * p.features;
             const long length = p.lengths[sample];
             std::fill(sum, sum + length * p.features, T(0));
-            if (length) chunk(sample, 0, p.before + length + p.behind, sum, own, tile_scratch + thread * tile_size);
+            if (length) chunk(sample, 0, p.before + length + p.behind, sum, own, winograd_scratch + thread * winograd_size);
             for (long t = 0; t < length; ++t) write(sum + t * p.features, p.features, out.at(sample, t), out.feature);
             zero_rows(out, sample, length, p.time);
           }
@@ -558,13 +558,13 @@ struct Engine {
     Tensor dweight = empty_cpu({p.channels, fg, p.taps}, scalar_type<A>());
     A* to = out_data(dweight);
     parallel(groups * blocks, [&](long begin, long end) {
-      std::vector<T> of_planes(sums_tiles() ? planes * kTogether : 0), by_tap(each * kTogether), by_channel(kNarrow ? each * kTogether : 0);
+      std::vector<T> of_planes(sums_by_winograd() ? planes * kTogether : 0), by_tap(each * kTogether), by_channel(kNarrow ? each * kTogether : 0);
       for (long i = begin; i < end; ++i) {
         const long group = i / blocks, first = i % blocks * kTogether, n = std::min(kTogether, columns - first);
         for (long f = 0; f < fg; ++f) {
           T* taps = by_tap.data() + f * p.taps * kTogether;
-          for (long j = 0; j < planes; ++j) add_up(sums, ((group * planes + j) * fg + f) * ld + first, n, (sums_tiles() ? of_planes.data() : taps) + j * kTogether);
-          if (sums_tiles()) by_tiles.kernels().filter_gradient(kTogether, of_planes.data(), kTogether, taps, kTogether);
+          for (long j = 0; j < planes; ++j) add_up(sums, ((group * planes + j) * fg + f) * ld + first, n, (sums_by_winograd() ? of_planes.data() : taps) + j * kTogether);
+          if (sums_by_winograd()) winograd.kernels().filter_gradient(kTogether, of_planes.data(), kTogether, taps, kTogether);
         }
         A* rows = to + (group * columns + first) * each;
         if constexpr (kNarrow) {

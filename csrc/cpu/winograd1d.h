@@ -5,13 +5,14 @@
 namespace convfast {
 namespace cpu {
 
+// A convolution in one direction, from features to channels and, for gradients of x, back: the kernels' tiles are here rows of time.
 template <class T>
-class TimeTiles {
+class TimeTiling {
  public:
   // None: the convolution is not done this way.
-  TimeTiles() = default;
+  TimeTiling() = default;
   // From `features` to `channels`, of `rows` rows in all.
-  TimeTiles(const Kernels<T>& kernels, long taps, long features, long channels, long rows)
+  TimeTiling(const Kernels<T>& kernels, long taps, long features, long channels, long rows)
       : kernels_(&kernels), by_(kernels.winograd_1d[taps == 3 ? 0 : 1]), features_(features), channels_(channels), most_(std::clamp(tiles(rows), 16l, 64l)) {}
 
   explicit operator bool() const { return by_ != nullptr; }
