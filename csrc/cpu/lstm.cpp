@@ -206,8 +206,9 @@ struct Engine {
   };
   static constexpr Pass kInference = {true, 64, 256 << 10}, kTraining = {true, 32, 256 << 10}, kBackward = {false, 32, 512 << 10};
   static constexpr long kTogether = 8, kFewDots = 3;
-  // Bytes of h that a stage of a pipeline may be ahead of the next one: what a busy machine takes from one, the other does not lose.
-  static constexpr long kAhead = 1 << 20;
+  // Bytes of h that a stage of a pipeline may be ahead of the next one: what a busy machine takes from one, the other does not lose. More
+  // than the next one's L2, which has let go of a line before it is written again.
+  static constexpr long kAhead = 4 << 20;
   Pass pass = kInference;
   long most_rows(const Split& s) const { return std::clamp<long>((p.batch + s.parts - 1) / s.parts, 1, pass.most_rows); }
   long steps_of_chunk() const {
@@ -252,11 +253,14 @@ struct Engine {
     for (long i = 0; i < s.parts; ++i) teams.push_back(std::make_unique<Team>(s.team));
     parallel(s.parts * s.team, [&](long begin, long end) {
       for (long task = begin; task < end; ++task) {
-        const long part = task / s.team, rank = teams[part]->join(), rows = (p.batch - part + s.parts - 1) / s.parts, most = most_rows(s);
+        const long part = task / s.team, rank = teams[part]->join(task % s.team), most = most_rows(s);
         if (rank < 0) continue;
+        // Neighbours in memory; where lengths differ, each part has as many long ones as short ones.
+        const long stride = in.lengths ? s.parts : 1, first = in.lengths ? part : p.batch * part / s.parts;
+        const long rows = in.lengths ? (p.batch - part + s.parts - 1) / s.parts : p.batch * (part + 1) / s.parts - first;
         long turn = 0;
         for (long i = 0; i < rows; i += most)
-          call(Group{&p, direction, part + i * s.parts, s.parts, std::min(most, rows - i)}, part, Member{teams[part].get(), rank, &turn});
+          call(Group{&p, direction, first + i * stride, stride, std::min(most, rows - i)}, part, Member{teams[part].get(), rank, &turn});
       }
     });
   }
@@ -282,8 +286,8 @@ struct Engine {
   }
 
   struct Packed {
-    const T *w_ih, *w_hh, *bias, *peephole, *w_hr;  // together(): w_ih is both, one above the other
-    const Part *split_ih = nullptr, *split_hh = nullptr;  // by_parts(): instead of w_ih and w_hh; together(): split_ih is both
+    T *w_ih, *w_hh, *bias, *peephole, *w_hr;  // together(): w_ih is both, one above the other
+    Part *split_ih, *split_hh;                // by_parts(): instead of w_ih and w_hh; together(): split_ih is both
   };
 
   // Rows [first, first + n) of a GEMM operand of `all` rows from w [4H, n], the gates' columns in blocks: [panel][all][panel columns].
@@ -301,48 +305,55 @@ struct Engine {
     for (long i = 0; real < width && i < n; ++i) std::fill(panel + i * width + real, panel + (i + 1) * width, T(0));
   }
 
-  T* pack_peephole(const OptionalTensor& t) {
-    if (!t) return nullptr;
-    T* packed = workspace.take<T>(3 * hidden);
+  void pack_peephole(const Tensor& t, T* to) const {
     for (long i = 0; i < 3; ++i)
-      for (long c = 0; c < hidden; ++c) packed[i * hidden + c] = static_cast<T>(data(*t)[i * t->stride(0) + c * t->stride(1)]);
-    return packed;
+      for (long c = 0; c < hidden; ++c) to[i * hidden + c] = static_cast<T>(data(t)[i * t.stride(0) + c * t.stride(1)]);
   }
 
-  Packed pack(const Direction& d) {
-    const long all_columns = round_up(4 * hidden, kSlab);
-    T* bias = workspace.take<T>(all_columns);
-    std::fill(bias, bias + all_columns, T(0));
+  // Room for a direction's weights.
+  Packed take(const Direction& d) {
+    Packed to{};
+    to.bias = workspace.take<T>(round_up(4 * hidden, kSlab));
+    if (d.peephole) to.peephole = workspace.take<T>(3 * hidden);
+    if (d.w_hr) to.w_hr = workspace.take<T>(hidden * round_up(size, k.lanes));
+    if (once()) return to;
+    if (by_parts()) {
+      to.split_ih = workspace.take<Part>(split_size(4 * hidden, together() ? split_depth() : split_x(), kParts));
+      if (!together()) to.split_hh = workspace.take<Part>(split_size(4 * hidden, split_h(), kParts));
+    } else {  // one above the other, or two buffers, which the backward will take for its own
+      to.w_ih = workspace.take<T>((together() ? inputs + size : inputs) * columns);
+      if (!together()) to.w_hh = workspace.take<T>(size * columns);
+    }
+    return to;
+  }
+
+  void pack(const Direction& d, const Packed& to) const {
+    std::fill(to.bias, to.bias + round_up(4 * hidden, kSlab), T(0));
     for (const OptionalTensor& term : {d.bias, d.second_bias}) {
       if (!term) continue;
       const A* source = data(*term);
       const long stride = term->stride(0);
-      for (long n = 0; n < 4 * hidden; ++n) bias[n] = static_cast<T>(static_cast<A>(bias[n] + static_cast<T>(source[p.weight_row(n) * stride])));
+      for (long n = 0; n < 4 * hidden; ++n) to.bias[n] = static_cast<T>(static_cast<A>(to.bias[n] + static_cast<T>(source[p.weight_row(n) * stride])));
     }
-    T* w_hr = nullptr;
+    if (d.peephole) pack_peephole(*d.peephole, to.peephole);
     if (d.w_hr) {
-      w_hr = workspace.take<T>(hidden * round_up(size, k.lanes));
       const long s0 = d.w_hr->stride(0), s1 = d.w_hr->stride(1);
-      pack_panels(k, hidden, size, w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
+      pack_panels(k, hidden, size, to.w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
     }
-    if (once()) return {nullptr, nullptr, bias, pack_peephole(d.peephole), nullptr};
+    if (once()) return;
     if (by_parts()) {
-      const auto pack_columns = [&](long depth, bool of_x, bool of_h) {
-        Part* packed = workspace.take<Part>(split_size(4 * hidden, depth, kParts));
-        pack_split<Unsplit<A>>(*split_by, 4 * hidden, depth, kParts, packed, [&](long column, Unsplit<A>* to) { read_column(d, column, depth, of_x, of_h, to); });
-        return packed;
+      const auto pack_columns = [&](long depth, bool of_x, bool of_h, Part* packed) {
+        pack_split<Unsplit<A>>(*split_by, 4 * hidden, depth, kParts, packed, [&](long column, Unsplit<A>* row) { read_column(d, column, depth, of_x, of_h, row); });
       };
-      Packed packed{nullptr, nullptr, bias, pack_peephole(d.peephole), w_hr};
-      packed.split_ih = together() ? pack_columns(split_depth(), true, true) : pack_columns(split_x(), true, false);
-      if (!together()) packed.split_hh = pack_columns(split_h(), false, true);
-      return packed;
+      if (together()) return pack_columns(split_depth(), true, true, to.split_ih);
+      pack_columns(split_x(), true, false, to.split_ih);
+      pack_columns(split_h(), false, true, to.split_hh);
+    } else {
+      const long all = inputs + size;
+      pack_matrix(d.w_ih, inputs, to.w_ih, 0, together() ? all : inputs);
+      if (together()) pack_matrix(d.w_hh, size, to.w_ih, inputs, all);
+      else pack_matrix(d.w_hh, size, to.w_hh, 0, size);
     }
-    // One above the other, or two buffers, which the backward will take for its own.
-    const long all = together() ? inputs + size : 0;
-    T *w = workspace.take<T>((all ? all : inputs) * columns), *w_hh = all ? w : workspace.take<T>(size * columns);
-    pack_matrix(d.w_ih, inputs, w, 0, all ? all : inputs);
-    pack_matrix(d.w_hh, size, w_hh, all ? inputs : 0, all ? all : size);
-    return {w, w_hh, bias, pack_peephole(d.peephole), w_hr};
   }
 
   // A column of the gates: its weights for x, for h, or for both, one behind the other, in `depth` numbers.
@@ -392,6 +403,15 @@ struct Engine {
   bool reads_x_directly(const Group& g) const {
     constexpr long kPage = 4096;
     return regular() && frames.feature == 1 && (g.rows == 1 || g.stride * frames.sample * long(sizeof(T)) % kPage != 0);
+  }
+
+  // The input rows of a step that is to come.
+  void ask_for_x(const Group& g, long step) const {
+    const long rows = frames.feature == 1 && step < g.length(0) ? g.active(step) : 0;
+    for (long i = 0; i < rows; ++i) {
+      const A* row = frames.at(g.sample(i), g.frame(i, step));
+      for (long j = 0; j < inputs; j += 64 / long(sizeof(A))) __builtin_prefetch(row + j, 0, 2);
+    }
   }
 
   // The input rows of a chunk, [row][ldx].
@@ -527,7 +547,8 @@ struct Engine {
     pass = all.gates ? kTraining : kInference;
     const std::vector<Buffers> parts = buffers();
     for (long d = 0; d < p.directions; ++d) {
-      const Packed w = pack(in.directions[d]);
+      const Packed w = take(in.directions[d]);
+      pack(in.directions[d], w);
       run(d, [&](const Group& g, long part, const Member& member) {
         run_layers({this}, {task(g, w, parts[part], member, all)}, 0, 1, nullptr);
       });
@@ -546,15 +567,18 @@ struct Engine {
     std::vector<std::vector<Progress>> progress;  // of each part, layer by layer
     for (Engine* layer : layers) {
       parts.push_back(layer->buffers());
-      weights.push_back(layer->pack(layer->in.directions[0]));
+      weights.push_back(layer->take(layer->in.directions[0]));
     }
     const long n = layers.size();
-    const bool pipeline = layers[0]->stages > 1;
+    const bool pipeline = layers[0]->stages > 1, own = pipeline && parts[0].size() == 1;  // own: a layer is one thread's, who packs its weights
+    const auto pack = [&](long i) { layers[i]->pack(layers[i]->in.directions[0], weights[i]); };
+    for (long i = 0; !own && i < n; ++i) pack(i);
     for (size_t part = 0; pipeline && part < parts[0].size(); ++part) progress.emplace_back(n);
     layers[0]->run(0, [&](const Group& g, long part, const Member& member) {
       Team alone(1);
       long turn = 0;
-      const Member one{&alone, alone.join(), &turn};
+      const Member one{&alone, alone.join(0), &turn};
+      for (long i = member.begin(n); own && i < member.end(n); ++i) pack(i);
       std::vector<Task> tasks;
       for (long i = 0; i < n; ++i) tasks.push_back(layers[i]->task(g, weights[i], parts[i][part], pipeline ? one : member, all[i]));
       if (pipeline) run_layers(layers, tasks, member.begin(n), member.end(n), progress[part].data());
@@ -638,6 +662,7 @@ struct Engine {
         if (progress && i > 0) progress[i - 1].wait(end);
         for (long at = begin; at < end; at += each) {
           const Chunk chunk(g, at, std::min(end, at + each));
+          if (i == 0 && each == 1) layers[0]->ask_for_x(g, at + 1);
           const RowsOfX x = i > 0 ? layers[i]->rows_of_h(tasks[i], chunk, *layers[i - 1], tasks[i - 1].b) : layers[i]->rows_of_x(tasks[i], chunk);
           layers[i]->take(tasks[i], chunk, x, progress && i + 1 < long(layers.size()) ? &progress[i + 1] : nullptr);
         }
@@ -960,7 +985,11 @@ struct Backward : Engine<A> {
     else if (needs[kX]) w.w_ih = w.ld_ih ? wide_data(from.w_ih) : pack_back(from.w_ih, inputs);
     if (splits_z()) w.split_hh = pack_back_split(from.w_hh, size);
     else w.w_hh = w.ld_hh ? wide_data(from.w_hh) : pack_back(from.w_hh, size);
-    w.peephole = Base::pack_peephole(from.peephole);
+    if (from.peephole) {
+      T* packed = workspace.template take<T>(3 * hidden);
+      Base::pack_peephole(*from.peephole, packed);
+      w.peephole = packed;
+    }
     if (from.w_hr) {
       T* packed = workspace.template take<T>(size * round_up(hidden, k.lanes));
       const long s0 = from.w_hr->stride(0), s1 = from.w_hr->stride(1);

@@ -67,8 +67,9 @@ class Team {
  public:
   explicit Team(long wanted) : wanted_(wanted), slots_(wanted) {}
 
-  // → this thread's rank, or -1 where the others have begun without it; the work is theirs then.
-  long join() {
+  // → this thread's rank, or -1 where the others have begun without it; the work is theirs then. `own` where all have come, so that a
+  // thread finds the same work call after call, and what it takes in its caches; else by who came first.
+  long join(long own) {
     long seen = members_.load();
     do {
       if (seen & kClosed) return -1;
@@ -79,7 +80,7 @@ class Team {
     } else {
       while (!(members_.load() & kClosed)) pause();  // it keeps its core: a team is not to have more members than cores
     }
-    return seen;
+    return size() == wanted_ ? own : seen;
   }
 
   long size() const { return members_.load(std::memory_order_relaxed) & ~kClosed; }

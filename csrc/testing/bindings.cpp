@@ -433,8 +433,8 @@ static Array<unsigned short> narrow(const std::string& isa, const Array<float>& 
 }
 
 // What `threads` threads found at `turns` turns of a Team, or, if they follow each other, of Progress: how many of them took part, how
-// often one was let through too early, and the seconds of processor that all of them took. At every turn one of them, another one
-// each time, comes `nap` microseconds late.
+// often one was let through too early (or, of a whole team, had another's rank), and the seconds of processor that all of them took. At
+// every turn one of them, another one each time, comes `nap` microseconds late.
 static std::tuple<long, long, double> take_turns(long threads, long turns, long nap, bool follow) {
   Team team(threads);
   std::vector<Progress> progress(threads);
@@ -442,9 +442,10 @@ static std::tuple<long, long, double> take_turns(long threads, long turns, long 
   std::atomic<long> begun{0}, members{0}, early{0}, nanoseconds{0};
   const auto run = [&](long own) {
     for (++begun; begun < threads;) std::this_thread::yield();
-    const long rank = follow ? own : team.join();
+    const long rank = follow ? own : team.join(own);
     long turn = 0;
     members += rank >= 0;
+    early += !follow && team.size() == threads && rank != own;
     for (long t = 0; rank >= 0 && t < turns; ++t) {
       if (follow && rank > 0) {
         progress[rank - 1].wait(t + 1);
