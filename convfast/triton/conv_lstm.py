@@ -381,6 +381,8 @@ def candidates(pixels: int, channels: int, dtype: torch.dtype, chip: runtime.Chi
         # Where the tensor cores do not read both operands from shared memory, the wider tile has no registers to spare.
         depth = 128 // dtype.itemsize
         sizes = [(128, 64 if chip.arch >= 90 else 32, depth, 8, 3), (64, 32, depth, 4, 3)]
+        if chip.arch < 90 and dtype.itemsize == 4 and channels % 4:  # read number by number
+            sizes[1] = (64, 32, depth, 4, 2)
     found = []
     for size, block, depth, warps, stages in sizes:
         block = min(block, max(16, triton.next_power_of_2(channels)))
@@ -545,9 +547,11 @@ class _Forward:
             recurrent = conv(h_before[:, t_before], self.w_hh, None, *_recurrent(self.w_hh))
             gates_x = recurrent if gates_x is None else recurrent + gates_x[:, t_x]
             gates_x, t_x, T_x = channels_last(gates_x, 1), 0, 1
+        # Left alone, ptxas spills in the first step to run more of its programs at once.
+        limit = {} if h_before is not None else runtime.most_registers(runtime.chip(self.w_hh), 255)
         self.launch(
             h_before, c_before, self.x, gates_x, *self.operands, h, c, gates, *self.sizes, t, self.time, t_before,
-            T_before, t_x, T_x, *self.x_sizes, *self.constants, **self.options,
+            T_before, t_x, T_x, *self.x_sizes, *self.constants, **self.options, **limit,
         )  # fmt: skip
 
 

@@ -337,6 +337,7 @@ def _launch(kernel: Any, arguments: tuple[Any, ...], w_hh: Tensor, batch: int, t
             *arguments, HIDDEN=hidden, SIZE=size, D=directions, H=rows, P=_padded(size), BM=samples,
             WIDE=samples * time * directions * 4 * hidden >= 2**31, PRECISION=precision,
             num_warps=8 if rows >= (32 if registers else 128) else 4, num_stages=1, enable_fp_fusion=True,
+            **runtime.most_registers(chip, REGISTERS[kernel.__name__]),
         )  # fmt: skip
 
     found = candidates(batch, directions, w_hh.dtype, chip)

@@ -60,6 +60,11 @@ class Chip:
 H200 = Chip("cuda", 90, 227 * 1024, 132)
 
 
+def most_registers(chip: Chip, count: int) -> dict[str, int]:
+    """A launch's option, before sm_90: left alone, ptxas takes a few more there, or spills to have fewer."""
+    return {"maxnreg": count} if chip.backend == "cuda" and chip.arch < 90 else {}
+
+
 def chip(tensor: Tensor) -> Chip:
     """The GPU of `tensor`; an H200 where there is none. Called as `runtime.chip`, so that tests can name another."""
     return _chip(tensor.device.index) if tensor.device.type == "cuda" else H200

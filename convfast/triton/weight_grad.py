@@ -102,7 +102,9 @@ def candidates(rows: int, channels: int, taps: int, dtype: torch.dtype, chip: ru
     found = []
     for most in (64, 32) if narrow else (128, 64):
         tile_rows, tile_columns = (min(most, max(16, triton.next_power_of_2(n))) for n in (rows, taps * channels))
-        tile = Tile(tile_rows, tile_columns, pixels, 8 if tile_rows * tile_columns == 128 * 128 else 4, stages)
+        # From sm_100 on sums lie in tensor memory, in 128 rows, and pass through the registers of all warps at the end.
+        wide_tile = tile_rows == 128 and (tile_columns == 128 or chip.arch >= 100)
+        tile = Tile(tile_rows, tile_columns, pixels, 8 if wide_tile else 4, stages)
         if tile not in found:
             found.append(tile)
     return found
