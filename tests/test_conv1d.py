@@ -345,6 +345,19 @@ def test_winograd_where_it_can_be_had(
     assert rounded == [tiles] * 3
 
 
+@pytest.mark.parametrize("batch, rows, channels, tiles", [(4, 8, 16, False), (1, 33, 16, True), (1, 2, 296, True)])
+def test_few_rows_transform_no_small_weights(
+    batch: int, rows: int, channels: int, tiles: bool, native_ops: Any
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randint(-3, 4, shape, generator=generator).float()
+        for shape in ((batch, rows + 2, channels), (channels, channels, 3))
+    )
+    found, exact = conv1d(x, weight, None, backend="cpu"), oracle(x.double(), weight.double(), None)
+    assert torch.equal(found.double(), exact) != tiles
+
+
 def test_nan_stays_within_the_tiles_that_read_it(native_ops: Any) -> None:
     for kernel, tile in ((3, 4), (5, 2)):
         x, weight = torch.randn(2, 70, 16), torch.randn(16, 16, kernel)

@@ -141,7 +141,8 @@ class Conv1dLSTM(nn.Module):
         for k, (conv, pool) in enumerate(zip(self.conv, self.pools)):
             if k + 1 == len(self.conv) and pool.kind == "none":
                 return convolve_into_lstm(conv, self.lstm, x, state, lengths)
-            x = pool(conv(x, lengths))
+            x = conv(x, lengths)
+            x = x if pool.kind == "none" else pool(x)
             if lengths is not None:
                 lengths = pool.output_lengths(conv.output_lengths(lengths))
         return self.lstm(x if self.batch_first else x.transpose(0, 1), state, lengths)
@@ -190,17 +191,17 @@ class Conv1dLSTM(nn.Module):
         if not isinstance(input, Tensor):
             raise TypeError(f"{owner}: input is a {type(input).__name__}, expected a Tensor")
         letters = "BFT" if self.channels_first else "BTF" if self.batch_first else "TBF"
+        sizes = dict(zip(letters, input.shape))
+        if input.ndim == 3 and sizes["F"] == self.input_size and sizes["T"] > 0:
+            return input if letters == "BTF" else input.permute([letters.index(letter) for letter in "BTF"])
         legend = f"input shape {list(input.shape)}, layout [{', '.join(letters)}]"
         if input.ndim != 3:
             raise ValueError(f"{owner}: input has {input.ndim} dims, expected 3 ({legend})")
-        if input.shape[letters.index("F")] != self.input_size:
+        if sizes["F"] != self.input_size:
             raise ValueError(
-                f"{owner}: input has {input.shape[letters.index('F')]} features, expected "
-                f"input_size={self.input_size} ({legend})"
+                f"{owner}: input has {sizes['F']} features, expected input_size={self.input_size} ({legend})"
             )
-        if input.shape[letters.index("T")] == 0:
-            raise ValueError(f"{owner}: input has 0 time steps, expected at least 1 ({legend})")
-        return input.permute([letters.index(letter) for letter in "BTF"])
+        raise ValueError(f"{owner}: input has 0 time steps, expected at least 1 ({legend})")
 
     def _check_step(self, state: Conv1dLSTMState | None) -> None:
         owner = type(self).__name__

@@ -173,7 +173,9 @@ class LSTM(nn.RNNBase):
             )
         directions = self._directions()
         if first is lstm and not (self.dropout > 0 and self.training):
-            weights = {name: getattr(self, name) for name in self._flat_weights_names}
+            # getattr() asks several others before it finds a parameter.
+            own = self._parameters
+            weights = {name: own[name] if name in own else getattr(self, name) for name in self._flat_weights_names}
             if backend := backend_of_layers(x, weights, hx, self.backend):
                 peepholes = [getattr(self, f"peephole{end}") for end in self.ends()] if self.peephole else []
                 options = (self.bias, self.proj_size > 0, self.bidirectional)

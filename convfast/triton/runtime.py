@@ -14,9 +14,12 @@ OLDEST = (3, 4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def interpreted() -> bool:
-    """Triton's interpreter: kernels run as numpy on the CPU. Triton reads it when a kernel is decorated."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Triton's interpreter: kernels run as numpy on the CPU. Triton reads it, once, when a kernel is decorated."""
+    return _INTERPRETED
 
 
 def devices() -> tuple[str, ...]:

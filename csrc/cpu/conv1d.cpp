@@ -191,10 +191,13 @@ struct Engine {
     }
   }
 
+  // So few that what is done to the weights takes longer than the products: as little as can be, and all by the thread that has called.
+  bool few_rows() const { return p.batch * p.out_time <= 32 && weight.numel() <= 1 << 18; }
+
   // Whether Winograd can be had and its transforms do not outweigh the products that it saves. float64 is for those who want every digit.
   bool takes_winograd() const {
     constexpr long kLeast = 16;
-    return std::is_same_v<T, float> && (p.taps == 3 || p.taps == 5) && p.stride == 1 && p.dilation == 1 && p.groups == 1 &&
+    return !few_rows() && std::is_same_v<T, float> && (p.taps == 3 || p.taps == 5) && p.stride == 1 && p.dilation == 1 && p.groups == 1 &&
            std::min(p.features, p.channels) >= kLeast;
   }
   const TimeTiling<T> winograd = takes_winograd() ? TimeTiling<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiling<T>();
@@ -221,7 +224,7 @@ struct Engine {
         T* to = packed + g * size + first * p.taps * fg;
         for (long j = 0; j < p.taps; ++j)
           for (long f = 0; f < fg; ++f, to += lanes) std::copy_n(taps + (f * p.taps + j) * lanes, lanes, to);
-      });
+      }, few_rows());
     return packed;
   }
 
@@ -278,14 +281,20 @@ struct Engine {
     for (long i = 0; i < n; ++i) to[i * stride] = static_cast<A>(from[i]);
   }
 
-  static long chunks_of(long rows) { return (rows + kRows - 1) / kRows; }
+  // Rows of a chunk: fewer than kRows where else a thread would have none. Whole tiles, so that results do not depend on it.
+  long chunk_rows(long rows_each) const {
+    constexpr long kFewest = 16;
+    long rows = kRows;
+    while (rows > kFewest && p.batch * ((rows_each + rows - 1) / rows) < torch::stable::get_num_threads()) rows /= 2;
+    return rows;
+  }
 
   // call(sample, first row, rows) over chunks of each sample's `rows_of` rows, the thread's own.
   template <class F>
-  void add_chunks(Region& region, long rows_each, const F& call) const {
-    const long chunks = chunks_of(rows_each);
+  void add_chunks(Region& region, long rows_each, long chunk, const F& call) const {
+    const long chunks = (rows_each + chunk - 1) / chunk;
     region.add(p.batch * chunks, [=](long begin, long end, long thread) {
-      for (long i = begin; i < end; ++i) call(i / chunks, i % chunks * kRows, std::min(kRows, rows_each - i % chunks * kRows), thread);
+      for (long i = begin; i < end; ++i) call(i / chunks, i % chunks * chunk, std::min(chunk, rows_each - i % chunks * chunk), thread);
     });
   }
 
@@ -295,7 +304,7 @@ struct Engine {
     Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<A>()) : empty_cpu({0}, scalar_type<A>());
     const Part* parts = by_parts() ? pack_parts() : nullptr;
     const T *w = parts ? nullptr : pack_weights(), *b = pack_bias();
-    const long threads = std::min<long>(torch::stable::get_num_threads(), p.batch * chunks_of(p.out_time)), split_size = parts ? kSplitParts<A> * part_size() : 0, winograd_size = winograd && !parts ? winograd.scratch() : 0;
+    const long threads = std::min<long>(torch::stable::get_num_threads(), p.batch * p.out_time), split_size = parts ? kSplitParts<A> * part_size() : 0, winograd_size = winograd && !parts ? winograd.scratch() : 0;
     const long size = round_up(packed_rows(kRows) * width + kRows * ldc + 64 + winograd_size, 16);
     T* scratch = workspace.take<T>(threads * size);
     Part* split = workspace.take<Part>(threads * split_size);
@@ -303,8 +312,7 @@ struct Engine {
     const SequenceOf<A> kept(pre);
     // Whole vectors of results are written where they belong, without scratch between.
     const bool in_place = !parts && !keep && p.channels % k.lanes == 0 && (p.depthwise() || p.group_channels() % k.lanes == 0);
-    Region region;
-    add_chunks(region, p.out_time, [=](long sample, long begin, long rows, long thread) {
+    const auto chunk = [=](long sample, long begin, long rows, long thread) {
       const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
       for (long r = valid; r < rows; ++r) std::fill_n(results.at(sample, begin + r), p.channels, static_cast<A>(T(0)));
       if (!valid) return;
@@ -334,7 +342,10 @@ struct Engine {
           write(row, p.channels, to);
         }
       }
-    });
+    };
+    Region region;
+    if (!few_rows()) add_chunks(region, p.out_time, chunk_rows(p.out_time), chunk);
+    else for (long sample = 0; sample < p.batch; ++sample) chunk(sample, 0, p.out_time, 0);
     region.run();
     return {y, pre};
   }
@@ -455,7 +466,7 @@ struct Engine {
       T* all_sums = workspace.take<T>(threads * sums_size);
       const long size = round_up(packed_rows(kRows) * width + 64 + kRows * ldc + ldc, 16);
       T* scratch = workspace.take<T>(threads * size);
-      add_chunks(region, p.out_time, [=, &sums, &collected](long sample, long begin, long rows, long thread) {
+      add_chunks(region, p.out_time, kRows, [=, &sums, &collected](long sample, long begin, long rows, long thread) {
         static const T one = 1;
         const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
         if (!valid) return;
@@ -512,7 +523,7 @@ struct Engine {
         }
       };
       if (alone) {
-        add_chunks(region, p.time, [=](long sample, long begin, long rows, long thread) {
+        add_chunks(region, p.time, kRows, [=](long sample, long begin, long rows, long thread) {
           const long valid = std::clamp(p.lengths[sample] - begin, 0l, rows);
           if (valid) chunk(sample, begin + p.before, valid, nullptr, scratch + thread * size, winograd_scratch + thread * winograd_size);
           zero_rows(out, sample, begin + valid, begin + rows);

@@ -216,10 +216,13 @@ inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
   return empty_ordered(shape, order, dtype);
 }
 
+// `grain`: for fewer than so many of n to wake a thread takes longer.
 template <class F>
-void parallel(long n, const F& f) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { f(long(begin), long(end)); });
+void parallel(long n, const F& f, long grain = 1) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { f(long(begin), long(end)); });
 }
+
+constexpr long kPackGrain = 4096;  // numbers that are packed while a thread wakes, and some
 
 // Pieces of work that do not wait for each other, in one parallel region: every thread takes its share of each, in order. Pieces too
 // small for all threads go to one thread after another, from the first on.

@@ -107,18 +107,21 @@ void pack_panels(const Kernels<T>& kernels, long k, long columns, T* dst, const 
   });
 }
 
-// f(first, n, width, buffer) for the n columns of each panel, of the operand as pack_panels lays it out; with a buffer of k rows.
+// f(first, n, width, buffer) for the n columns of each panel, of the operand as pack_panels lays it out; with a buffer of k rows. `alone`: by
+// this thread, whose cache then has them.
 template <class T, class F>
-void for_panels(const Kernels<T>& kernels, Workspace& workspace, long k, long columns, const F& f) {
+void for_panels(const Kernels<T>& kernels, Workspace& workspace, long k, long columns, const F& f, bool alone = false) {
   const long panels = (columns + kernels.panel - 1) / kernels.panel, size = round_up(k * kernels.panel, 16);
   T* buffers = workspace.take<T>(std::min<long>(panels, torch::stable::get_num_threads()) * size);
-  Region region;
-  region.add(panels, [=, &kernels](long begin, long end, long thread) {
+  const auto pack = [=, &kernels](long begin, long end, long thread) {
     for (long first = begin * kernels.panel; first < std::min(columns, end * kernels.panel); first += kernels.panel) {
       const long left = columns - first, width = left > kernels.lanes ? kernels.panel : kernels.lanes;
       f(first, std::min(left, width), width, buffers + thread * size);
     }
-  });
+  };
+  if (alone || k * columns < 2 * kPackGrain) return pack(0, panels, 0);
+  Region region;
+  region.add(panels, pack);
   region.run();
 }
 

@@ -294,7 +294,7 @@ struct Engine {
   void pack_matrix(const Tensor& w, long n, T* packed, long first, long all) const {
     parallel((columns + k.panel - 1) / k.panel, [&](long begin, long end) {
       for (long start = begin * k.panel; start < std::min(columns, end * k.panel); start += k.panel) pack_panel(w, n, start, packed + start * all, first);
-    });
+    }, std::max(1l, kPackGrain / (n * k.panel)));
   }
 
   // The panel from column `start` on.
