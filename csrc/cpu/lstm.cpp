@@ -155,16 +155,18 @@ struct Engine {
   long stages = 1;  // of the pipeline
   long turn = 1;    // steps that a layer takes before the one above it does
 
-  // Few rows: teams as large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at
+  // Few rows, or some for a few steps, which take less time than one core takes to get the weights that the others have packed: teams as
+  // large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at
   // every step: teams whose members' shares it holds.
   Split split() const {
-    constexpr long kFewRows = 4, kSomeRows = 16, kFewOfLarge = 6;
+    constexpr long kFewRows = 4, kSomeRows = 16, kFewOfLarge = 6, kFewSteps = 16, kRowsOfFewSteps = 12;
     if (once()) return {1, std::min(threads, units())};
     const long few = !by_dots() ? kFewRows : pass.forward && 2 * weight_bytes() > l2_bytes() ? kFewOfLarge : kFewDots;
     if (stages > 1) return {threads / stages, stages};
     long team = 1;
     if (size == hidden && !in.directions[0].w_hr) {
-      if (p.batch < few * threads) team = std::min(threads, units());
+      const bool brief = pass.forward && p.time <= kFewSteps && p.batch <= kRowsOfFewSteps;
+      if (brief || p.batch < few * threads) team = std::min(threads, units());
       else if (p.batch < kSomeRows * threads && !by_tiles() && !by_dots()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
     }
     return {std::clamp<long>(p.batch, 1, threads / team), team};
