@@ -345,7 +345,9 @@ def test_winograd_where_it_can_be_had(
     assert rounded == [tiles] * 3
 
 
-@pytest.mark.parametrize("batch, rows, channels, tiles", [(4, 8, 16, False), (1, 33, 16, True), (1, 2, 296, True)])
+@pytest.mark.parametrize(
+    "batch, rows, channels, tiles", [(4, 8, 16, False), (1, 33, 16, True), (1, 32, 136, True), (1, 2, 296, True)]
+)
 def test_few_rows_transform_no_small_weights(
     batch: int, rows: int, channels: int, tiles: bool, native_ops: Any
 ) -> None:

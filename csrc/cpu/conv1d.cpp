@@ -115,6 +115,7 @@ struct Engine {
   const Problem p;
   const Tensor x, weight;
   const OptionalTensor bias;
+  const bool few_rows;
   const SequenceOf<const A> frames;  // of x
   const Kernels<T>& k = kernels<T>();
   const Activation<T> act;
@@ -124,8 +125,15 @@ struct Engine {
   std::vector<long> tap_offsets;
 
   Engine(const char* op, const Problem& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
-      : p(p), x(x), weight(weight), bias(bias), frames(x), act(activation<T>(op, p.activation)), width(p.depthwise() ? p.channels : p.features), ldc(round_up(p.channels, kSlab) + 16) {
+      : p(p), x(x), weight(weight), bias(bias), few_rows(op == kForward && takes_longer_to_share(p, weight.numel())), frames(x), act(activation<T>(op, p.activation)), width(p.depthwise() ? p.channels : p.features), ldc(round_up(p.channels, kSlab) + 16) {
     for (long j = 0; j < p.taps; ++j) tap_offsets.push_back(j * p.dilation * width);
+  }
+
+  // So few rows that what is done to the weights takes longer than the products: then as little as can be, and all by the thread that calls.
+  static bool takes_longer_to_share(const Problem& p, long weights) {
+    constexpr long kMostRows = 32, kMostWeights = 1 << 18, kMostProducts = 1 << 20;
+    const long rows = p.batch * p.out_time;
+    return rows <= kMostRows && weights <= kMostWeights && rows * weights <= kMostProducts;
   }
 
   static const A* data(const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); }
@@ -191,13 +199,10 @@ struct Engine {
     }
   }
 
-  // So few that what is done to the weights takes longer than the products: as little as can be, and all by the thread that has called.
-  bool few_rows() const { return p.batch * p.out_time <= 32 && weight.numel() <= 1 << 18; }
-
   // Whether Winograd can be had and its transforms do not outweigh the products that it saves. float64 is for those who want every digit.
   bool takes_winograd() const {
     constexpr long kLeast = 16;
-    return !few_rows() && std::is_same_v<T, float> && (p.taps == 3 || p.taps == 5) && p.stride == 1 && p.dilation == 1 && p.groups == 1 &&
+    return !few_rows && std::is_same_v<T, float> && (p.taps == 3 || p.taps == 5) && p.stride == 1 && p.dilation == 1 && p.groups == 1 &&
            std::min(p.features, p.channels) >= kLeast;
   }
   const TimeTiling<T> winograd = takes_winograd() ? TimeTiling<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiling<T>();
@@ -224,7 +229,7 @@ struct Engine {
         T* to = packed + g * size + first * p.taps * fg;
         for (long j = 0; j < p.taps; ++j)
           for (long f = 0; f < fg; ++f, to += lanes) std::copy_n(taps + (f * p.taps + j) * lanes, lanes, to);
-      }, few_rows());
+      }, few_rows);
     return packed;
   }
 
@@ -281,18 +286,19 @@ struct Engine {
     for (long i = 0; i < n; ++i) to[i * stride] = static_cast<A>(from[i]);
   }
 
-  // Rows of a chunk: fewer than kRows where else a thread would have none. Whole tiles, so that results do not depend on it.
-  long chunk_rows(long rows_each) const {
-    constexpr long kFewest = 16;
-    long rows = kRows;
-    while (rows > kFewest && p.batch * ((rows_each + rows - 1) / rows) < torch::stable::get_num_threads()) rows /= 2;
-    return rows;
+  static long chunks_of(long rows, long chunk) { return (rows + chunk - 1) / chunk; }
+
+  // Rows of a chunk of results: half of kRows where else a thread would have none, but not before a backward, which reads the results on
+  // other threads. Whole tiles, so that results do not depend on it.
+  long chunk_rows(bool save) const {
+    const bool idle = !save && p.batch * chunks_of(p.out_time, kRows) < torch::stable::get_num_threads();
+    return idle && p.out_time >= kRows ? kRows / 2 : kRows;
   }
 
-  // call(sample, first row, rows) over chunks of each sample's `rows_of` rows, the thread's own.
+  // call(sample, first row, rows) over chunks of each sample's `rows_each` rows, the thread's own.
   template <class F>
   void add_chunks(Region& region, long rows_each, long chunk, const F& call) const {
-    const long chunks = (rows_each + chunk - 1) / chunk;
+    const long chunks = chunks_of(rows_each, chunk);
     region.add(p.batch * chunks, [=](long begin, long end, long thread) {
       for (long i = begin; i < end; ++i) call(i / chunks, i % chunks * chunk, std::min(chunk, rows_each - i % chunks * chunk), thread);
     });
@@ -304,7 +310,7 @@ struct Engine {
     Tensor y = empty_ordered(shape, order, scalar_type<A>()), pre = keep ? empty_ordered(shape, order, scalar_type<A>()) : empty_cpu({0}, scalar_type<A>());
     const Part* parts = by_parts() ? pack_parts() : nullptr;
     const T *w = parts ? nullptr : pack_weights(), *b = pack_bias();
-    const long threads = std::min<long>(torch::stable::get_num_threads(), p.batch * p.out_time), split_size = parts ? kSplitParts<A> * part_size() : 0, winograd_size = winograd && !parts ? winograd.scratch() : 0;
+    const long each = chunk_rows(save), threads = std::min<long>(torch::stable::get_num_threads(), p.batch * chunks_of(p.out_time, each)), split_size = parts ? kSplitParts<A> * part_size() : 0, winograd_size = winograd && !parts ? winograd.scratch() : 0;
     const long size = round_up(packed_rows(kRows) * width + kRows * ldc + 64 + winograd_size, 16);
     T* scratch = workspace.take<T>(threads * size);
     Part* split = workspace.take<Part>(threads * split_size);
@@ -344,7 +350,7 @@ struct Engine {
       }
     };
     Region region;
-    if (!few_rows()) add_chunks(region, p.out_time, chunk_rows(p.out_time), chunk);
+    if (!few_rows) add_chunks(region, p.out_time, each, chunk);
     else for (long sample = 0; sample < p.batch; ++sample) chunk(sample, 0, p.out_time, 0);
     region.run();
     return {y, pre};

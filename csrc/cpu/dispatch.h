@@ -222,8 +222,6 @@ void parallel(long n, const F& f, long grain = 1) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { f(long(begin), long(end)); });
 }
 
-constexpr long kPackGrain = 4096;  // numbers that are packed while a thread wakes, and some
-
 // Pieces of work that do not wait for each other, in one parallel region: every thread takes its share of each, in order. Pieces too
 // small for all threads go to one thread after another, from the first on.
 class Region {

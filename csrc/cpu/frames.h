@@ -91,6 +91,8 @@ void unpack_row(const Kernels<K>& kernels, const T* src, long ld, long pixels, l
   }
 }
 
+constexpr long kPackGrain = 4096;  // numbers that are packed while a thread wakes, and some
+
 // A GEMM operand of k rows, packed [panel][k][panel columns], the last panel one vector wide where that is enough.
 template <class T, class F>
 void pack_panels(const Kernels<T>& kernels, long k, long columns, T* dst, const F& value) {

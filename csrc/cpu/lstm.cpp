@@ -407,15 +407,6 @@ struct Engine {
     return regular() && frames.feature == 1 && (g.rows == 1 || g.stride * frames.sample * long(sizeof(T)) % kPage != 0);
   }
 
-  // The input rows of a step that is to come.
-  void ask_for_x(const Group& g, long step) const {
-    const long rows = frames.feature == 1 && step < g.length(0) ? g.active(step) : 0;
-    for (long i = 0; i < rows; ++i) {
-      const A* row = frames.at(g.sample(i), g.frame(i, step));
-      for (long j = 0; j < inputs; j += 64 / long(sizeof(A))) __builtin_prefetch(row + j, 0, 2);
-    }
-  }
-
   // The input rows of a chunk, [row][ldx].
   void read_x(const Group& g, const Chunk& chunk, T* to) const {
     for (long s = chunk.begin; s < chunk.end; ++s)
@@ -664,7 +655,6 @@ struct Engine {
         if (progress && i > 0) progress[i - 1].wait(end);
         for (long at = begin; at < end; at += each) {
           const Chunk chunk(g, at, std::min(end, at + each));
-          if (i == 0 && each == 1) layers[0]->ask_for_x(g, at + 1);
           const RowsOfX x = i > 0 ? layers[i]->rows_of_h(tasks[i], chunk, *layers[i - 1], tasks[i - 1].b) : layers[i]->rows_of_x(tasks[i], chunk);
           layers[i]->take(tasks[i], chunk, x, progress && i + 1 < long(layers.size()) ? &progress[i + 1] : nullptr);
         }
