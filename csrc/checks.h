@@ -25,6 +25,9 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
 #define CONVFAST_CHECK(condition, op, argument, expected, got) \
   STD_TORCH_CHECK(condition, op, ": ", argument, " must be ", expected, ", got ", got)
 
+// Of strides, paddings and dilations, so that sums and products of them and of sizes fit 64 bits.
+constexpr int64_t kMostOfOption = int64_t(1) << 31;
+
 inline void check_shape(const char* op, const char* argument, const Tensor& t, const std::vector<int64_t>& shape) {
   CONVFAST_CHECK(shape_of(t) == shape, op, argument, "of shape " + shape_string(shape), shape_string(shape_of(t)));
 }

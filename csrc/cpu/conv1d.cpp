@@ -51,17 +51,19 @@ Problem make_problem(const char* op, const Tensor& x, const Tensor& weight, cons
   Problem p;
   CONVFAST_CHECK(x.dim() == 3, op, "x", "[B, T, F]", shape_string(shape_of(x)));
   CONVFAST_CHECK(weight.dim() == 3 && weight.numel() > 0, op, "weight", "[C, F/groups, k]", shape_string(shape_of(weight)));
-  CONVFAST_CHECK(stride >= 1 && dilation >= 1 && groups >= 1, op, "stride, dilation, groups", "at least 1", std::min({stride, dilation, groups}));
-  CONVFAST_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op, "padding", "two numbers, not negative", shape_string(padding));
+  for (const int64_t n : {stride, dilation, groups})
+    CONVFAST_CHECK(n >= 1 && n <= kMostOfOption, op, "stride, dilation, groups", "1 to " + std::to_string(kMostOfOption), n);
+  CONVFAST_CHECK(padding.size() == 2, op, "padding", "two numbers", shape_string(padding));
+  for (const int64_t n : padding) CONVFAST_CHECK(n >= 0 && n <= kMostOfOption, op, "padding", "0 to " + std::to_string(kMostOfOption), n);
   p.batch = x.size(0);
   p.time = x.size(1);
   p.features = x.size(2);
   p.channels = weight.size(0);
   p.taps = weight.size(2);
-  p.stride = stride;
   p.dilation = dilation;
   p.before = padding[0];
   p.behind = padding[1];
+  p.stride = std::min(stride, p.before + p.time + p.behind);  // a second step would be past the end
   p.groups = groups;
   p.padding_mode = padding_mode;
   p.activation = activation;
@@ -145,6 +147,8 @@ struct Engine {
     return {tap_offsets.data(), p.taps, p.depthwise() ? width : p.group_features(), p.stride * width};
   }
 
+  // Of a chunk; Winograd reads whole tiles.
+  long most_rows() const { return p.stride == 1 ? kRows : std::min(kRows, p.out_time); }
   long packed_rows(long rows) const { return (rows - 1) * p.stride + p.reach() + 1; }
 
   // Rows [begin, begin + rows) of the padded sample, [row][width].
@@ -190,7 +194,7 @@ struct Engine {
   }
 
   // Elements of the parts of a chunk's packed rows, read up to whole tiles of rows.
-  long part_size() const { return packed_rows(kRows + kTileRows) * width; }
+  long part_size() const { return packed_rows(most_rows() + kTileRows) * width; }
 
   void convolve_parts(long rows, const T* packed, const Part* w, const T* b, Part* split, T* z) const {
     if constexpr (std::is_same_v<T, float>) {
@@ -311,7 +315,7 @@ struct Engine {
     const Part* parts = by_parts() ? pack_parts() : nullptr;
     const T *w = parts ? nullptr : pack_weights(), *b = pack_bias();
     const long each = chunk_rows(save), threads = std::min<long>(torch::stable::get_num_threads(), p.batch * chunks_of(p.out_time, each)), split_size = parts ? kSplitParts<A> * part_size() : 0, winograd_size = winograd && !parts ? winograd.scratch() : 0;
-    const long size = round_up(packed_rows(kRows) * width + kRows * ldc + 64 + winograd_size, 16);
+    const long size = round_up(packed_rows(most_rows()) * width + kRows * ldc + 64 + winograd_size, 16);
     T* scratch = workspace.take<T>(threads * size);
     Part* split = workspace.take<Part>(threads * split_size);
     const SequenceOf<A> results(y);
@@ -428,9 +432,8 @@ struct Engine {
   // Gradients of rows [begin, begin + rows) of the padded sample, [row][ldw]; g holds those of the output rows from `first` on.
   void input_gradients(const std::vector<Phase>& phases, const T* winograd_weights, long begin, long rows, const T* g, long first, T* to, long ldw, T* scratch) const {
     if (winograd) return winograd.convolve(rows, g + (begin - p.reach() - first) * ldc, ldc, p.channels, p.features, winograd_weights, nullptr, false, to, ldw, scratch);
-    for (long phase = 0; phase < p.stride; ++phase) {
-      const long skip = ((phase - begin) % p.stride + p.stride) % p.stride, n = (rows - skip + p.stride - 1) / p.stride;
-      if (skip >= rows) continue;
+    for (long skip = 0; skip < std::min(p.stride, rows); ++skip) {
+      const long phase = (begin + skip) % p.stride, n = (rows - skip + p.stride - 1) / p.stride;
       const Phase& q = phases[phase];
       const T* start = g + ((begin + skip - phase) / p.stride - first) * ldc;
       T* out = to + skip * ldw;
@@ -470,7 +473,7 @@ struct Engine {
     std::vector<long> collected(threads, 0);  // tiles that are not in them yet
     if (needs[1] || need_bias) {
       T* all_sums = workspace.take<T>(threads * sums_size);
-      const long size = round_up(packed_rows(kRows) * width + 64 + kRows * ldc + ldc, 16);
+      const long size = round_up(packed_rows(most_rows()) * width + 64 + kRows * ldc + ldc, 16);
       T* scratch = workspace.take<T>(threads * size);
       add_chunks(region, p.out_time, kRows, [=, &sums, &collected](long sample, long begin, long rows, long thread) {
         static const T one = 1;
@@ -619,9 +622,10 @@ std::tuple<Tensor, Tensor, Tensor> conv1d_backward(Tensor dy, Tensor x, Tensor w
   check_shape(kBackward, "y", y, {p.batch, p.out_time, p.channels});
   CONVFAST_CHECK(y.stride(2) == 1 || y.numel() == 0, kBackward, "y", "as the forward returned it", "other strides");
   check_dtype(kBackward, "y", y, dtype, dtype);
-  if (pre.numel()) {
+  if (pre.numel() || activation == "gelu" || activation == "silu") {
     check_shape(kBackward, "pre", pre, {p.batch, p.out_time, p.channels});
     check_dtype(kBackward, "pre", pre, dtype, dtype);
+    CONVFAST_CHECK(pre.stride(2) == 1 || pre.numel() == 0, kBackward, "pre", "as the forward returned it", "other strides");
   }
   return switch_dtype(kBackward, "weight", weight, [&](auto a) { return Engine<decltype(a)>(kBackward, p, x, weight, bias).backward(dy, y, pre, needs); });
 }

@@ -4,6 +4,7 @@
 
 namespace convfast {
 namespace cpu {
+namespace conv_lstm {
 
 inline bool operator==(const Extent& a, const Extent& b) { return a.d == b.d && a.h == b.h && a.w == b.w; }
 
@@ -159,7 +160,9 @@ inline Problem make_problem(const char* op, const Inputs& in, int64_t time, cons
       p.x_conv = {extent_from(w, 2), extent_from(stride, 0), extent_from(dilation, 0), extent_from(before, 0, 0), extent_from(behind, 0, 0)};
       const ConvDims& c = p.x_conv;
       const auto out_size = [&](long n, long k, long s, long d, long lo, long hi) {
-        CONVFAST_CHECK(k >= 1 && s >= 1 && d >= 1 && lo >= 0 && hi >= 0, op, "stride, padding, dilation", "positive", s);
+        CONVFAST_CHECK(k >= 1 && s >= 1 && d >= 1 && lo >= 0 && hi >= 0, op, "stride, padding, dilation", "positive", std::min({s, d, lo, hi}));
+        const long greatest = std::max({s, d, lo, hi});
+        CONVFAST_CHECK(greatest <= kMostOfOption, op, "stride, padding, dilation", "at most " + std::to_string(kMostOfOption), greatest);
         const long most = padding_mode == "reflect" ? n - 1 : padding_mode == "circular" ? n : lo + hi;
         CONVFAST_CHECK(lo <= most && hi <= most, op, "padding", "at most " + std::to_string(most) + " for this size", std::max(lo, hi));
         const long span = n + lo + hi - d * (k - 1) - 1;
@@ -240,5 +243,6 @@ inline std::string choose_algorithm(const char* op, Problem& p, ScalarType dtype
   return "winograd F(" + std::to_string(p.winograd) + "x" + std::to_string(p.winograd) + ", " + std::to_string(r) + "x" + std::to_string(r) + ")";
 }
 
+}  // namespace conv_lstm
 }  // namespace cpu
 }  // namespace convfast

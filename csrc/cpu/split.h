@@ -7,7 +7,7 @@
 #include <unistd.h>
 #endif
 
-#include "dispatch.h"
+#include "frames.h"
 
 namespace convfast {
 namespace cpu {

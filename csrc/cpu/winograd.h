@@ -6,6 +6,7 @@
 
 namespace convfast {
 namespace cpu {
+namespace conv_lstm {
 
 template <class T>
 struct Tiling {
@@ -113,5 +114,6 @@ struct Tiling {
   }
 };
 
+}  // namespace conv_lstm
 }  // namespace cpu
 }  // namespace convfast

@@ -1,0 +1,372 @@
+// ConvLSTM's forward: frames with borders, weights as GEMM operands, and the steps.
+#pragma once
+#include "conv_lstm_problem.h"
+#include "split.h"
+#include "winograd.h"
+
+namespace convfast {
+namespace cpu {
+namespace conv_lstm {
+
+// A convolution's reads as runs over bordered frames of `pixel` elements a pixel.
+struct FrameLayout {
+  Extent padded;
+  long pixel = 0, frame = 0, run = 0;
+  RowMap map{};
+  std::vector<long> offsets;
+
+  FrameLayout(const Extent& padded, const ConvDims& conv, long pixel) : padded(padded), pixel(pixel) {
+    frame = padded.pixels() * pixel;
+    map = {conv.stride.d * padded.h * padded.w * pixel, conv.stride.h * padded.w * pixel};
+    const bool joined = conv.dilation.w == 1;  // neighbouring taps of a kernel row are neighbours in memory
+    run = joined ? conv.kernel.w * pixel : pixel;
+    for (long d = 0; d < conv.kernel.d; ++d)
+      for (long h = 0; h < conv.kernel.h; ++h)
+        for (long w = 0; w < (joined ? 1 : conv.kernel.w); ++w)
+          offsets.push_back(((d * conv.dilation.d * padded.h + h * conv.dilation.h) * padded.w + w * conv.dilation.w) * pixel);
+  }
+
+  template <class T>
+  Operand<T> operand(const T* frames, long stride_w) const {
+    return {frames, frame, map, {offsets.data(), long(offsets.size()), run, pixel * stride_w}};
+  }
+};
+
+// The engine for activations A, cell arithmetic T.
+template <class A>
+struct Engine {
+  using T = Wide<A>;
+  static constexpr bool kNarrow = !std::is_same_v<A, T>;
+
+  Problem p;
+  Inputs in;
+  const Kernels<T>& k = kernels<T>();
+  Workspace workspace;
+  long pixels, c1, state;  // state: elements of one sample's h
+  PaddingMaps x_maps, h_maps;
+  FrameLayout x_layout, h_layout;
+  T *x_frames = nullptr, *gates_x = nullptr;
+  Tiling<T> tiling;
+
+  // Weights as the kernels read them, packed once a call for all groups.
+  struct Packed {
+    const T *weights = nullptr, *bias = nullptr, *peephole = nullptr;
+  };
+
+  Engine(const Problem& problem, const Inputs& inputs)
+      : p(problem),
+        in(inputs),
+        pixels(p.pixels()),
+        c1(p.channels),
+        state(pixels * c1),
+        x_maps(frame_maps(p.in, p.x_conv, p.padding_mode)),
+        h_maps(frame_maps(p.out, p.h_conv, "zeros")),
+        x_layout(x_maps.extent(), p.x_conv, p.x_channels),
+        h_layout(h_maps.extent(), p.h_conv, c1),
+        tiling(p.winograd, p.h_conv.kernel.h, p.out) {}
+
+  // Frames of whole tiles: Winograd reads past the last row and column.
+  PaddingMaps frame_maps(const Extent& size, const ConvDims& conv, const std::string& mode) const {
+    const auto rest = [&](long n) { return p.winograd ? round_up(n, p.winograd) - n : 0; };
+    return {padding_map(size.d, conv.before.d, conv.behind.d, mode), padding_map(size.h, conv.before.h, conv.behind.h + rest(size.h), mode),
+            padding_map(size.w, conv.before.w, conv.behind.w + rest(size.w), mode)};
+  }
+
+  long x_size() const { return p.batch * (p.convolved ? 4 * state : x_layout.frame); }
+
+  // Room for x of one step, or two.
+  void take_x(long steps = 1) {
+    if (p.convolves_x()) x_frames = workspace.take<T>(steps * x_size());
+    if (p.convolved) gates_x = workspace.take<T>(steps * x_size());
+  }
+
+  const T* pack_peephole() {
+    if (!defined(in.peephole)) return nullptr;
+    T* packed = workspace.take<T>(3 * state);
+    const FrameStrides strides = frame_strides(*in.peephole, 1);
+    const PaddingMaps maps = plain_maps();
+    parallel(p.out.rows(), [&](long begin, long end) {
+      for (long i = 0; i < 3; ++i)
+        for (long row = begin; row < end; ++row)
+          pack_row(k, data(*in.peephole) + i * in.peephole->stride(0), strides, maps, row, c1, c1, packed + i * state + row * p.out.w * c1);
+    });
+    return packed;
+  }
+
+  static const A* data(const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); }
+  static A* out_data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
+
+  PaddingMaps plain_maps() const {
+    return {padding_map(p.out.d, 0, 0, "zeros"), padding_map(p.out.h, 0, 0, "zeros"), padding_map(p.out.w, 0, 0, "zeros")};
+  }
+
+  Rows rows(const std::vector<long>& active) const {
+    return {active.data(), long(active.size()), p.out.h, p.out.rows(), p.out.w};
+  }
+
+  // Packs frame(sample) of t, whose channel axis is `axis`, for every active sample.
+  template <class B, class Frame>
+  void pack(Region& region, const std::vector<long>& active, const Tensor& t, long axis, const PaddingMaps& maps, T* dst, const Frame& frame, long ld = 0) {
+    const FrameStrides strides = frame_strides(t, axis);
+    const long channels = t.size(axis), n = maps.extent().rows(), width = ld ? ld : channels, row_size = maps.w.size() * width;
+    const B* base = static_cast<const B*>(t.const_data_ptr());
+    region.add(active.size() * n, [=, &active](long begin, long end, long) {
+      for (long r = begin; r < end; ++r) {
+        const long s = active[r / n], row = r % n;
+        pack_row(k, base + frame(s), strides, maps, row, channels, width, dst + (s * n + row) * row_size);
+      }
+    });
+  }
+
+  // State tensors [B, C, *S'] in activations or in the wide type.
+  void pack_state(const Tensor& t, const PaddingMaps& maps, T* dst, long ld = 0) {
+    const std::vector<long> all = everyone();
+    const auto frame = [stride = t.stride(0)](long s) { return s * stride; };
+    Region region;
+    if (t.scalar_type() == scalar_type<A>()) pack<A>(region, all, t, 1, maps, dst, frame, ld);
+    else pack<T>(region, all, t, 1, maps, dst, frame, ld);
+    region.run();
+  }
+
+  std::vector<long> everyone() const {
+    std::vector<long> all(p.batch);
+    for (long b = 0; b < p.batch; ++b) all[b] = b;
+    return all;
+  }
+
+  // An expanded x shows the same frame at every step: it is packed once, for whoever takes part in step 0.
+  bool same_x() const { return p.has_x && in.x->stride(1) == 0; }
+
+  void pack_x(Region& region, const std::vector<long>& active, long step, long slot = 0) {
+    const auto frame = [this, step](long s) { return s * in.x->stride(0) + p.frame_of(s, step) * in.x->stride(1); };
+    if (p.convolved) pack<A>(region, active, *in.x, 2, plain_maps(), gates_x + slot * x_size(), frame);
+    else pack<A>(region, active, *in.x, 2, x_maps, x_frames + slot * x_size(), frame);
+  }
+
+  long input_channels() const { return (p.convolves_x() ? p.x_channels : 0) + c1; }
+  long k_rows() const { return (p.convolves_x() ? p.x_conv.taps() * p.x_channels : 0) + p.h_conv.taps() * c1; }
+
+  Packed pack_weights() { return {tiling ? pack_winograd_weights() : pack_direct_weights(), pack_bias(), pack_peephole()}; }
+
+  // [4 * first channel of block + column]
+  T* pack_bias() {
+    T* bias = workspace.take<T>(4 * c1);
+    for (long n = 0; n < 4 * c1; ++n) bias[n] = defined(in.bias) ? static_cast<T>(data(*in.bias)[p.weight_row(n) * in.bias->stride(0)]) : T(0);
+    return bias;
+  }
+
+  // [block][panel][k][panel columns], k = taps of x, then taps of h.
+  T* pack_direct_weights() {
+    const long kx = p.convolves_x() ? p.x_conv.taps() * p.x_channels : 0, kh = p.h_conv.taps() * c1;
+    long columns = 0;
+    for (long b = 0; b < p.blocks(); ++b) columns += round_up(4 * p.block_channels(b), k.lanes);
+    T* packed = workspace.take<T>(columns * (kx + kh));
+    // Both weights are one operand only if they are one array; so they are packed apart into a common layout.
+    const Tensor w_hh = torch::stable::contiguous(in.w_hh);
+    const Tensor w_ih = kx ? torch::stable::contiguous(*in.w_ih) : w_hh;
+    parallel(p.blocks(), [&](long begin, long end) {
+      for (long b = begin; b < end; ++b) {
+        const long width = 4 * p.block_channels(b);
+        T* block = packed + kSlab * b * (kx + kh);
+        for (long n0 = 0; n0 < width; n0 += k.panel) {
+          const long left = width - n0, w = left > k.lanes ? k.panel : k.lanes, real = std::min(left, w), column = kSlab * b + n0;
+          T* panel = block + n0 * (kx + kh);
+          if (kx) pack_columns(w_ih, p.x_channels, p.x_conv.taps(), column, real, panel, w);
+          pack_columns(w_hh, c1, p.h_conv.taps(), column, real, panel + kx * w, w);
+        }
+      }
+    });
+    return packed;
+  }
+
+  // Columns of a contiguous weight, [tap][channel][width], zero from `columns` on.
+  void pack_columns(const Tensor& weight, long channels, long taps, long first, long columns, T* to, long width) const {
+    constexpr long kTogether = 16;  // channels
+    std::vector<T> rows(kTogether * taps * width);
+    for (long c0 = 0; c0 < channels; c0 += kTogether) {
+      const long n = std::min(kTogether, channels - c0);
+      read_columns(k, data(weight) + c0 * taps, channels * taps, 1, n * taps, c1, first, columns, rows.data(), width);
+      for (long t = 0; t < taps; ++t)
+        for (long c = 0; c < n; ++c) std::copy_n(rows.data() + (c * taps + t) * width, width, to + (t * channels + c0 + c) * width);
+    }
+  }
+
+  T* pack_winograd_weights() {
+    const long ci = p.convolves_x() ? p.x_channels : 0, taps = p.h_conv.taps();
+    const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = ci ? torch::stable::contiguous(*in.w_ih) : w_hh;
+    const A *of_x = data(w_ih), *of_h = data(w_hh);
+    return tiling.pack_filters(k, workspace, ci + c1, 4 * c1, [=](long first, long n, long column, long columns, T* to) {
+      const long with_x = std::clamp(ci - first, 0l, n), with_h = n - with_x, h = std::max(0l, first - ci);
+      if (with_x) read_columns(k, of_x + first * taps, ci * taps, 1, with_x * taps, c1, column, columns, to, kSlab);
+      if (with_h) read_columns(k, of_h + h * taps, c1 * taps, 1, with_h * taps, c1, column, columns, to + with_x * taps * kSlab, kSlab);
+    });
+  }
+
+  // The arguments of a step that do not change from step to step.
+  ConvLSTMStep<T> step_arguments(const Packed& packed) {
+    ConvLSTMStep<T> s{};
+    s.weights = packed.weights;
+    s.bias = packed.bias;
+    s.k = k_rows();
+    s.channels = c1;
+    s.gates_x = gates_x;
+    s.gates_x_frame = 4 * state;
+    s.peephole = packed.peephole;
+    if (p.convolves_x()) s.x = x_layout.template operand<T>(x_frames, p.x_conv.stride.w);
+    return s;
+  }
+
+  // Channels of bordered frames as Winograd reads them.
+  static WinogradInput<T> winograd_input(const FrameLayout& layout, const T* frames) {
+    return {frames, layout.frame, layout.padded.w * layout.pixel, layout.pixel, 1, 0, layout.pixel};
+  }
+
+  void add_step(Region& region, const ConvLSTMStep<T>& s) {
+    if (tiling) {
+      const Winograd<T> w = tiling.problem(s.rows, winograd_input(x_layout, s.x.frames), winograd_input(h_layout, s.h.frames),
+                                           input_channels(), s.weights);
+      tiling.add(region, w, 4 * c1, [s, step = tiling.kernels->step](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) {
+        step(s, w, range, scratch);
+      });
+      return;
+    }
+    region.add(s.rows.samples * s.rows.rows, [this, s](long begin, long end, long) { k.conv_lstm_step(s, begin, end); });
+  }
+
+  // Interior rows of a bordered frame, rounded to A in place and copied out.
+  void round_rows(const std::vector<long>& active, T* frames, A* out, const std::vector<long>& out_sample) {
+    const long n = p.out.rows();
+    parallel(active.size() * n, [&](long begin, long end) {
+      for (long r = begin; r < end; ++r) {
+        T* src = frames + active[r / n] * h_layout.frame + h_origin() + (r % n) / p.out.h * h_layout.map.depth + (r % n) % p.out.h * h_layout.map.height;
+        A* dst = out + out_sample[r / n] + (r % n) * p.out.w * c1;
+        convert(src, p.out.w * c1, dst);
+        convert(dst, p.out.w * c1, src);
+      }
+    });
+  }
+
+  long h_origin() const {
+    const Extent& e = h_layout.padded;
+    return ((p.h_conv.before.d * e.h + p.h_conv.before.h) * e.w + p.h_conv.before.w) * c1;
+  }
+
+  std::vector<int64_t> last_order(long dims) const {  // channels-last order of [.., C, *S'] with C at axis dims - spatial - 1
+    std::vector<int64_t> order;
+    for (long i = 0; i < dims; ++i)
+      if (i != dims - p.spatial - 1) order.push_back(i);
+    order.push_back(dims - p.spatial - 1);
+    return order;
+  }
+
+  Tensor new_channels_last(const std::vector<int64_t>& shape, ScalarType dtype) const {
+    return empty_ordered(shape, last_order(shape.size()), dtype);
+  }
+
+  using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+  Outputs forward(const std::string& save) {
+    const ScalarType narrow = scalar_type<A>(), wide = scalar_type<T>();
+    const bool keep_c = save != "none", keep_gates = save == "fast";
+    Outputs all{new_channels_last(p.shape({p.batch, p.time, c1}), narrow), new_channels_last(p.shape({p.batch, c1}), narrow),
+                new_channels_last(p.shape({p.batch, c1}), wide),
+                keep_c ? new_channels_last(p.shape({p.batch, p.time, c1}), wide) : empty_cpu({0}, wide),
+                keep_gates ? new_channels_last(p.shape({p.batch, p.time, 4 * c1}), narrow) : empty_cpu({0}, narrow)};
+    const auto& [h, h_n, c_n, c, gates] = all;
+    const Packed packed = pack_weights();
+    const bool stream_gates = keep_gates && streams<A>(gates, c1, kMostGates), stream_out = !kNarrow && streams<A>(h, c1, 8l << 20);
+    for (long begin = 0, size = p.group_size(); begin < p.batch; begin += size) {
+      const long n = std::min(size, p.batch - begin);
+      Engine part(p.group(begin, n), in.group(begin, n));
+      part.run_forward(packed, {samples(h, begin, n), samples(h_n, begin, n), samples(c_n, begin, n), keep_c ? samples(c, begin, n) : c,
+                                keep_gates ? samples(gates, begin, n) : gates}, keep_c, keep_gates, stream_gates, stream_out);
+    }
+    return all;
+  }
+
+  void run_forward(const Packed& packed, const Outputs& outputs, bool keep_c, bool keep_gates, bool stream_gates, bool stream_out) {
+    const auto& [h, h_n, c_n, c, gates] = outputs;
+    T* c_last = static_cast<T*>(c_n.mutable_data_ptr());
+    T* c_all = keep_c ? static_cast<T*>(c.mutable_data_ptr()) : nullptr;
+    A* h_all = out_data(h);
+
+    // x of the next step is packed beside this one where that is little: it saves waiting for each other.
+    const bool ahead = p.has_x && !same_x() && x_size() * long(sizeof(T)) <= 1 << 20;
+    take_x(ahead ? 2 : 1);
+    tiling.take_scratch(workspace, p.batch, {input_channels()});
+    T* h_frames[2] = {workspace.take<T>(p.batch * h_layout.frame), workspace.take<T>(p.batch * h_layout.frame)};
+    if (defined(in.h0)) pack_state(*in.h0, h_maps, h_frames[0]);
+    for (int i = defined(in.h0) ? 1 : 0; i < 2; ++i) clear(h_frames[i], p.batch * h_layout.frame);
+    if (defined(in.c0)) pack_state(*in.c0, plain_maps(), c_last);
+    else clear(c_last, p.batch * state);
+
+    ConvLSTMStep<T> s = step_arguments(packed);
+    Region region;
+    std::vector<long> out_sample, active = p.active(0), next;
+    for (long step = 0; !active.empty(); ++step, active = next) {
+      next = step + 1 < p.time ? p.active(step + 1) : std::vector<long>();
+      if (p.has_x && (step == 0 || !(same_x() || ahead))) {
+        pack_x(region, active, step);
+        region.run();
+      }
+      const long slot = ahead ? step % 2 : 0;
+      s.x.frames = x_frames ? x_frames + slot * x_size() : nullptr;
+      s.gates_x = gates_x ? gates_x + slot * x_size() : nullptr;
+      if (ahead && !next.empty()) pack_x(region, next, step + 1, 1 - slot);
+      out_sample.clear();
+      for (long b : active) out_sample.push_back((b * p.time + p.frame_of(b, step)) * state);
+      s.rows = rows(active);
+      s.h = step > 0 || defined(in.h0) ? h_layout.template operand<T>(h_frames[step % 2], 1) : Operand<T>{};
+      s.c_prev = keep_c && step > 0 ? c_all + (step - 1) * state : step > 0 || defined(in.c0) ? c_last : nullptr;
+      s.c_prev_frame = keep_c && step > 0 ? p.time * state : state;
+      s.c = keep_c ? c_all + step * state : c_last;
+      s.c_frame = keep_c ? p.time * state : state;
+      if (keep_gates) s.gates = kept(out_data(gates) + 4 * step * state);
+      s.gates_frame = 4 * p.time * state;
+      s.stream_gates = stream_gates;
+      s.stream_out = stream_out && s.h_frames;
+      s.h_frames = kNarrow || step + 1 < p.time ? h_frames[(step + 1) % 2] + h_origin() : nullptr;
+      s.h_frame = h_layout.frame;
+      s.h_map = h_layout.map;
+      if constexpr (!kNarrow) s.out = h_all;
+      s.out_sample = out_sample.data();
+      add_step(region, s);
+      region.run();
+      if constexpr (kNarrow) round_rows(active, h_frames[(step + 1) % 2], h_all, out_sample);
+    }
+
+    parallel(p.batch, [&](long begin, long end) {
+      for (long b = begin; b < end; ++b) {
+        const long n = p.lengths[b];
+        A* last = out_data(h_n) + b * state;
+        if (n > 0) std::memcpy(static_cast<void*>(last), h_all + (b * p.time + p.frame_of(b, n - 1)) * state, state * sizeof(A));
+        if (n > 0 && keep_c) std::memcpy(static_cast<void*>(c_last + b * state), c_all + (b * p.time + n - 1) * state, state * sizeof(T));
+        std::memset(static_cast<void*>(h_all + (b * p.time + n) * state), 0, (p.time - n) * state * sizeof(A));
+      }
+    });
+    for (long b = 0; b < p.batch; ++b)
+      if (p.lengths[b] == 0) copy_initial(b, out_data(h_n) + b * state);
+  }
+
+  void copy_initial(long sample, A* dst) {
+    if (!defined(in.h0)) {
+      std::memset(static_cast<void*>(dst), 0, state * sizeof(A));
+      return;
+    }
+    const FrameStrides strides = frame_strides(*in.h0, 1);
+    for (long row = 0; row < p.out.rows(); ++row)
+      pack_row(k, data(*in.h0) + sample * in.h0->stride(0), strides, plain_maps(), row, c1, c1, dst + row * p.out.w * c1);
+  }
+
+  template <class E>
+  static void clear(E* dst, long n) {
+    constexpr long kPiece = 1 << 16;
+    parallel((n + kPiece - 1) / kPiece, [&](long begin, long end) {
+      std::memset(static_cast<void*>(dst + begin * kPiece), 0, (std::min(n, end * kPiece) - begin * kPiece) * sizeof(E));
+    });
+  }
+};
+
+}  // namespace conv_lstm
+}  // namespace cpu
+}  // namespace convfast
