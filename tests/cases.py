@@ -80,8 +80,7 @@ class Case:
             if name == "weight_hh" or name in self.given:
                 wide = name == "c0" and dtype in (torch.bfloat16, torch.float16)
                 made[name] = arrange(value.to(torch.float32 if wide else dtype), layout, name).requires_grad_()
-        made["lengths"] = None if self.lengths is None else torch.tensor(self.lengths, dtype=torch.int64)
-        return made
+        return made | {"lengths": arrange_lengths(self.lengths, layout)}
 
     def call(self, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> tuple[Tensor, Tensor, Tensor]:
         """→ (output, h_n, c_n) of a function with the signature of `convfast.conv_lstm`."""
@@ -97,6 +96,10 @@ class Case:
 def arrange(x: Tensor, layout: str, name: str = "input") -> Tensor:
     """A tensor of the shape of x whose memory is laid out another way; all but "expanded" keep its values."""
     channel_dim = 2 if name == "input" else 1
+    if x.ndim == 1 and layout == "sliced":
+        return torch.stack((x, torch.full_like(x, float("nan"))), 1)[:, 0]
+    if x.ndim == 1 and layout == "expanded":
+        return x[:1].expand_as(x)
     if layout == "contiguous" or x.ndim < 2:
         return x.contiguous()
     if layout == "channels_last":
@@ -115,6 +118,14 @@ def arrange(x: Tensor, layout: str, name: str = "input") -> Tensor:
     return x[:, :1].expand_as(x) if name == "input" else x[:1].expand_as(x) if name in ("h0", "c0") else x.contiguous()
 
 
+def arrange_lengths(lengths: tuple[int, ...] | None, layout: str) -> Tensor | None:
+    """int64; "sliced": one column of two."""
+    if lengths is None:
+        return None
+    made = torch.tensor(lengths, dtype=torch.int64)
+    return torch.stack((made, made.flip(0) + 1), 1)[:, 0] if layout == "sliced" else made
+
+
 WITH_STATE = ("input", "weight_ih", "bias", "h0", "c0")
 EVERYTHING = (*WITH_STATE, "peephole")
 
@@ -122,6 +133,8 @@ CASES = [
     Case("plain"),
     Case("kernel_5", kernel=(5, 5)),
     Case("kernel_1", kernel=(1, 1)),
+    Case("kernel_1_channels_16", channels=48, hidden=16, kernel=(1, 1)),
+    Case("kernel_hh_1_channels_32", channels=32, hidden=32, kernel_hh=(1, 1), given=WITH_STATE),
     Case("kernel_even_2x4", kernel=(2, 4)),
     Case("kernel_not_square_1x5", kernel=(1, 5)),
     Case("kernel_larger_than_frame", kernel=(5, 7), space=(2, 3)),
@@ -201,7 +214,7 @@ class Conv1dCase:
         made = random_leaves(shapes, dtype, layout, seed)
         if self.options.get("channels_first"):
             made["input"] = made["input"].detach().transpose(1, 2).requires_grad_()
-        return made | {"lengths": None if self.lengths is None else torch.tensor(self.lengths, dtype=torch.int64)}
+        return made | {"lengths": arrange_lengths(self.lengths, layout)}
 
     def call(self, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> Tensor:
         return function(**arguments, **self.options, **more)
@@ -242,7 +255,7 @@ class LSTMCase:
         made = random_leaves(shapes, dtype, layout, seed)
         if made["c0"] is not None and dtype in (torch.bfloat16, torch.float16):
             made["c0"] = arrange(made["c0"].detach().float(), layout, "c0").requires_grad_()
-        return made | {"lengths": None if self.lengths is None else torch.tensor(self.lengths, dtype=torch.int64)}
+        return made | {"lengths": arrange_lengths(self.lengths, layout)}
 
     def call(self, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> tuple[Tensor, Tensor, Tensor]:
         """→ (output, h_n, c_n)."""

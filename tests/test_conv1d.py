@@ -97,8 +97,8 @@ def cases(draw: st.DrawFn) -> Conv1dCase:
         "drawn",
         batch=batch,
         time=time,
-        features=groups * draw(st.integers(1, 4)),
-        channels=groups * draw(st.integers(1, 5)),
+        features=groups * draw(st.integers(1, 4) | st.sampled_from((16, 24))),
+        channels=groups * draw(st.integers(1, 5) | st.sampled_from((16, 32))),
         kernel=kernel,
         bias=draw(st.booleans()),
         lengths=draw(st.none() | st.tuples(*[length] * batch)),
@@ -466,6 +466,30 @@ def test_bad_argument_is_named_with_what_was_expected(name: str, host_backend: s
     conv1d(**good)
     with pytest.raises(error, match=f"^conv1d: {message}"):
         conv1d(**(good | wrong))
+
+
+def test_stride_above_all_sizes(native_ops: Any) -> None:
+    x, weight = torch.randn(2, 8, 4, requires_grad=True), torch.randn(3, 4, 3, requires_grad=True)
+    found = torch.autograd.grad(conv1d(x, weight, stride=2**31, backend="cpu").square().sum(), (x, weight))
+    expected = torch.autograd.grad(conv1d(x, weight, stride=8, backend="reference").square().sum(), (x, weight))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("wrong", [{"stride": 2**32}, {"dilation": 2**62}, {"padding": [2**61, 2**61]}], ids=str)
+def test_op_refuses_options_whose_sums_overflow(wrong: dict[str, Any], native_ops: Any) -> None:
+    options = {"stride": 1, "padding": [0, 0], "dilation": 1} | wrong
+    with pytest.raises(RuntimeError, match=f"conv1d_forward: .*{next(iter(wrong))}.* must be .* to 2147483648, got"):
+        native_ops.conv1d_forward(
+            torch.randn(1, 8, 1), torch.randn(1, 1, 3), None, None, *options.values(), 1, "zeros", "none", False, False
+        )
+
+
+def test_op_refuses_to_go_back_without_pre_activations(native_ops: Any) -> None:
+    dy, x, weight = torch.randn(2, 7, 4), torch.randn(2, 9, 3), torch.randn(4, 3, 3)
+    with pytest.raises(RuntimeError, match="conv1d_backward: pre must be of shape"):
+        native_ops.conv1d_backward(
+            dy, x, weight, None, None, dy, torch.empty(0), 1, [0, 0], 1, 1, "zeros", "gelu", [1, 1, 1]
+        )
 
 
 def test_bad_argument_of_output_lengths() -> None:

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor, library
 
 import convfast
@@ -86,6 +89,51 @@ def test_dtypes_match_oracle(case: Case, dtype: torch.dtype, backend: str) -> No
 @pytest.mark.parametrize("name", ["state", "everything", "frame_1d", "frame_3d", "no_input", "input_convolved_before"])
 def test_layouts_match_oracle(name: str, layout: str, memory: str, backend: str) -> None:
     check(BY_ID[name], torch.float32, backend, layout, memory)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    dims = draw(st.integers(1, 3))
+    mode = draw(st.sampled_from(("zeros", "zeros", "reflect", "replicate", "circular")))
+    space = tuple(draw(st.integers(1, 7)) for _ in range(dims))
+    kernel, kernel_hh = (tuple(draw(st.integers(1, 4)) for _ in range(dims)) for _ in range(2))
+    stride, dilation = (tuple(draw(st.integers(1, 3)) for _ in range(dims)) for _ in range(2))
+    most = {"reflect": lambda size: size - 1, "circular": lambda size: size}.get(mode, lambda size: 4)
+    padding = tuple(draw(st.integers(0, min(4, most(size)))) for size in space)
+    out_space = tuple(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in zip(space, padding, dilation, kernel, stride)
+    )
+    assume(min(out_space) >= 1)
+    batch, time, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    source = draw(st.sampled_from((("input", "weight_ih"),) * 3 + (("input",), ())))
+    optional = draw(st.sets(st.sampled_from(("bias", "peephole", "h0", "c0"))))
+    return Case(
+        "drawn",
+        batch=batch,
+        time=time,
+        channels=groups * draw(st.integers(1, 4) | st.sampled_from((8, 16, 48))),
+        hidden=draw(st.integers(1, 5) | st.sampled_from((8, 16, 32))),
+        space=space,
+        kernel=kernel,
+        kernel_hh=kernel_hh,
+        given=(*source, *(sorted(optional) if source else sorted(optional | {"h0"}))),
+        lengths=draw(st.none() | st.tuples(st.integers(1, time), *[st.integers(0, time)] * (batch - 1))),
+        out_space=out_space if "weight_ih" in source else None,
+        options={"reverse": draw(st.booleans())}
+        | {"stride": stride, "padding": padding, "dilation": dilation, "padding_mode": mode, "groups": groups}
+        if "weight_ih" in source
+        else {"reverse": draw(st.booleans())},
+    )
+
+
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_options_match_oracle(layout: str, memory: str, backend: str, widest: torch.dtype) -> None:
+    @given(cases())
+    def check_drawn(case: Case) -> None:
+        check(case, widest, backend, layout, memory)
+
+    check_drawn()
 
 
 @pytest.mark.parametrize("name", ["plain", "frame_1d", "frame_3d", "groups_2", "stride_2", "input_convolved_before"])
@@ -292,6 +340,17 @@ BAD = {
         ValueError,
         "input is on meta, expected cpu",
     ),
+    "input_sparse": (
+        {"input": torch.zeros(2, 3, 3, 6, 5).to_sparse()},
+        TypeError,
+        r"input is a torch.sparse_coo tensor, expected a dense \(strided\) tensor$",
+    ),
+    "input_nested": (
+        {"input": torch.nested.nested_tensor([torch.zeros(3, 3, 6, 5)] * 2, layout=torch.jagged)},
+        TypeError,
+        r"input is a nested tensor, expected a dense \(strided\) tensor$",
+    ),
+    "weight_hh_none": ({"weight_hh": None}, TypeError, "weight_hh is None, expected a Tensor"),
     "input_none": ({"input": None}, ValueError, "input is None, expected a Tensor with weight_ih"),
     "weight_ih_shape": ({"weight_ih": torch.zeros(12, 3, 3, 3)}, ValueError, r"weight_ih .*expected \[4C.*4C=16"),
     "weight_ih_rank": ({"weight_ih": torch.zeros(16, 3, 3)}, ValueError, "weight_ih .*expected .*2 kernel dims"),
@@ -314,9 +373,16 @@ BAD = {
     "lengths_shape": ({"lengths": torch.tensor([1])}, ValueError, r"lengths has shape \[1\], expected \[2\]"),
     "lengths_negative": ({"lengths": torch.tensor([-1, 2])}, ValueError, "lengths has -1, expected 0 to 3"),
     "lengths_long": ({"lengths": torch.tensor([1, 4])}, ValueError, "lengths has 4, expected 0 to 3"),
+    "lengths_device": (
+        {"lengths": torch.tensor([1, 2], device="meta")},
+        ValueError,
+        "lengths is on meta, expected cpu",
+    ),
+    "steps_bool": ({"steps": True}, ValueError, "steps is True, expected an int >= 1"),
     "steps_differ": ({"steps": 4}, ValueError, "steps is 4, expected None or the 3 steps of input"),
     "steps_zero": ({"steps": 0}, ValueError, "steps is 0, expected an int >= 1"),
     "stride": ({"stride": 0}, ValueError, "stride is 0, expected an int >= 1 or 2 of them"),
+    "stride_bool": ({"stride": True}, ValueError, "stride is True, expected an int >= 1 or 2 of them"),
     "stride_count": ({"stride": (1, 1, 1)}, ValueError, r"stride is \(1, 1, 1\), expected an int >= 1 or 2"),
     "dilation": ({"dilation": -1}, ValueError, "dilation is -1, expected"),
     "padding_name": ({"padding": "full"}, ValueError, "padding is 'full', expected 'same', 'valid', an int"),
@@ -326,6 +392,7 @@ BAD = {
     "padding_circular": ({"padding": 6, "padding_mode": "circular"}, ValueError, "padding is 6 .* expected at most 5 "),
     "kernel_too_large": ({"padding": 0, "dilation": 3}, ValueError, "input has size 6 .* expected at least 7 for a ke"),
     "groups": ({"groups": 3}, ValueError, "groups is 3, expected a positive divisor of 4C=16"),
+    "groups_bool": ({"groups": True}, ValueError, "groups is True, expected an int >= 1"),
     "groups_channels": ({"groups": 2}, ValueError, "input has 3 channels, expected 6 from weight_ih .*groups=2"),
     "memory": ({"memory": "slow"}, ValueError, "memory is 'slow', expected 'fast' or 'lean'"),
     "backend": ({"backend": "gpu"}, ValueError, "backend is 'gpu', expected one of .*reference"),
@@ -340,6 +407,31 @@ def test_bad_argument_is_named_with_what_was_expected(name: str, host_backend: s
     conv_lstm(**good)
     with pytest.raises(error, match=f"^conv_lstm: {message}"):
         conv_lstm(**(good | wrong))
+
+
+def test_op_refuses_what_it_cannot_read(native_ops: Any) -> None:
+    x, w_ih, w_hh = torch.randn(1, 2, 3, 4, 4), torch.randn(8, 3, 3, 3), torch.randn(8, 2, 3, 3)
+    options = (2, [1, 1], [1, 1, 1, 1], [1, 1], "zeros", False, "direct")
+    h, _, _, c, gates = native_ops.conv_lstm_forward(x, w_ih, w_hh, *[None] * 5, *options, "fast")
+    with pytest.raises(RuntimeError, match="conv_lstm_backward: gates must be channels-last"):
+        flat = gates[..., :1].expand_as(gates)
+        native_ops.conv_lstm_backward(h, None, None, x, w_ih, w_hh, *[None] * 5, h, c, flat, *options, [1] * 7)
+    with pytest.raises(RuntimeError, match="padding, dilation must be at most 2147483648, got"):
+        wide = (2, [1, 1], [1, 1, 1, 1], [2**62, 1], "zeros", False, "direct")
+        native_ops.conv_lstm_forward(x, w_ih, w_hh, *[None] * 5, *wide, "none")
+
+
+def test_gates_that_are_missing_are_named() -> None:
+    with pytest.raises(TypeError, match=r"^lstm_gates: gates is None, expected a Tensor"):
+        convfast.lstm_gates(None)
+
+
+def test_integers_of_numpy_are_taken(host_backend: str) -> None:
+    a = BY_ID["plain"].arguments(torch.float32)
+    call = functools.partial(conv_lstm, a["input"], a["weight_ih"], a["weight_hh"], backend=host_backend)
+    options = {"stride": 2, "padding": 1, "dilation": 1, "groups": 1, "steps": 3}
+    found, _ = call(**{name: np.int64(value) for name, value in options.items()})
+    assert torch.equal(found, call(**options)[0])
 
 
 def test_no_input_needs_state_and_steps(host_backend: str) -> None:
@@ -461,6 +553,22 @@ def test_function_transforms(backend: str, widest: torch.dtype) -> None:
     torch.testing.assert_close(torch.autograd.grad(total(weights), weights)[0], per_sample.sum(0))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_lengths_in_per_sample_gradients(backend: str, widest: torch.dtype) -> None:
+    case = BY_ID["plain"]
+    x, *weights = (t.detach() for t in tensors_of(case, widest))
+    lengths = torch.tensor([[1, 3], [2, 0]])
+
+    def function(x: Tensor, lengths: Tensor) -> Tensor:
+        return loss(case, backend, x, *weights, lengths=lengths)
+
+    found = torch.func.vmap(torch.func.grad(function))(torch.stack([x, -x]), lengths)
+    expected = [torch.func.grad(function)(sign * x, own) for sign, own in zip((1, -1), lengths)]
+    torch.testing.assert_close(found, torch.stack(expected))
+    with pytest.raises(ValueError, match="lengths has 4, expected 0 to 3"):
+        torch.func.grad(function)(x, lengths[0] + 1)
+
+
 def test_hessian_by_two_ways(backend: str, widest: torch.dtype) -> None:
     case = Case("small", batch=1, time=2, channels=1, hidden=1, space=(3,), kernel=(3,))
     x, w_ih, w_hh, bias = (t.detach() for t in tensors_of(case, widest))
@@ -530,12 +638,12 @@ def test_backward_under_autocast_keeps_float32(backend: str) -> None:
 def test_memory_kept_for_backward(name: str, memory: str, most: float, backend: str) -> None:
     case = BY_ID[name]
     arguments = case.arguments(torch.float32)
-    given = {t.untyped_storage().data_ptr() for t in arguments.values() if t is not None}
+    held = {t.untyped_storage().data_ptr() for t in arguments.values() if t is not None}
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in given and t.is_floating_point():
+        if storage.data_ptr() not in held and t.is_floating_point():
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 

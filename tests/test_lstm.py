@@ -95,12 +95,13 @@ def test_layouts_match_oracle(name: str, layout: str, time_major: bool, backend:
 
 @st.composite
 def cases(draw: st.DrawFn, least_length: int = 0, optional: tuple[str, ...] = LSTM_EVERYTHING) -> LSTMCase:
-    batch, time, hidden = draw(st.integers(1, 4)), draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    batch, time = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    hidden = draw(st.integers(1, 5) | st.sampled_from((16, 33)))
     return LSTMCase(
         "drawn",
         batch=batch,
         time=time,
-        features=draw(st.integers(1, 5)),
+        features=draw(st.integers(1, 5) | st.sampled_from((16, 32))),
         hidden=hidden,
         projected=draw(st.none() | st.integers(1, hidden - 1)) if hidden > 1 else None,
         directions=draw(st.integers(1, 2)),
@@ -447,6 +448,17 @@ def test_bad_argument_is_named_with_what_was_expected(name: str, host_backend: s
     lstm(**good, reverse=REVERSE)
     with pytest.raises(error, match=f"^lstm: {message}"):
         lstm(**(good | wrong))
+
+
+def test_op_refuses_what_its_forward_did_not_return(native_ops: Any) -> None:
+    x, w_ih, w_hh, w_hr = torch.randn(2, 3, 3), torch.randn(16, 3), torch.randn(16, 4), torch.randn(4, 4)
+    plain, none = (w_ih, w_hh, None, None), (None,) * 5
+    with pytest.raises(RuntimeError, match="lstm_forward: w_hr must be given for both directions or none"):
+        native_ops.lstm_forward(x, *plain, None, *plain, w_hr, None, None, None, False, False)
+    y, _, _, c, gates = native_ops.lstm_forward(x, *plain, None, *none, None, None, None, False, True)
+    for wrong in ((c[..., :1].expand_as(c), gates), (c, gates[:, :, :1].expand_as(gates))):
+        with pytest.raises(RuntimeError, match="lstm_backward: c and gates must be contiguous"):
+            native_ops.lstm_backward(y, None, None, x, *plain, None, *none, None, None, None, y, *wrong, [1] * 13)
 
 
 def loss_of(case: LSTMCase, function: Any, **more: Any) -> Callable[..., Tensor]:

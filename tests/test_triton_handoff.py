@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
+from torch.utils._pytree import tree_map
 
 pytest.importorskip("triton")
 from convfast.nn import CNN_LSTM, Conv1dLSTM, handoff
@@ -188,13 +189,15 @@ def test_what_one_kernel_cannot_do_is_done_by_two(options: dict[str, Any], fused
         ({}, {"input": torch.zeros(3, 9, 4).half()}, TypeError, "conv1d: input .*float16, expected .*float32"),
         ({}, {"lengths": torch.tensor([1, 12, 3])}, ValueError, "conv1d: lengths has 12, expected 0 to 11"),
         ({}, {"state": (torch.zeros(1, 3, 5).half(), torch.zeros(1, 3, 5))}, TypeError, "lstm: state h .*float16, exp"),
-        ({}, {"state": (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5))}, ValueError, "LSTM: hx h has shape"),
+        ({}, {"state": (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5))}, ValueError, "Conv1dLSTM: state h has shape"),
     ],
 )
 def test_bad_argument_of_fused_module_is_named(
     options: dict[str, Any], arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     module = build(**options)
+    x = input_of(module)
+    arguments = tree_map(lambda t: t.to(x.device) if t.is_floating_point() else t, arguments)
     for grad in (False, True):
         with torch.set_grad_enabled(grad), pytest.raises(error, match=f"^{message}"):
-            module(**({"input": input_of(module)} | arguments))
+            module(**({"input": x} | arguments))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import convfast
@@ -147,6 +148,17 @@ def like(module: convfast.ConvLSTM, dtype: torch.dtype = torch.float32, **option
     again = convfast.ConvLSTM(module.input_channels, module.hidden_channels, module.kernel_size, dtype=dtype, **options)
     again.load_state_dict(module.state_dict())
     return again
+
+
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 255), (270, 290)], ids=["unit", "pixels", "kelvin"])
+@each_kernel
+def test_error_is_relative_to_the_terms_of_the_sums(kernel: int, low: float, high: float) -> None:
+    x = torch.empty(2, 1, 3, 24, 21).uniform_(low, high)
+    module = layer(3, 32, kernel, algorithm="winograd", backend="cpu")
+    with torch.no_grad():
+        error = module(x)[0] - like(module, torch.float64, backend="cpu", algorithm="direct")(x.double())[0]
+        terms = F.conv2d(x[:, 0].abs(), module.weight_ih_l0.abs(), padding=kernel // 2)
+    assert error.abs().max() <= 8 * torch.finfo(torch.float32).eps * terms.max()
 
 
 @each_kernel

@@ -256,7 +256,8 @@ def dpre_kernel(
     sample, step, active, _ = _rows(row, rows, t_out, t_out, lengths_ptr, STRIDE, SLACK, False)
     mask = active[:, None] & (n < C)[None, :]
     d_offset = _offsets(sample, step, d_sb, d_st, D_UNIT, WIDE)[:, None]
-    d = tl.load(d_ptr + d_offset + (n * d_sc)[None, :], mask=mask, other=0).to(tl.float32)
+    n_d = n.to(tl.int64) if WIDE else n
+    d = tl.load(d_ptr + d_offset + (n_d * d_sc)[None, :], mask=mask, other=0).to(tl.float32)
     if ACTIVATION != "none":
         y_offset = _offsets(sample, step, y_sb, y_st, Y_UNIT, WIDE)[:, None]
         y = tl.load(y_ptr + y_offset + n[None, :], mask=mask, other=0).to(tl.float32)
@@ -486,6 +487,10 @@ def _featured(t: Tensor) -> Tensor:
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
 
 
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
 def _small_groups(groups: int, *sizes: int) -> bool:
     return groups > 1 and max(sizes) <= _SMALL_GROUP
 
@@ -498,7 +503,7 @@ def _convolve(
     (batch, time, total), (_, taps, features) = y.shape, weight.shape
     rows, channels = batch * time, total // groups
     (x_sb, x_st, x_unit), (y_sb, y_st, y_unit) = _strides(x), _strides(y)
-    data = (x, weight, bias, y, pre, lengths, rows, time, x.shape[1], x_sb, x_st, y_sb, y_st)
+    data = (x, weight, _dense(bias), y, pre, _dense(lengths), rows, time, x.shape[1], x_sb, x_st, y_sb, y_st)
     options = (channels, features, taps, *walk, activation, x_unit, y_unit, runtime.needs_wide_offsets(x, y))
     with runtime.on_device_of(x):
         if _small_groups(groups, channels, features):
@@ -597,7 +602,7 @@ def _dpre(
     (d_sb, d_st, d_unit), (y_sb, y_st, y_unit) = _strides(dy), _strides(saved)
     with runtime.on_device_of(dy):
         dpre_kernel[(parts * triton.cdiv(channels, width),)](
-            dy, saved, dpre, sums, lengths, rows, time, d_sb, d_st, dy.stride(2), y_sb, y_st, channels,
+            dy, saved, dpre, sums, _dense(lengths), rows, time, d_sb, d_st, dy.stride(2), y_sb, y_st, channels,
             walk.stride, walk.slack, activation, d_unit, y_unit, runtime.needs_wide_offsets(dy, saved, dpre),
             4096 // width, width, num_warps=8, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
@@ -624,7 +629,7 @@ def _input_gradient(
         sb, st, unit = _strides(direct)
         with runtime.on_device_of(x):
             fold_kernel[grid](
-                padded, direct, lengths, batch * time, time, sb, st, features, before, behind, walk.mode, unit,
+                padded, direct, _dense(lengths), batch * time, time, sb, st, features, before, behind, walk.mode, unit,
                 runtime.needs_wide_offsets(padded, direct), 4096 // width, width,
                 num_warps=8, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
@@ -650,7 +655,7 @@ def _weight_gradient(
     parts = triton.cdiv(rows, span)
     out = x.new_empty((parts, *weight.shape), dtype=torch.float32)
     (x_sb, x_st, x_unit), (d_sb, d_st, d_unit) = _strides(x), _strides(dpre)
-    data = (dpre, x, out, lengths, rows, time, x.shape[1], x_sb, x_st, d_sb, d_st, span)
+    data = (dpre, x, out, _dense(lengths), rows, time, x.shape[1], x_sb, x_st, d_sb, d_st, span)
     options = (
         channels, features, taps, walk.stride, walk.before, walk.dilation, walk.slack, walk.mode, x_unit, d_unit,
         runtime.needs_wide_offsets(x, dpre),
@@ -718,9 +723,9 @@ def conv1d_gates(
     x_sb, x_st, x_unit = _strides(x)
     with runtime.on_device_of(x):
         gates_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(blocks, span))](
-            x, weight.transpose(1, 2).contiguous(), bias, w_ih.contiguous(), gate_bias, gates, lengths, rows, time,
-            x.shape[1], x_sb, x_st, batch, span, channels, features, taps, size, walk.stride,
-            walk.before, walk.dilation, walk.slack, walk.mode, activation, x_unit,
+            x, weight.transpose(1, 2).contiguous(), _dense(bias), w_ih.contiguous(), _dense(gate_bias), gates,
+            _dense(lengths), rows, time, x.shape[1], x_sb, x_st, batch, span, channels, features, taps, size,
+            walk.stride, walk.before, walk.dilation, walk.slack, walk.mode, activation, x_unit,
             runtime.needs_wide_offsets(x, gates), runtime.input_precision(x.dtype), *tile[:4], _GATES,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip

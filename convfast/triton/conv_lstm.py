@@ -151,13 +151,14 @@ def _forward_step(
     K_X: tl.constexpr = 0 if x is None else (KH_X * KW_X * CIN + BK_X - 1) // BK_X * BK_X
     W_ROW: tl.constexpr = K_X + (KH * KW * C + BK - 1) // BK * BK
     if x is not None:
-        x += t.to(tl.int64) * (x_t * UNIT)
-        x_rows = _widened(b, WIDE) * (x_b * UNIT)
+        x += t.to(tl.int64) * x_t * UNIT
+        x_rows = _widened(b, WIDE) * x_b * UNIT
         x_row = row * STRIDE_Y - PAD_Y
         x_column = column * STRIDE_X - PAD_X
     if w is not None:
         w += block * (4 * BC * W_ROW)
-        if ONE_LOOP and x is not None and h_before is not None and CIN % BK == 0 and C % BK == 0:
+        WHOLE: tl.constexpr = CIN % BK == 0 and C % BK == 0 and K_X == KH_X * KW_X * CIN
+        if ONE_LOOP and x is not None and h_before is not None and WHOLE:
             acc = _convolved_both(
                 acc, x, x_rows, x_row, x_column, x_y, x_x, x_height, x_width, h_before, (before - p) * C, y0, x0,
                 height, width, valid, w, CIN, KH_X, KW_X, DILATION_Y, DILATION_X, C, KH, KW, PRECISION, 4 * BC, BK,
@@ -238,10 +239,11 @@ def _forward_step(
 
 @triton.jit(do_not_specialize=("T", "size"))
 def _zero_past_lengths(h, lengths, T, size, BLOCK: tl.constexpr):
-    """Program (frame, block) zeroes its part of a frame [B, T, size] past the length of its sample."""
-    frame = tl.program_id(0)
+    """A program zeroes its block of a frame [B, T, size] past the length of its sample."""
+    blocks = (size + BLOCK - 1) // BLOCK
+    frame = tl.program_id(0) // blocks
     if frame % T >= tl.load(lengths + frame // T):
-        offset = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        offset = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
         tl.store(h + frame.to(tl.int64) * size + offset, tl.zeros([BLOCK], tl.float32), mask=offset < size)
 
 
@@ -440,7 +442,7 @@ def _forward_weight(w_hh: Tensor, w_ih: Tensor | None, tile: Tile) -> Tensor:
 
 def _backward_weight(w: Tensor, tile: Tile) -> Tensor:
     """[4C, C, *K] → [C, (tap, 4C)], padded with zeros to whole blocks."""
-    rows = w.flatten(2).permute(1, 2, 0).reshape(w.shape[1], -1)
+    rows = w.flatten(2).permute(1, 2, 0).contiguous().flatten(1)  # of one tap it would be a view
     columns = rows.shape[1]
     behind = (-columns % _depth(columns, tile.depth), -rows.shape[0] % tile.channels)
     return F.pad(rows, (0, behind[0], 0, behind[1])) if any(behind) else rows
@@ -612,7 +614,7 @@ def conv_lstm_forward(
     if lengths is not None and h.numel() > 0:
         size = h[0, 0].numel()
         with runtime.on_device_of(h):
-            _zero_past_lengths[(batch * time, triton.cdiv(size, 1024))](
+            _zero_past_lengths[(batch * time * triton.cdiv(size, 1024),)](
                 h, lengths.contiguous(), time, size, BLOCK=1024, num_warps=4
             )
     return h, h_n, c_n, c if saved else c.new_empty(0), w_hh.new_empty(0) if gates is None else gates

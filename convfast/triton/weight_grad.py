@@ -61,6 +61,7 @@ def _partial_sums(
         y = p // width
         x = p % width
         if WIDE:
+            y = y.to(tl.int64)
             x = x.to(tl.int64)
         inside = (p < pixels)[:, None]
         g = tl.load(
