@@ -1,5 +1,4 @@
-"""`pytest bench/ [--device cuda] [--precision bfloat16] [--short] [--case TEXT] [--at-peak RATE] [--out DIR]`: rows,
-then the report."""
+"""Options of `pytest bench/`, its rows, then the report."""
 
 import os
 import time
@@ -21,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     precisions = [setting.precision for setting in SETTINGS["cpu"]]
     group.addoption("--precision", choices=precisions, help="on a CPU (default: float32); a GPU runs all")
     group.addoption("--short", action="store_true", help="few cases, few rounds, fewer compiled opponents")
+    group.addoption("--no-compile", action="store_true", help="without torch.compile, which takes most of the time")
     group.addoption("--case", action="append", default=[], help="only cases whose id contains this text (repeatable)")
     group.addoption(
         "--at-peak",

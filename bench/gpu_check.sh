@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # All that is to be seen on a machine with a GPU, in at most eight minutes:
 #   bench/gpu_check.sh [FOLDER]     PYTHON=... names an interpreter with torch, triton, ninja, pytest, pytest-benchmark,
-#                                   hypothesis and matplotlib; FOLDER gets the logs and the report (else
-#                                   bench/results/<gpu>-<date>). Without nvcc the parts of the cuda backend fail.
+#                                   hypothesis and matplotlib, and best of all pytest-xdist and pytest-timeout; FOLDER gets
+#                                   the log and the reports (else bench/results/<gpu>-<date>). Without nvcc the parts of the
+#                                   cuda backend fail.
 # Parts have time limits, 470 s in all. One that fails keeps no other from running, and is named at the end.
 # ONLY='build|tests' runs the parts whose names match; SCALE=3 gives all of them three times as long.
 cd "$(dirname "$0")/.." || exit 1
@@ -10,47 +11,62 @@ python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 out=${1:-$(CONVFAST_NO_NATIVE=1 "$python" -c 'from bench import machine; print("bench/results/" + machine.slug(machine.describe("cuda")))')} || exit 1
 mkdir -p "$out"
-failed=$out/failed.txt
-rm -f "$failed"
+log=$out/gpu_check.log
+failed=$(mktemp)
+: >"$log"
 
 part() {  # NAME SECONDS COMMAND...: an interrupt at the limit, so that pytest still reports
-  local name=$1 limit=$(($2 * ${SCALE:-1})) status began=$SECONDS
+  local name=$1 limit=$(($2 * ${SCALE:-1})) status began=$SECONDS said
   shift 2
   [[ $name =~ ${ONLY:-.} ]] || return 0
+  said=$(mktemp)
   # What runs in the background starts with interrupts ignored.
-  timeout -k 10 -s INT "$limit" env --default-signal=INT "$@" >"$out/$name.log" 2>&1
+  timeout -k 10 -s INT "$limit" env --default-signal=INT "$@" >"$said" 2>&1
   status=$?
-  printf '== %s (%d s)\n%s\n' "$name" $((SECONDS - began)) "$(tail -n 3 "$out/$name.log")"
-  [ $status -eq 0 ] || echo "$name ($([ $status -eq 124 ] && echo "stopped after $limit s" || echo "exit status $status"), $out/$name.log)" >>"$failed"
+  [ $status -eq 0 ] || echo "$name ($([ $status -eq 124 ] && echo "stopped after $limit s" || echo "exit status $status"))" >>"$failed"
+  {  # parts that run side by side do not mix
+    flock 9
+    { echo "######## $name ($((SECONDS - began)) s, exit status $status): $*"; cat "$said"; } >>"$log"
+    printf '== %s (%d s)\n%s\n' "$name" $((SECONDS - began)) "$(tail -n 3 "$said")"
+  } 9>>"$log"
+  rm "$said"
 }
+has() { "$python" -c "import $1" 2>/dev/null; }
 
-ops="tests/test_lstm_gates.py tests/test_conv_lstm.py tests/test_conv1d.py tests/test_lstm.py"
-cores=$(nproc)
-workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $((cores / 2 < 8 ? (cores + 1) / 2 : 8))")  # compiling takes longest
+ops="tests/test_lstm_gates.py tests/test_conv_lstm.py tests/test_conv1d.py tests/test_lstm.py tests/test_gpu_graphs.py"
+# Compiling takes longest. A test that hangs, or whose kernel faults, ends its worker, and another one goes on.
+workers=$(has xdist && echo "-n $((($(nproc) + 1) / 2))") hangs=$(has pytest_timeout && echo "--timeout 60 --timeout-method thread")
+without_gpu="--ignore tests/test_triton_compiled.py --ignore tests/test_triton_interpreter.py --ignore tests/test_cuda_compiled.py --ignore tests/test_cuda_emulator.py"
 
 # The schemas are in the CPU library, so it is built too.
-part build 120 "$python" -c 'from convfast import native; native.load("cuda")'
-part info 20 "$python" -m convfast.info
+part build 100 "$python" -c 'from convfast import native; native.load("cuda")'
+part info 15 "$python" -m convfast.info
 for backend in triton cuda; do
-  part "tests-$backend" 120 "$python" -m pytest -q $workers $ops tests/test_${backend}_*.py -k "$backend and not compiled" &
+  part "tests-$backend" 150 "$python" -m pytest -v $workers $hangs $without_gpu $ops tests/test_${backend}_*.py -k "$backend" &
 done
 wait
 if command -v compute-sanitizer >/dev/null; then
-  for backend in triton cuda; do
-    for tool in memcheck racecheck synccheck; do
-      part "$tool-$backend" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-        "$python" -m pytest -q $ops -k "$backend and match_oracle and not layouts and (frame_2d-c_peephole or plain or everything)" &
-    done
+  # Small cases of every kernel. Each tensor is an allocation of its own, so that a read past its end shows.
+  small_triton="triton and match_oracle and not layouts and (frame_2d-c_peephole or plain or everything)"
+  small_cuda="test_tiles_match_oracle and channels_24_lengths and not reverse or 128x64-lengths or one_buffer-float32-1"
+  small_cuda+=" or plain and (registers-float32 or shared_memory or cluster_of_2-bfloat16 or cluster_of_8_one_buffer)"
+  for tool in memcheck racecheck synccheck; do
+    check="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9"
+    part "$tool-triton" 50 $check "$python" -m pytest -v $ops -k "$small_triton" &
+    # cuDNN and the oracle run at their own speed.
+    part "$tool-cuda" 50 $check --kernel-name kns=convfast "$python" -m pytest -v tests/test_cuda_*.py $without_gpu -k "$small_cuda" &
   done
   wait
 else
   echo "== compute-sanitizer is not installed"
 fi
-part bench 160 "$python" -m pytest bench --device cuda --short -q --out "$out"
+# All rows without torch.compile first: compiling one opponent may take as long as all of them.
+part bench 75 "$python" -m pytest bench --device cuda --short --no-compile -q --out "$out"
+part bench-compiled 80 "$python" -m pytest bench --device cuda --short -q --out "$out/compiled"
 
 if [ -s "$failed" ]; then
   echo FAILED:
-  cat "$failed"
+  tee -a "$log" <"$failed"
   exit 1
 fi
-echo "all passed; report in $out"
+echo "all passed; reports and $log in $out"

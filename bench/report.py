@@ -148,7 +148,7 @@ class Report:
             f"- {row['op']} {row['case']} {row['mode']}: {row['refused']}" for row in self.rows if "refused" in row
         ]
         if refused:
-            parts += ["## Refused: results disagree with the float64 reference", "\n".join(refused)]
+            parts += ["## Refused: convfast failed or disagrees with the float64 reference", "\n".join(refused)]
         return "\n\n".join(parts)
 
     def memory_table(self) -> str:

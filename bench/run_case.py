@@ -1,5 +1,6 @@
 """One case from gate to row; shared by the bench tests of every op."""
 
+from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from bench.cases import Case
 from bench.contestants import deciding_op
 from bench.floors import floor, measured
-from bench.harness import Contestant, Disagreement, GpuClock, check, race, wall_clock
+from bench.harness import Contestant, GpuClock, check, race, wall_clock
 from bench.report import Report, race_row, refused_row
 from bench.runtimes import Absent
 from bench.setting import Setting
@@ -24,29 +25,38 @@ def run_case(
     oracle: dict[str, Tensor],
     report: Report,
     benchmark: Callable,
-    short: bool,
+    option: Namespace,
 ) -> None:
     """Build, check against the oracle, race, add the row; pytest-benchmark gets a few runs of ours for its table. To be
-    called within `setting.applied()`."""
+    called within `setting.applied()`. `option`: those of conftest.py."""
     # Every case compiles anew: dynamo keeps few versions of one function and would refuse the rest.
     torch._dynamo.reset()
-    contestants, absent = [], {}
+    contestants, errors, absent, failures = [], {}, {}, []
+    eager: dict[str, Tensor] = {}
     for name, build in everyone.items():
+        if option.no_compile and name.startswith("compile"):
+            continue
+        # Whoever fails or gives other numbers is not timed; the others are, and the test fails in the end.
         try:
-            contestants.append(build())
+            contestant = build()
+            eager = eager or contestant.results()
+            errors[name] = check(contestant, oracle, eager, case.terms, setting.unit)
+            contestants.append(contestant)
         except Absent as reason:
             absent[name] = str(reason)
-    eager = contestants[0].results()
-    try:
-        errors = {c.name: check(c, oracle, eager, case.terms, setting.unit) for c in contestants}
-    except Disagreement as reason:
-        report.rows.append(refused_row(op, case, setting.mode(train), str(reason)))
-        raise
+        except Exception as error:
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            failures.append(error)
+            if not eager:
+                raise
     on_gpu = setting.device == "cuda"
     clock = GpuClock() if on_gpu else wall_clock
-    timings = race(contestants, budget=2.0 if short else 20.0, clock=clock, gate=report.gate)
     chosen = f"convfast {backends.select(deciding_op(op), None, setting.device, setting.dtype)}"
-    headline = chosen if chosen in timings else f"{chosen} fast"
+    headline = chosen if chosen in everyone else f"{chosen} fast"
+    if headline in absent:
+        report.rows.append(refused_row(op, case, setting.mode(train), f"{headline}: {absent[headline]}"))
+        raise failures[0]
+    timings = race(contestants, budget=2.0 if option.short else 20.0, clock=clock, gate=report.gate)
     peaks, size = report.machine["peaks"], setting.dtype.itemsize
     least = None
     if on_gpu or op == "conv1d_lstm":
@@ -64,3 +74,5 @@ def run_case(
             torch.cuda.synchronize()
 
     benchmark.pedantic(finished, rounds=5)
+    if failures:
+        raise failures[0]

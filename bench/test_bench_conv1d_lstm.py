@@ -23,12 +23,11 @@ def test_throughput(
     benchmark: Callable,
     pytestconfig: pytest.Config,
 ) -> None:
-    short = pytestconfig.option.short
     with setting.applied():
         problem = contestants.Conv1dProblem(case, setting)
-        everyone = contestants.conv1d_lstm(problem, train, short)
+        everyone = contestants.conv1d_lstm(problem, train, pytestconfig.option.short)
         oracle = contestants.conv1d_lstm_oracle(problem, train)
-        run_case("conv1d_lstm", case, train, setting, everyone, oracle, report, benchmark, short)
+        run_case("conv1d_lstm", case, train, setting, everyone, oracle, report, benchmark, pytestconfig.option)
 
 
 def test_memory_of_a_training_step(case: Conv1dLSTMCase, setting: Setting, report: Report) -> None:

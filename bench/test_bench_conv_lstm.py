@@ -24,12 +24,11 @@ def test_throughput(
     benchmark: Callable,
     pytestconfig: pytest.Config,
 ) -> None:
-    short = pytestconfig.option.short
     with setting.applied():
         problem = contestants.Problem(case, setting)
-        everyone = contestants.conv_lstm(problem, train, short)
+        everyone = contestants.conv_lstm(problem, train, pytestconfig.option.short)
         oracle = contestants.conv_lstm_oracle(problem, train)
-        run_case("conv_lstm", case, train, setting, everyone, oracle, report, benchmark, short)
+        run_case("conv_lstm", case, train, setting, everyone, oracle, report, benchmark, pytestconfig.option)
 
 
 def test_memory_of_a_training_step(case: ConvLSTMCase, setting: Setting, report: Report) -> None:

@@ -22,9 +22,8 @@ def test_throughput(
     benchmark: Callable,
     pytestconfig: pytest.Config,
 ) -> None:
-    short = pytestconfig.option.short
     with setting.applied():
         problem = contestants.GatesProblem(case, setting)
-        everyone = contestants.lstm_gates(problem, train, short)
+        everyone = contestants.lstm_gates(problem, train, pytestconfig.option.short)
         oracle = contestants.lstm_gates_oracle(problem, train)
-        run_case("lstm_gates", case, train, setting, everyone, oracle, report, benchmark, short)
+        run_case("lstm_gates", case, train, setting, everyone, oracle, report, benchmark, pytestconfig.option)

@@ -36,8 +36,9 @@ FEW = {
     "test_linear_layer_on_top_in_the_op": ("float32-3-1", "everything-torch.float16-19-33"),
 }
 
+examples = 5 if ALONE or torch.cuda.is_available() else 60
 hypothesis.settings.register_profile(
-    "convfast", max_examples=5 if ALONE else 60, deadline=None, derandomize=True, database=None
+    "convfast", max_examples=examples, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("convfast")
 
@@ -179,6 +180,24 @@ def cuda_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def finished_kernels() -> Iterator[None]:
+    """An error of a kernel is one of the test that launched it."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """A kernel that faults leaves its process no GPU, and every later test would fail: xdist starts another one."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        os._exit(1)
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ CASES = [
 @pytest.mark.parametrize("processors", [1, 132])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_tiles_match_oracle(case: Case, processors: int, cuda_ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Few processors get large tiles; the emulated device has as many as it is told.
-    monkeypatch.setenv("CONVFAST_EMULATE_SM_COUNT", str(processors))
+    # Few processors get large tiles.
+    monkeypatch.setenv("CONVFAST_CUDA_SM_COUNT", str(processors))
     check(case, torch.bfloat16, "cuda")
 
 

@@ -9,7 +9,7 @@ from tests.test_lstm import check
 pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.usefixtures("cuda_ops")]
 OPS = ("lstm",)
 
-# What the emulator pretends to be. A GPU is what it is, and takes the path that its rule says.
+# What a GPU, or the emulator's, is taken for.
 SM_80 = {"CAPABILITY": 80, "SHARED": 163 * 1024}
 ONE_BUFFER = {"SHARED": 6000}  # for what threads of float32 exchange in the backward
 CLUSTERS = {size: {"SM_COUNT": size} for size in (2, 4, 8)}
@@ -40,7 +40,7 @@ def test_every_path_matches_oracle(
     hidden: int, dtype: torch.dtype, device: dict[str, int], full: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in device.items():
-        monkeypatch.setenv(f"CONVFAST_EMULATE_{name}", str(value))
+        monkeypatch.setenv(f"CONVFAST_CUDA_{name}", str(value))
     case = LSTMCase("plain", batch=9, time=3, hidden=hidden)
     if full:
         case = LSTMCase(
@@ -61,8 +61,9 @@ def test_every_path_matches_oracle(
 def test_any_order_of_threads(
     hidden: int, dtype: torch.dtype, device: dict[str, int], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in ({"SEED": seed} | device).items():
-        monkeypatch.setenv(f"CONVFAST_EMULATE_{name}", str(value))
+    monkeypatch.setenv("CONVFAST_EMULATE_SEED", str(seed))
+    for name, value in device.items():
+        monkeypatch.setenv(f"CONVFAST_CUDA_{name}", str(value))
     check(LSTMCase("long", batch=5, time=8, hidden=hidden, directions=2), dtype, "cuda")
 
 

@@ -8,7 +8,9 @@
 #include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <type_traits>
@@ -47,20 +49,19 @@ CONVFAST_DEVICE char* shared_memory() {
 }
 #endif
 
-// The device: what a launch has to know of it. Emulated: an H200, or less by the environment.
-
-#ifdef CONVFAST_EMULATE
-inline int sm_count() { return int(simt::setting("CONVFAST_EMULATE_SM_COUNT", 132)); }
-inline size_t shared_limit() { return size_t(simt::setting("CONVFAST_EMULATE_SHARED", 227 * 1024)); }
-inline int compute_capability() { return int(simt::setting("CONVFAST_EMULATE_CAPABILITY", 90)); }
-#else
-inline void check_cuda(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "convfast: ", what, ": ", cudaGetErrorString(error));
-}
+// The device: what a launch has to know of it.
 
 struct DeviceLimits {
   int sm_count = 0, shared = 0, major = 0, minor = 0;
 };
+
+#ifdef CONVFAST_EMULATE
+inline DeviceLimits device_limits() { return {132, 227 * 1024, 9, 0}; }  // an H200's
+#else
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) cudaGetLastError();  // told here, and not again by whoever asks next
+  STD_TORCH_CHECK(error == cudaSuccess, "convfast: ", what, ": ", cudaGetErrorString(error));
+}
 
 // Of the current device; asked for once.
 inline const DeviceLimits& device_limits() {
@@ -80,13 +81,18 @@ inline const DeviceLimits& device_limits() {
   if (known[device].sm_count == 0) known[device] = Limits(device);
   return known[device];
 }
-
-inline int sm_count() { return device_limits().sm_count; }
-// Bytes of shared memory that one block can have.
-inline size_t shared_limit() { return device_limits().shared; }
-// 90 for 9.0.
-inline int compute_capability() { return 10 * device_limits().major + device_limits().minor; }
 #endif
+
+// Tests lead a call to the tiles and kernels of smaller devices: the environment may say less than there is.
+inline int at_most(const char* name, int there) {
+  const char* given = getenv(name);
+  return given && *given ? std::min(int(strtol(given, nullptr, 10)), there) : there;
+}
+inline int sm_count() { return at_most("CONVFAST_CUDA_SM_COUNT", device_limits().sm_count); }
+// Bytes of shared memory that one block can have.
+inline size_t shared_limit() { return at_most("CONVFAST_CUDA_SHARED", device_limits().shared); }
+// 90 for 9.0.
+inline int compute_capability() { return at_most("CONVFAST_CUDA_CAPABILITY", 10 * device_limits().major + device_limits().minor); }
 
 // Makes the device of a tensor the current one while it lives, and has its current stream.
 struct Device {
@@ -132,8 +138,9 @@ int resident_clusters(void (*)(Params), int, size_t, int cluster_size) {
 #else
 template <class Params>
 void allow_shared(void (*kernel)(Params), size_t bytes) {
+  // All that there is: threads that launch it with different sizes would undo each other's.
   if (bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "dynamic shared memory");
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits().shared), "dynamic shared memory");
 }
 template <class Params>
 void launch_with(const cudaLaunchAttribute* attributes, int count, void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
@@ -195,7 +202,7 @@ int resident_clusters(void (*kernel)(Params), int threads, size_t shared_bytes, 
   config.numAttrs = 1;
   int clusters = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "occupancy of clusters");
-  return clusters;
+  return clusters * sm_count() / device_limits().sm_count;
 }
 #endif
 

@@ -516,7 +516,7 @@ void run(void (*kernel)(Params), dim3 grid, dim3 size, size_t shared_bytes, unsi
   if (count == 0) return;
   const std::string name = "kernel of " + type_name<Params>();
   if (size.x * size.y * size.z == 0 || size.x * size.y * size.z > 1024) throw std::runtime_error(name + ": more than 1024 threads, or none");
-  if (long(shared_bytes) > setting("CONVFAST_EMULATE_SHARED", 227 * 1024)) throw std::runtime_error(name + ": too much shared memory");
+  if (long(shared_bytes) > setting("CONVFAST_CUDA_SHARED", 227 * 1024)) throw std::runtime_error(name + ": too much shared memory");
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u) throw std::runtime_error(name + ": the grid is too large");
   const size_t of_group = together ? together : count, groups = count / of_group;
   if (together && grid.x % together) throw std::runtime_error(name + ": the grid is not a multiple of the cluster");

@@ -5,16 +5,12 @@ import torch
 from torch import nn
 
 import convfast
-from convfast.triton import runtime
 
-pytestmark = pytest.mark.skipif(
-    runtime.reason() is not None or not torch.cuda.is_available(),
-    reason=f"CUDA graphs need a GPU: {runtime.reason() or 'this is the interpreter'}",
-)
+OPS = ("conv_lstm", "lstm", "conv1d")
 MODELS = {
-    "ConvLSTM": (lambda **to: convfast.ConvLSTM(3, [16, 8], 3, backend="triton", **to), (2, 4, 3, 12, 10)),
-    "Conv1dLSTM": (lambda **to: convfast.Conv1dLSTM(5, [16, 32], 64, 3, 2, backend="triton", **to), (3, 20, 5)),
-    "LSTM": (lambda **to: convfast.LSTM(16, 32, batch_first=True, backend="triton", **to), (3, 20, 16)),
+    "ConvLSTM": (lambda **to: convfast.ConvLSTM(3, [16, 8], 3, **to), (2, 4, 3, 12, 10)),
+    "Conv1dLSTM": (lambda **to: convfast.Conv1dLSTM(5, [16, 32], 64, 3, 2, **to), (3, 20, 5)),
+    "LSTM": (lambda **to: convfast.LSTM(16, 32, batch_first=True, **to), (3, 20, 16)),
 }
 
 
@@ -30,9 +26,11 @@ class Output(nn.Module):
 
 
 @pytest.fixture(params=list(MODELS))
-def model_and_shape(request: pytest.FixtureRequest) -> tuple[nn.Module, tuple[int, ...]]:
+def model_and_shape(request: pytest.FixtureRequest, kernel_backend: str) -> tuple[nn.Module, tuple[int, ...]]:
+    if torch.get_default_device().type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
     build, shape = MODELS[request.param]
-    return Output(build(device="cuda", dtype=torch.bfloat16)), shape
+    return Output(build(backend=kernel_backend, dtype=torch.bfloat16)), shape
 
 
 def test_captured_inference_equals_call(model_and_shape):
