@@ -1,4 +1,5 @@
-"""Rewrite the measured blocks of README.md: `python -m bench.readme [REPORT_JSON]`, by default the newest report."""
+"""Rewrite the measured blocks of README.md: `python -m bench.readme [REPORT_JSON]`, by default from the report whose
+pictures are in it."""
 
 import re
 import sys
@@ -24,24 +25,34 @@ def rewrite(text: str, block: str, content: str) -> str:
     return replaced
 
 
-def newest() -> Path:
-    reports = sorted((ROOT / "bench" / "results").glob("*/report.json"), key=lambda path: path.stat().st_mtime)
-    if not reports:
-        raise FileNotFoundError("readme: no bench/results/*/report.json; run `pytest bench/` first")
-    return reports[-1]
+def shown(text: str) -> Path:
+    """The report whose pictures `text` has.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = re.search(r"<!-- results:begin -->.*?\]\((bench/results/[^/]+)/\w+\.png\)", text, re.DOTALL)
+    if not found:
+        raise ValueError("readme: no picture of a report in README.md; name the report: bench/results/*/report.json")
+    return ROOT / found[1] / "report.json"
 
 
-def main(argv: list[str]) -> None:
-    path = Path(argv[0]).resolve() if argv else newest()
+def rewritten(text: str, path: Path) -> str:
+    """`text` with its blocks as the report at `path` has them."""
     report = Report.load(path)
     results = [report.machine_line(), report.summary()]
     for op, module in DRAWN.items():
         picture = path.with_name(f"{op}.png")
         if picture.exists() and picture.is_relative_to(ROOT):
             results.append(f"![{module}: time per sequence, log scale]({picture.relative_to(ROOT).as_posix()})")
+    text = rewrite(text, "results", "\n\n".join(results).replace("## ", "### "))
+    return rewrite(text, "memory", report.memory_table())
+
+
+def main(argv: list[str]) -> None:
     readme = ROOT / "README.md"
-    text = rewrite(readme.read_text(), "results", "\n\n".join(results).replace("## ", "### "))
-    readme.write_text(rewrite(text, "memory", report.memory_table()))
+    text = readme.read_text()
+    readme.write_text(rewritten(text, Path(argv[0]).resolve() if argv else shown(text)))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 import importlib
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,28 +102,46 @@ def available(op: str) -> dict[str, bool | str]:
     return {name: why_not(op, name) or True for name in reversed(BACKENDS)}
 
 
-def select(op: str, backend: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:
-    """The name of the backend that runs `op` on tensors of `device_type` and `dtype`; may build the native library.
-
-    Captured graphs keep the choice made when they were traced.
-
-    Raises:
-        ValueError: there is no such op or backend.
-        RuntimeError: the backend asked for cannot run the call; the message gives the reason.
-    """
+def choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype | None = None) -> tuple[str, list[str]]:
+    """As `select`, without its warning: the name, and why an automatic choice passed each of those before it."""
     _check_op(op)
     wanted = backend or os.environ.get("CONVFAST_BACKEND") or None
     if wanted is None:
+        passed: list[str] = []
         for name in BACKENDS:
-            if why_not(op, name, device_type, dtype) is None:
-                return name
+            if (reason := why_not(op, name, device_type, dtype)) is None:
+                return name, passed
+            passed.append(reason)
     if wanted not in BACKENDS:
         source = "backend" if backend else "CONVFAST_BACKEND"
         raise ValueError(f"{op}: {source} is {wanted!r}, expected one of {', '.join(BACKENDS)}")
     reason = why_not(op, wanted, device_type, dtype)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {wanted!r} is not available: {reason}")
-    return wanted
+    return wanted, []
+
+
+_warned = False
+
+
+def select(op: str, backend: str | None, device_type: str, dtype: torch.dtype | None = None) -> str:
+    """The name of the backend that runs `op` on tensors of `device_type` and `dtype`; may build the native library.
+
+    Captured graphs keep the choice made when they were traced. Warns, once per process, where the choice falls on plain
+    torch because a library could not be built or loaded.
+
+    Raises:
+        ValueError: there is no such op or backend.
+        RuntimeError: the backend asked for cannot run the call; the message gives the reason.
+    """
+    global _warned
+    name, passed = choose(op, backend, device_type, dtype)
+    failures = list(filter(native.failed, passed))
+    if name == "reference" and failures and not _warned:
+        message = f"convfast: {failures[0]}; plain torch is used instead (CONVFAST_NO_NATIVE=1 asks for that)"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        _warned = True  # not before: where warnings are errors, every call raises it
+    return name
 
 
 # What torch.compiler.assume_constant_result does, without the seconds that importing torch._dynamo takes.

@@ -1,19 +1,21 @@
 """Which backend and which algorithm a call takes, and why."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
 from . import backends
-from .nn import LSTM, Conv1d, Conv1dLSTM, ConvLSTM, ConvLSTMCell
+from .nn import CNN_LSTM, LSTM, Conv1d, Conv1dLSTM, ConvLSTM, ConvLSTMCell, RegLSTM
 from .ops.conv_lstm import algorithm_of
 
+Explained = ConvLSTM | ConvLSTMCell | LSTM | Conv1d | Conv1dLSTM | CNN_LSTM | RegLSTM
 
-def explain(module: ConvLSTM | ConvLSTMCell | LSTM | Conv1d | Conv1dLSTM, input: Tensor) -> str:
+
+def explain(module: Explained, input: Tensor) -> str:
     """What a call of `module` on `input` runs, one line a layer and direction. Nothing is computed.
 
     Args:
-        module: a ConvLSTM (of 1 to 3 dims), a ConvLSTMCell, LSTM, Conv1d or Conv1dLSTM.
+        module: a ConvLSTM (of 1 to 3 dims), a ConvLSTMCell, LSTM, Conv1d, Conv1dLSTM, CNN_LSTM or RegLSTM.
         input: as for its call; only its shape is looked at, so it may be on the meta device.
 
     Raises:
@@ -30,11 +32,15 @@ def explain(module: ConvLSTM | ConvLSTMCell | LSTM | Conv1d | Conv1dLSTM, input:
     elif isinstance(module, LSTM):
         lines = _lstm(module)
     elif isinstance(module, Conv1dLSTM):
-        lines = _conv1d_lstm(module)
+        lines = _conv1d_lstm(module.conv, module.lstm)
+    elif isinstance(module, CNN_LSTM):
+        lines = _conv1d_lstm(module.cnn.values(), module.lstm)
+    elif isinstance(module, RegLSTM):
+        lines = _lstm(module.rnn)
     else:
         raise TypeError(
-            f"explain: module is a {type(module).__name__}, expected a ConvLSTM, ConvLSTMCell, LSTM, Conv1d or "
-            "Conv1dLSTM"
+            f"explain: module is a {type(module).__name__}, expected a ConvLSTM, ConvLSTMCell, LSTM, Conv1d, "
+            "Conv1dLSTM, CNN_LSTM or RegLSTM"
         )
     return "\n".join(lines)
 
@@ -48,6 +54,12 @@ def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> Iterator[str]:
         steps = frames.shape[1] if steps is None else steps
     batch, size = frames.shape[0], frames.shape[3:]
     for index, (layer, suffixes) in enumerate(zip(module._layers, module._suffixes)):
+        state_size = layer.state_size(size)
+        if min(state_size) < 1:
+            raise ValueError(
+                f"explain: input has frames of {list(input.shape[-len(size):])}, expected none smaller than a kernel; "
+                f"the state of layer {index} would have size {list(state_size)}"
+            )
         for suffix in suffixes:
             weight_ih, weight_hh = (getattr(module, f"weight_{name}{suffix}") for name in ("ih", "hh"))
             # One element, seen in the shape of the frames: the choice depends on nothing else.
@@ -55,13 +67,13 @@ def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> Iterator[str]:
             repeated = index == 0 and frames.shape[1] < steps
             x = like.expand(batch, steps, layer.input_channels, *size)
             if layer.groups > 1 or repeated:
-                x, weight_ih = like.expand(batch, steps, weight_hh.shape[0], *layer.state_size(size)), None
+                x, weight_ih = like.expand(batch, steps, weight_hh.shape[0], *state_size), None
             options = (layer.stride, layer.pads, layer.dilation, layer.padding_mode, module.algorithm)
             how = algorithm_of(_backend("conv_lstm", module, weight_hh), x, weight_ih, weight_hh, *options)
             hoisted = ", input convolution by the library" if weight_ih is None else ""
             where = f"layer {index}{suffix.removeprefix(f'_l{index}')}"
             yield _line(where, "conv_lstm", module, weight_hh, f", {how}{hoisted}")
-        size = layer.state_size(size)
+        size = state_size
 
 
 def _lstm(module: LSTM) -> Iterator[str]:
@@ -71,14 +83,14 @@ def _lstm(module: LSTM) -> Iterator[str]:
             yield _line(f"layer {layer}{direction}", "lstm", module, weight)
 
 
-def _conv1d_lstm(module: Conv1dLSTM) -> Iterator[str]:
-    for index, conv in enumerate(module.conv):
+def _conv1d_lstm(convs: Iterable[Conv1d], lstm: LSTM) -> Iterator[str]:
+    for index, conv in enumerate(convs):
         yield _line(f"conv {index}", "conv1d", conv, conv.weight)
-    yield from _lstm(module.lstm)
+    yield from _lstm(lstm)
 
 
 def _backend(op: str, module: ConvLSTM | ConvLSTMCell | LSTM | Conv1d, weight: Tensor) -> str:
-    return backends.select(op, module.backend, weight.device.type, weight.dtype)
+    return backends.choose(op, module.backend, weight.device.type, weight.dtype)[0]
 
 
 def _line(

@@ -25,7 +25,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +52,8 @@ OLDEST_TORCH = (2, 10)
 OLDEST_CUDA = (12, 0)  # thread-block clusters
 OLDEST_GPU = (8, 0)  # asynchronous copies, matrix products in bfloat16
 WAIT_SECONDS = 600.0
+DISABLED = "disabled by CONVFAST_NO_NATIVE"
+_PRIVATE = "built just in time for this process only"
 
 log = logging.getLogger("convfast")
 
@@ -132,12 +134,16 @@ def load(name: str = "cpu") -> None:
         if name not in _failures:
             try:
                 _origins[name] = _load(name)
-                return
             except NativeUnavailable as error:
                 _failures[name] = str(error)
             except Exception as error:
                 _failures[name] = f"{type(error).__name__}: {_first_line(str(error))}"
-        raise NativeUnavailable(_failures[name])
+        if name in _failures:
+            raise NativeUnavailable(_failures[name])
+    # Only now: where warnings are errors, this one is no failure to build.
+    if _origins[name].startswith(_PRIVATE):
+        message = f"convfast: library {_origins[name]}; set CONVFAST_CACHE to a writable directory"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def load_for(tensor: Tensor) -> None:
@@ -154,6 +160,11 @@ def reason(name: str = "cpu") -> str | None:
     return None
 
 
+def failed(reason: str) -> bool:
+    """Whether `reason` is why a library could not be built or loaded, other than that nobody wanted it."""
+    return reason != DISABLED and reason in _failures.values()
+
+
 def origin(name: str = "cpu") -> str | None:
     """Where a loaded library came from, None while it is not loaded."""
     return _origins.get(name)
@@ -161,7 +172,7 @@ def origin(name: str = "cpu") -> str | None:
 
 def _load(name: str) -> str:
     if os.environ.get("CONVFAST_NO_NATIVE", "0") not in ("", "0"):
-        raise NativeUnavailable("disabled by CONVFAST_NO_NATIVE")
+        raise NativeUnavailable(DISABLED)
     import torch
 
     if torch.__version__ < OLDEST_TORCH:
@@ -211,7 +222,16 @@ def _dlopen(path: Path) -> None:
 
 
 def _load_cached(build: Build) -> str:
-    folder = cache_dir() / f"convfast-{_key(build, toolchain(build.name))}"
+    made_for = f"convfast-{_key(build)}"
+    try:
+        folder = cache_dir() / f"{made_for}-{_digest(toolchain(build.name))}"
+    except NativeUnavailable:
+        # The compiler may be gone since, as in the second stage of a container.
+        for folder in sorted(cache_dir().glob(f"{made_for}-*")):
+            if library := _cached_library(folder):
+                _dlopen(library)
+                return f"{library} (cache)"
+        raise
     try:
         if library := _cached_library(folder):
             _dlopen(library)
@@ -231,13 +251,8 @@ def _load_cached(build: Build) -> str:
     except OSError as error:
         cause = f"cannot use {folder} ({error.strerror or _first_line(str(error))})"
     with tempfile.TemporaryDirectory(prefix="convfast-", ignore_cleanup_errors=True) as scratch:
-        warnings.warn(
-            f"convfast: {cause}; building for this process only, set CONVFAST_CACHE to a writable directory",
-            RuntimeWarning,
-            stacklevel=2,
-        )
         _compile(build, Path(scratch), None)
-    return f"built just in time for this process only: {cause}"
+    return f"{_PRIVATE}: {cause}"
 
 
 def cache_dir() -> Path:
@@ -250,9 +265,13 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser().absolute()
 
 
+def _cxx() -> str:
+    return os.environ.get("CXX", "").strip() or "c++"
+
+
 def compiler() -> str:
     """The C++ compiler's command and version; NativeUnavailable where there is none."""
-    command = os.environ.get("CXX", "c++")
+    command = _cxx()
     try:
         shown = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
@@ -317,12 +336,18 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def _key(build: Build, made_by: str) -> str:
+def _key(build: Build) -> str:
+    """Everything that a library depends on but its toolchain."""
     import torch
 
     cuda = (torch.version.cuda or "cpu").split(".")[0]
-    parts = (build.digest, torch.__version__, made_by, cuda, platform.machine())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    # Without nvcc its version is not known: it only matters where nothing says which GPUs to build for.
+    gpus = (architectures(OLDEST_CUDA),) if build.name == "cuda" else ()
+    return _digest("\0".join((build.digest, torch.__version__, cuda, platform.machine(), *gpus)))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _library_name(file: Path) -> str:
@@ -367,7 +392,9 @@ def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
     cuda = build.name == "cuda"
     library = {"cpu": "CPU", "cuda": "CUDA"}.get(build.name, build.name)
     log.warning("convfast: compiling the %s library, once, for %s", library, folder.parent if log_file else "this call")
-    with _ninja_on_path(), _architectures_set() if cuda else nullcontext():
+    # torch takes an empty CXX for a compiler, and is to build for what the library's key says.
+    variables = {"CXX": _cxx()} | ({"TORCH_CUDA_ARCH_LIST": architectures(nvcc()[1])} if cuda else {})
+    with _ninja_on_path(), _environment(variables):
         try:
             # In a folder of its own: torch's lock file there outlives its process and would block all others for ever.
             cpp_extension.load(
@@ -380,13 +407,11 @@ def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
                 is_python_module=False,
             )
         except RuntimeError as error:
-            shown = str(error)
-            lines = [line for line in shown.splitlines() if "error:" in line] or [_first_line(shown)]
-            where = ""
+            shown, where = str(error), ""
             if log_file is not None:
                 log_file.write_text(shown)
                 where = f" (log: {log_file})"
-            raise NativeUnavailable(f"the build failed: {lines[0].strip()}{where}") from error
+            raise NativeUnavailable(f"the build failed: {_cause(shown)}{where}") from error
     return next(folder.glob("*.so"))
 
 
@@ -407,17 +432,27 @@ def _ninja_on_path() -> Iterator[None]:
 
 
 @contextmanager
-def _architectures_set() -> Iterator[None]:
-    """Let torch build for what the library's key says."""
-    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(nvcc()[1])
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TORCH_CUDA_ARCH_LIST"]
-        else:
-            os.environ["TORCH_CUDA_ARCH_LIST"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _cause(log: str) -> str:
+    """Of what a failed build printed, the part that says why."""
+    lines = [line.strip() for line in log.splitlines()]
+    for before, line in zip(["", *lines], lines):
+        if "error:" in line:
+            # Of the linker the compiler only says that it failed; its own word is on the line above.
+            return f"{before}; {line}" if "ld returned" in line or "linker command" in line else line
+    return _first_line(log)
 
 
 def _first_line(text: str) -> str:

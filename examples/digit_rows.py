@@ -1,8 +1,9 @@
 """Classify handwritten digits read row by row: Conv1d → LSTM in plain nn against convfast, same weights, same losses.
 
 `python examples/digit_rows.py [--steps N] [--quick]` trains in lock-step, each model on its own clock, and writes
-examples/out/digit_rows.png. The losses of the first steps must be equal to rounding. After that training itself
-amplifies what rounding left: two plain models whose weights differ by a rounding end as far apart.
+examples/out/digit_rows.png (--quick: build/examples/digit_rows.png). The losses of the first steps must be equal to
+rounding. After that training itself amplifies what rounding left: two plain models whose weights differ by a rounding
+end as far apart.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import convfast
 from convfast import backends
 
 OUT = Path(__file__).resolve().parent / "out"
+QUICK_OUT = OUT.parents[1] / "build" / "examples"  # README has the pictures of whole runs
 ROWS, CLASSES, HELD_BACK = 8, 10, 297
 EPS = 1e-5  # with Adam's own, the rounding of gradients near zero turns into whole steps
 
@@ -108,7 +110,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128, help="size of the LSTM (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=2, help="of the LSTM (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="10 steps: a look at whether it runs")
+    parser.add_argument("--quick", action="store_true", help="10 steps; to build/: a look at whether it runs")
     options = parser.parse_args()
     if options.quick:
         options.steps = 10
@@ -124,13 +126,13 @@ def main() -> None:
         final = {name: loss_of(model, images, classes).item() for name, model in models.items()}
         right = (models[OURS](images)[:, -1].argmax(1) == classes).float().mean().item()
     forwards = time_inference(models, data.batch(options.batch)[0], rounds=5 if options.quick else 100)
-    path = OUT / "digit_rows.png"
+    path = (QUICK_OUT if options.quick else OUT) / "digit_rows.png"
     picture(path, losses, steps, forwards)
 
     shown = ", ".join(f"{name} {loss:.7f}" for name, loss in final.items())
     print(f"\nloss on new digits after {options.steps} steps: {shown}; {right:.1%} of them are right")
     print(f"speed-up over nn: training step {speed_up(steps)}, inference {speed_up(forwards)}")
-    print(f"picture: {path}")
+    print(f"picture: {path}" + " (README's is of a whole run)" * options.quick)
     check_first_steps(losses)
 
 

@@ -1,8 +1,9 @@
 """Forecast moving handwritten digits: plain nn ConvLSTM against convfast, same weights, same batches, same losses.
 
 `python examples/moving_digits.py [--steps N] [--quick]` trains in lock-step, each model on its own clock, and writes
-examples/out/moving_digits.png. The losses of the first steps must be equal to rounding; after that training itself
-amplifies what rounding left, and the last loss must still be the same to a percent.
+examples/out/moving_digits.png (--quick: build/examples/moving_digits.png). The losses of the first steps must be equal
+to rounding; after that training itself amplifies what rounding left, and the last loss must still be the same to a
+percent.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from bench.reference_models import CatConvLSTM
 from convfast import backends
 
 OUT = Path(__file__).resolve().parent / "out"
+QUICK_OUT = OUT.parents[1] / "build" / "examples"  # README has the pictures of whole runs
 CANVAS, DIGIT, PAST, FUTURE = 64, 24, 10, 10
 LAST_EQUAL_TO = 0.01
 
@@ -128,7 +130,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="clips per step (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=32, help="hidden channels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and clips (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="10 steps, 2 clips: a look at whether it runs")
+    parser.add_argument("--quick", action="store_true", help="10 steps, 2 clips; to build/: a look at whether it runs")
     options = parser.parse_args()
     if options.quick:
         options.steps, options.batch = 10, 2
@@ -144,13 +146,13 @@ def main() -> None:
         final = {name: loss_of(model, past, future).item() for name, model in models.items()}
         forecast = models[OURS](past).sigmoid()
     inference = time_inference(models, past, rounds=5 if options.quick else 15)
-    path = OUT / "moving_digits.png"
+    path = (QUICK_OUT if options.quick else OUT) / "moving_digits.png"
     picture(path, past[0], future[0], forecast[0], losses, seconds)
 
     shown = ", ".join(f"{name} {loss:.7f}" for name, loss in final.items())
     print(f"\nloss on new clips after {options.steps} steps: {shown}")
     print(f"speed-up over nn: training step {speed_up(seconds)}, inference {speed_up(inference)}")
-    print(f"picture: {path}")
+    print(f"picture: {path}" + " (README's is of a whole run)" * options.quick)
     check_first_steps(losses)
     check_equal("at the end", {name: [loss] for name, loss in final.items()}, LAST_EQUAL_TO)
 

@@ -80,3 +80,15 @@ def test_explain_of_layers_on_the_cpu() -> None:
     assert convfast.explain(module, torch.empty(1, 9, 4)).splitlines() == [
         "conv 0: backend reference", "conv 1: backend reference", "layer 0: backend reference",
     ]  # fmt: skip
+    module = convfast.CNN_LSTM(4, 2, lstm_num_layers=1, backend="reference")
+    assert convfast.explain(module, torch.empty(1, 9, 4)).splitlines() == [
+        "conv 0: backend reference", "conv 1: backend reference", "layer 0: backend reference",
+    ]  # fmt: skip
+    module = convfast.RegLSTM(4, 8, backend="reference")
+    assert convfast.explain(module, torch.empty(9, 1, 4)) == "layer 0: backend reference"
+
+
+def test_explain_of_frames_that_do_not_fit() -> None:
+    module = convfast.ConvLSTM(3, 4, 3, padding="valid")
+    with pytest.raises(ValueError, match=r"^explain: input has frames of \[2, 2\], .* state of layer 0 .* \[0, 0\]$"):
+        convfast.explain(module, torch.empty(1, 2, 3, 2, 2))

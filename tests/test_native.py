@@ -10,14 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-from convfast import native
+import convfast
+from convfast import backends, native
 
 ROOT = Path(native.PACKAGE).parent
-COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+COMPILER = shutil.which(os.environ.get("CXX") or "c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: nothing can be built here")
 
 STUB = """
@@ -149,6 +152,21 @@ def test_build_error_is_one_line_and_names_its_log(tmp_path: Path) -> None:
     assert [path.name for path in log.parent.iterdir() if path.name != "flock"] == ["build.log"]
 
 
+def test_empty_cxx_is_no_compiler_and_the_linkers_own_word_is_shown(stub: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "bin" / "c++"
+    compiler.parent.mkdir()
+    compiler.write_text("""#!/bin/sh
+test "$1" = --version && exec echo c++ 1.0
+echo "ld: final link failed: No space left on device" >&2
+echo "collect2: error: ld returned 1 exit status" >&2
+exit 1
+""")
+    compiler.chmod(0o755)
+    out = run(LOAD, stub, tmp_path / "cache", CXX="", PATH=f"{compiler.parent}:{os.environ['PATH']}")
+    shown = "ld: final link failed: No space left on device; collect2: error: ld returned 1 exit status"
+    assert out.startswith(f"failed: the build failed: {shown} (log: ")
+
+
 def test_missing_source_is_named(tmp_path: Path) -> None:
     build_file = write_stub(tmp_path)
     (tmp_path / "csrc" / "stub.cpp").unlink()
@@ -161,6 +179,18 @@ def test_cache_is_used_again(stub: Path, filled_cache: Path) -> None:
     out = run(LOAD, stub, filled_cache)
     assert out == f"42 from {libraries(filled_cache)[0]} (cache)"
     assert libraries(filled_cache)[0].stat().st_mtime_ns == before
+
+
+@needs_compiler
+def test_cache_is_used_without_a_compiler(tmp_path: Path, filled_cache: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(filled_cache, cache)
+    library = libraries(cache)[0]
+    assert run(LOAD, write_stub(tmp_path), cache, CXX="no-such-compiler") == f"42 from {library} (cache)"
+    refused = "failed: no C++ compiler: cannot run 'no-such-compiler'"
+    assert run(LOAD, write_stub(tmp_path, number=43), cache, CXX="no-such-compiler").startswith(refused)
+    library.write_bytes(library.read_bytes()[:-1])
+    assert run(LOAD, write_stub(tmp_path), cache, CXX="no-such-compiler").startswith(refused)
 
 
 @needs_compiler
@@ -196,7 +226,17 @@ def without_root_powers() -> tuple[str, ...]:
 def test_read_only_cache_builds_in_private(stub: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir(mode=0o555)
-    out = run(LOAD, stub, cache, without_root_powers(), TMPDIR=str(tmp_path))
+    warned = """
+import warnings
+warnings.simplefilter("error")
+try:
+    native.load()
+except RuntimeWarning as warning:
+    print(warning)
+"""
+    out = run(warned + LOAD, stub, cache, without_root_powers(), TMPDIR=str(tmp_path))
+    warning, out = out.splitlines()
+    assert warning.endswith("(Permission denied); set CONVFAST_CACHE to a writable directory")
     assert out.startswith("42 from built just in time for this process only: cannot use") and "Permission denied" in out
     assert [path.name for path in tmp_path.iterdir()] == ["cache"], "the private folder is left behind"
 
@@ -308,6 +348,43 @@ def test_failure_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Why libraries cannot be had, for the test to fill; what is left is plain torch."""
+    found: dict[str, str] = {}
+    monkeypatch.setattr(native, "_origins", {})
+    monkeypatch.setattr(native, "_failures", found)
+    monkeypatch.setattr(backends, "_warned", False)
+    monkeypatch.setattr(backends, "BACKENDS", {name: backends.BACKENDS[name] for name in ("cpu", "reference")})
+    monkeypatch.delenv("CONVFAST_BACKEND", raising=False)
+    return found
+
+
+def test_fallback_to_plain_torch_is_warned_of_once(failures: dict[str, str]) -> None:
+    failures["cpu"] = "the build failed"
+    module, input = convfast.LSTM(3, 4), torch.ones(2, 5, 3)
+    message = "convfast: the build failed; plain torch is used instead"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert convfast.available("lstm")["cpu"] == "the build failed"
+        assert backends.choose("lstm", None, "cpu") == ("reference", ["the build failed"])
+        assert "the build failed" in convfast.explain(module, input)
+        convfast.LSTM(3, 4, backend="reference")(input)
+        with pytest.raises(RuntimeWarning, match=message):
+            module(input)
+    with pytest.warns(RuntimeWarning, match=message) as found:
+        module(input)
+        module(input)
+    assert len(found) == 1
+
+
+def test_fallback_that_was_asked_for_is_not_warned_of(failures: dict[str, str]) -> None:
+    failures["cpu"] = native.DISABLED
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convfast.LSTM(3, 4)(torch.ones(2, 5, 3))
+
+
 @pytest.mark.parametrize(
     ("changed", "libraries"),
     [
@@ -341,7 +418,6 @@ def test_every_include_is_in_the_digest() -> None:
 @pytest.fixture
 def cuda_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A torch for CUDA 13.0 with its toolkit in the folder; nvcc is the caller's to make."""
-    import torch
     from torch.utils import cpp_extension
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -386,8 +462,6 @@ def test_cuda_runtime_is_linked_from_the_toolkit_behind_nvcc(cuda_torch: Path) -
 
 @needs_compiler
 def test_architectures_of_a_cuda_build(cuda_torch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     nvcc = write_nvcc(cuda_torch, "13.0")
     here = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here))
@@ -400,9 +474,15 @@ def test_architectures_of_a_cuda_build(cuda_torch: Path, monkeypatch: pytest.Mon
     assert native.toolchain("cuda").endswith(" for 8.0;10.0+PTX")
 
 
-def test_cuda_library_without_cuda_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+def test_key_of_a_cuda_library_has_its_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, keys = native.read_build(native.BUILD_FILE, "cuda"), set()
+    for asked in ("8.0", "9.0"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        keys.add(native._key(build))
+    assert len(keys) == 2
 
+
+def test_cuda_library_without_cuda_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(native.NativeUnavailable, match=r"^torch is built without CUDA$"):
         native._load("cuda")
@@ -436,3 +516,62 @@ print(torch.backends.cpu.get_cpu_capability(), torch.ops.convfast.cpu_capability
         pytest.skip(f"this machine has no {asked}: torch itself takes {torchs}")
     assert ours == name
     assert float(single) < 1e-5 and float(double) < 1e-13
+
+
+def test_what_is_packaged(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    steps = ["egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "library"]
+    env = os.environ | {"CONVFAST_NO_NATIVE": "1"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", *map(str, steps)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "library" / "convfast" / "py.typed").is_file()
+    packed = set((tmp_path / "convfast.egg-info" / "SOURCES.txt").read_text().splitlines())
+    folders = ("bench", "convfast", "csrc", "docs", "examples", "tests")
+    kinds = {".cpp", ".cu", ".h", ".inc", ".json", ".md", ".py", ".sh", ".typed"}
+    needed = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in kinds]
+    needed += [ROOT / name for name in ("CMakeLists.txt", "Makefile", "README.md", "pyproject.toml", "setup.py")]
+    assert {file.relative_to(ROOT).as_posix() for file in needed} <= packed
+
+
+def test_readme_has_what_its_generator_writes() -> None:
+    pytest.importorskip("matplotlib")
+    from bench import readme
+
+    text = (ROOT / "README.md").read_text()
+    report = readme.shown(text)
+    assert f"({report.relative_to(ROOT).with_name('conv_lstm.png').as_posix()})" in text
+    assert readme.rewritten(text, report) == text
+    with pytest.raises(ValueError, match="name the report"):
+        readme.shown("<!-- results:begin -->\n<!-- results:end -->")
+
+
+DIGITS = """
+import types
+import numpy as np
+def load_digits():
+    random = np.random.default_rng(0)
+    return types.SimpleNamespace(images=random.integers(17, size=(400, 8, 8)), target=random.integers(10, size=400))
+"""
+
+
+def test_quick_example_leaves_the_pictures_of_readme(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "datasets.py").write_text(DIGITS)
+    (tmp_path / "tqdm.py").write_text("from unittest.mock import Mock as tqdm")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    before = (tmp_path / "examples" / "out" / "digit_rows.png").read_bytes()
+    small = ["--quick", "--batch", "2", "--channels", "4", "--hidden", "4"]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "examples" / "digit_rows.py"), *small],
+        env=os.environ | {"CONVFAST_BACKEND": "reference", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "examples" / "out" / "digit_rows.png").read_bytes() == before
+    picture = tmp_path / "build" / "examples" / "digit_rows.png"
+    assert picture.is_file() and f"picture: {picture} (README's is of a whole run)" in done.stdout
