@@ -197,6 +197,7 @@ BAD_CONSTRUCTION = {
     "in_channels": ({"in_channels": 0}, "in_channels is 0, expected an int >= 1"),
     "out_channels": ({"out_channels": "4"}, "out_channels is '4', expected an int >= 1"),
     "kernel_size": ({"kernel_size": (3, 3)}, r"kernel_size is \(3, 3\), expected an int >= 1 or a tuple of 1"),
+    "kernel_list": ({"kernel_size": [3, 3]}, r"kernel_size is \(3, 3\), expected an int >= 1 or a tuple of 1"),
     "stride": ({"stride": 0}, "stride is 0, expected an int >= 1 or a tuple of 1"),
     "dilation": ({"dilation": 0}, "dilation is 0, expected an int >= 1 or a tuple of 1"),
     "padding": ({"padding": -1}, "padding is -1, expected an int >= 0 or a tuple of 1"),
@@ -235,6 +236,16 @@ def test_bad_call_is_named_with_what_was_expected(name: str) -> None:
     arguments, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         build()(*arguments)
+
+
+def test_options_may_be_lists_of_one() -> None:
+    module = Conv1d(3, 4, [3], [2], [1], [5])
+    assert (module.kernel_size, module.stride, module.padding, module.dilation) == (3, 2, 1, 5)
+
+
+def test_lengths_that_are_a_list_are_refused_by_the_module() -> None:
+    with pytest.raises(TypeError, match=r"^Conv1d: lengths has type list, expected a Tensor of integers"):
+        build().output_lengths([1, 2])
 
 
 def test_exported_from_the_package() -> None:

@@ -212,6 +212,24 @@ def test_chunk_without_a_complete_window_gives_no_output() -> None:
     assert_close(output, module(x[:, :5])[0])
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_state_of_a_step_holds_no_more_than_it_shows(grad: bool) -> None:
+    module = build(padding="valid", stride=[1, 4])
+    with torch.set_grad_enabled(grad):
+        _, state = module.step(sequence(module, time=100))
+    for part in flat([[tail.frames for tail in state.conv], state.lstm]):
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+
+
+def test_chunks_under_autocast_have_one_dtype() -> None:
+    module = build(padding="valid", kernel_size=3)
+    x = sequence(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, state = module.step(x[:, :2])
+        assert first.shape[1] == 0 and state.conv[1].frames.dtype == first.dtype == torch.bfloat16
+        assert module.step(x[:, 2:], state)[0].dtype == torch.bfloat16
+
+
 # No copies.
 
 
@@ -473,10 +491,13 @@ def test_scripting_a_model_leaves_it_as_it_is(native_ops) -> None:
 
 BAD_CONSTRUCTION = {
     "input_size": ({"input_size": 0}, "Conv1dLSTM: input_size is 0, expected an int >= 1"),
-    "no_layer": ({"conv_channels": []}, r"Conv1dLSTM: conv_channels is \[\], expected at least one layer"),
-    "channels": ({"conv_channels": [3, 0]}, "Conv1dLSTM: conv_channels is 0, expected an int >= 1"),
+    "no_layer": ({"conv_channels": []}, r"Conv1dLSTM: conv_channels is \[\], expected positive ints, one per layer"),
+    "channels": ({"conv_channels": [3, 0]}, r"Conv1dLSTM: conv_channels is \[3, 0\], expected positive ints"),
     "layers": ({"stride": [1, 1, 1]}, r"Conv1dLSTM: stride is \[1, 1, 1\], expected 2 entries, one per layer"),
     "pool_layers": ({"pool": [None]}, r"Conv1dLSTM: pool is \[None\], expected 2 entries, one per layer"),
+    "channels_none": ({"conv_channels": None}, "Conv1dLSTM: conv_channels is None, expected positive ints"),
+    "channels_type": ({"conv_channels": 4.0}, "Conv1dLSTM: conv_channels is 4.0, expected positive ints"),
+    "tuple": ({"kernel_size": (3, 5)}, r"Conv1dLSTM: kernel_size is \(3, 5\), expected .* a list, one per layer"),
     "hidden_size": ({"hidden_size": 0}, "LSTM: hidden_size is 0, expected an int >= 1"),
     "padding": ({"padding": ["same", "half"]}, "Conv1d: padding is 'half', expected .* valid, same, full, causal"),
     "pool": ({"pool": ("min", 2)}, r"pool: spec is \('min', 2\), expected None or a tuple"),
@@ -507,7 +528,9 @@ BAD_CALLS = {
     "no_time": ({}, (X[:, :0],), ValueError, "Conv1dLSTM: input has 0 time steps, expected at least 1"),
     "too_short": ({"padding": "valid"}, (X[:, :4],), ValueError, "conv1d: input has size 2 in time, expected at le"),
     "too_short_for_pool": ({"pool": ("max", 20)}, (X,), ValueError, "pool: input has 13 .*at least the kernel 20"),
-    "state": ({}, (X, (H, H[:, 1:])), ValueError, r"LSTM: hx c has shape \[1, 2, 5\], expected \[1, 3, 5\]"),
+    "state": ({}, (X, (H, H[:, 1:])), ValueError, r"^Conv1dLSTM: state c has shape \[1, 2, 5\], expected \[1, 3, 5\]"),
+    "state_type": ({}, (X, H), TypeError, r"^Conv1dLSTM: state is a Tensor, expected two tensors \(h, c\)"),
+    "lengths_list": ({}, (X, None, [1, 2, 3]), TypeError, "^Conv1dLSTM: lengths has type list, expected a Tensor"),
     "lengths": ({}, (X, None, torch.tensor([1, 14, 2])), ValueError, "lengths has 14, expected 0 to 13"),
 }
 
@@ -517,6 +540,25 @@ def test_bad_call_is_named_with_what_was_expected(name: str) -> None:
     options, arguments, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         build(**options)(*arguments)
+
+
+BAD_CNN_LSTM = {
+    "input_dim": 0,
+    "output_dim": 0,
+    "cnn_out_channels": "6",
+    "lstm_hidden_size": 0,
+    "lstm_num_layers": "1",
+    "dropout": 2,
+}
+
+
+@pytest.mark.parametrize("name", BAD_CNN_LSTM)
+def test_bad_argument_of_cnn_lstm(name: str) -> None:
+    value = BAD_CNN_LSTM[name]
+    with pytest.raises(ValueError, match=f"^CNN_LSTM: {name} is {value!r}, expected"):
+        CNN_LSTM(**({"input_dim": INPUT, "output_dim": 2, "lstm_num_layers": 1} | {name: value}))
+    with pytest.raises(TypeError, match=r"^CNN_LSTM: lengths has type list"):
+        CNN_LSTM(INPUT, 2)(X, [1, 2, 3])
 
 
 BAD_STEPS = {

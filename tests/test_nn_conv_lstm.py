@@ -6,6 +6,7 @@ import io
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import normal
@@ -14,6 +15,7 @@ from oracle import assert_close_to_oracle
 from oracle import conv_lstm as oracle_layer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.amp.autocast_mode import _cast
 
 from convfast.nn import ConvLSTM, ConvLSTM1d, ConvLSTM3d, ConvLSTMCell, ConvLSTMState
 
@@ -307,6 +309,36 @@ def test_state_survives_pickle_and_deepcopy() -> None:
         assert_same((again, again.layers), (state, state.layers))
 
 
+def test_state_survives_a_file() -> None:
+    _, state = build()(frames())
+    stored = io.BytesIO()
+    torch.save(state, stored)
+    stored.seek(0)
+    again = torch.load(stored, weights_only=True)
+    assert isinstance(again, ConvLSTMState)
+    assert_same((again, again.layers), (state, state.layers))
+
+
+def test_state_is_made_anew_by_code_that_iterates_over_it() -> None:
+    single, double = build(hidden_channels=4), build()
+    x = frames()
+    _, pair = single(x)
+    state = ConvLSTMState([pair])
+    for again in (type(state)(part for part in state), type(state)(list(state)), _cast(state, "cpu", torch.float32)):
+        assert isinstance(again, ConvLSTMState) and len(again.layers) == 1
+        assert_same(single(x, again), single(x, pair))
+    _, state = double(x)
+    assert_same(ConvLSTMState(pair for pair in state.layers).layers, state.layers)
+    with pytest.raises(ValueError, match="state has 1 entries, expected 2"):
+        double(x, type(state)(list(state)))
+
+
+@pytest.mark.parametrize("wrong", [None, torch.zeros(2, 3), [], [1, 2], [torch.zeros(1)] * 3], ids=str)
+def test_state_of_something_else_is_refused(wrong) -> None:
+    with pytest.raises(TypeError, match=r"ConvLSTMState: layers is .*, expected pairs \(h, c\), one per layer"):
+        ConvLSTMState(wrong)
+
+
 def test_samples_of_any_length_in_one_batch_equal_each_alone() -> None:
     module = build(bidirectional=True, hidden_channels=[4, 6, 3])
     x, lengths = frames(batch=3), torch.tensor([2, 4, 1], dtype=torch.int32)
@@ -451,8 +483,9 @@ def test_original_checkpoint_loads_inside_a_larger_model() -> None:
         (lambda d: d.update({"cell5.Wxi.weight": torch.zeros(1)}), "Unexpected key.*cell5.Wxi.weight"),
         (lambda d: d.update({f"cell0.Wx{g}.weight": torch.zeros(8, 6, 3, 3) for g in "ifco"}), "size mismatch"),
         (lambda d: d.update({f"cell0.Wc{g}": torch.zeros(1, 8, 8, 4) for g in "if"}), "Unexpected key.*cell0.Wc"),
+        (lambda d: d.update({"weight_hh_l0": torch.zeros(32, 8, 3, 3)}), "Unexpected key.*cell0.Whi.weight"),
     ],
-    ids=["missing", "unexpected", "wrong_size", "half_of_peepholes"],
+    ids=["missing", "unexpected", "wrong_size", "half_of_peepholes", "mixed"],
 )
 def test_broken_original_checkpoint_is_refused(change, message: str) -> None:
     weights = Original(**CALL).state_dict()
@@ -555,6 +588,41 @@ def test_peephole_gets_its_size_on_the_first_call_and_is_trained() -> None:
             module(frames(space=(4, 5)), state)
 
 
+REFUSED = {
+    "frame_too_small": ({"padding": "valid"}, lambda: (frames(space=(2, 2)),)),
+    "frame_far_too_small": ({"padding": "valid"}, lambda: (frames(space=(1, 1)),)),
+    "frame_too_small_for_layer_1": ({"padding": "valid"}, lambda: (frames(space=(4, 4)),)),
+    "empty_frame": ({}, lambda: (frames(space=(0, 5)),)),
+    "reflect": ({"padding_mode": "reflect", "kernel_size": 5}, lambda: (frames(space=(2, 2)),)),
+    "dtype": ({}, lambda: (frames(dtype=torch.float64),)),
+    "lengths": ({}, lambda: (frames(), None, torch.tensor([1, 9]))),
+    "state_rank": ({}, lambda: (None, pairs((2, 4, 6), (2, 6, 6)))),
+    "state_of_layer_1": ({}, lambda: (frames(), [None, *pairs((2, 6, 7, 7))])),
+    "step_too_late": ({"effective_step": [4]}, lambda: (frames(time=4),)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_first_call_leaves_peepholes_without_size(name: str) -> None:
+    options, arguments = REFUSED[name]
+    module = build(peephole=True, bidirectional=name == "dtype", **options)
+    expected = module.state_dict().keys()
+    with pytest.raises((ValueError, TypeError), match=r"(?i)^(ConvLSTM|conv_lstm): ") as refused:
+        module(*arguments())
+    assert isinstance(module.peephole_l0, nn.UninitializedParameter) and module.state_dict().keys() == expected
+    module(frames(time=5, space=(8, 9)))[0].sum().backward()
+    assert module.peephole_l0.grad.shape == module.peephole_l0.shape and not module._forward_hooks
+    del refused  # until here its traceback has held what the call had computed
+
+
+def test_peephole_sized_in_inference_can_be_trained() -> None:
+    module = build(peephole=True)
+    with torch.inference_mode():
+        module(frames())
+    module(frames())[0].sum().backward()
+    assert module.peephole_l0.grad is not None
+
+
 def test_peephole_gets_its_size_from_a_state_without_input() -> None:
     module = build(peephole=True, stride=[1, 2])
     module(None, [tuple(torch.zeros(BATCH, 4, *SPACE) for _ in "hc"), None])
@@ -571,6 +639,17 @@ def test_peephole_gets_its_size_from_a_checkpoint(kind, assign: bool) -> None:
     other.load_state_dict(module.state_dict(), strict=True, assign=assign)
     assert not other._forward_pre_hooks
     assert_same(other(x), module(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 10, 9), (3, 8, 10), (4, 8, 10, 9), (3, 8, 0, 9)], ids=str)
+def test_peephole_of_another_shape_is_refused_and_leaves_no_size(shape: tuple[int, ...]) -> None:
+    module = ConvLSTM(3, 8, 3, peephole=True)
+    weights = module.state_dict() | {"peephole_l0": torch.zeros(shape)}
+    with pytest.raises(RuntimeError, match=r"size mismatch for peephole_l0: .* in current model is \[3, 8, \*S'\]"):
+        module.load_state_dict(weights)
+    assert isinstance(module.peephole_l0, nn.UninitializedParameter) and "peephole_l0" in weights
+    module.load_state_dict(weights | {"peephole_l0": torch.ones(3, 8, 10, 9)})
+    assert module.peephole_l0.shape == (3, 8, 10, 9) and module.peephole_l0.all()
 
 
 def test_module_without_peephole_size_moves_copies_pickles_and_loads() -> None:
@@ -744,10 +823,29 @@ def test_compiled_module_returns_a_state_that_goes_back_in() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["h_is_c", "tied_weights"])
+def test_compiles_with_one_tensor_in_two_places(name: str, native_ops) -> None:
+    torch._dynamo.reset()
+    module = build(hidden_channels=4, input_channels=4)
+    if name == "tied_weights":
+        module.weight_ih_l0 = module.weight_hh_l0
+    x, z = frames(channels=4), torch.randn(BATCH, 4, *SPACE, requires_grad=True)
+    leaves = [z, module.weight_hh_l0]
+    found = []
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        output, _ = run(x, (z, z))
+        found.append([output, *torch.autograd.grad(output.sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_compiling_gives_peepholes_their_size_first() -> None:
     torch._dynamo.reset()
     module = build(peephole=True)
-    output, _ = torch.compile(module, fullgraph=True, backend="aot_eager")(frames())
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with pytest.raises(TypeError, match=r"conv_lstm: input has dtype torch.float64"):
+        compiled(frames(space=(7, 7), dtype=torch.float64))
+    output, _ = compiled(frames())
     assert output.shape == (BATCH, TIME, 6, *SPACE) and module.peephole_l0.shape == (3, 4, *SPACE)
 
 
@@ -831,8 +929,13 @@ def test_scripted_module_refuses_what_does_not_fit(native_ops) -> None:
 
 BAD_CONSTRUCTION = {
     "hidden_empty": ({"hidden_channels": []}, r"hidden_channels is \[\], expected positive ints"),
+    "hidden_none": ({"hidden_channels": None}, "hidden_channels is None, expected positive ints"),
+    "hidden_float": ({"hidden_channels": 4.0}, "hidden_channels is 4.0, expected positive ints"),
+    "hidden_bool": ({"hidden_channels": True}, "hidden_channels is True, expected positive ints"),
     "hidden_zero": ({"hidden_channels": [4, 0]}, r"hidden_channels is \[4, 0\], expected positive ints"),
     "input_negative": ({"input_channels": -1}, "input_channels is -1, expected an int >= 0"),
+    "input_bool": ({"input_channels": True}, "input_channels is True, expected an int >= 0"),
+    "kernel_bool": ({"kernel_size": True}, "kernel_size is True, expected an int >= 1"),
     "kernel_zero": ({"kernel_size": 0}, "kernel_size is 0, expected an int >= 1 or a tuple of 2"),
     "kernel_rank": ({"kernel_size": (3, 3, 3)}, r"kernel_size is \(3, 3, 3\), expected an int >= 1 or a tuple of 2"),
     "kernel_layers": ({"kernel_size": [3, 3, 3]}, r"kernel_size is \[3, 3, 3\], expected 2 entries, one per layer"),
@@ -842,10 +945,14 @@ BAD_CONSTRUCTION = {
     "padding_name": ({"padding": "full"}, "padding is 'full', expected 'same', 'valid', an int"),
     "padding_mode": ({"padding_mode": "zero"}, "padding_mode is 'zero', expected one of zeros, reflect"),
     "groups": ({"groups": 2}, "groups is 2, expected a divisor of the 3 input channels"),
+    "groups_bool": ({"groups": True}, "groups is True, expected a divisor of the 3 input channels"),
     "step": ({"step": 0}, "step is 0, expected an int >= 1"),
+    "step_bool": ({"step": True}, "step is True, expected an int >= 1"),
     "effective_step": ({"effective_step": ["a"]}, "effective_step is .* expected None or a list of ints"),
     "effective_step_int": ({"effective_step": 4}, "effective_step is 4, expected None or a list of ints"),
     "dropout": ({"dropout": 1.5}, r"dropout is 1.5, expected a probability \(0 to 1\)"),
+    "dropout_none": ({"dropout": None}, r"dropout is None, expected a probability \(0 to 1\)"),
+    "dropout_text": ({"dropout": "a"}, r"dropout is 'a', expected a probability \(0 to 1\)"),
     "memory": ({"memory": "slow"}, "memory is 'slow', expected 'fast' or 'lean'"),
     "unit_forget_bias": ({"unit_forget_bias": True, "bias": False}, "unit_forget_bias is True with bias=False"),
     "image_size": ({"peephole": True, "image_size": (6,)}, r"image_size is \(6,\), expected .* a tuple of 2"),
@@ -861,6 +968,35 @@ def test_bad_constructor_argument(name: str) -> None:
     options, message = BAD_CONSTRUCTION[name]
     with pytest.raises(ValueError, match=f"^ConvLSTM: .*{message}"):
         ConvLSTM(**({"input_channels": 3} | STACK | options))
+
+
+@pytest.mark.parametrize("kind", [ConvLSTM, ConvLSTMCell])
+@pytest.mark.parametrize("dtype", ["float32", torch.int64], ids=str)
+def test_bad_dtype(dtype, kind) -> None:
+    with pytest.raises(TypeError, match=rf"^{kind.__name__}: dtype is {dtype!r}, expected a floating point type"):
+        kind(3, 4, 3, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kernel_size": [3, 3]}, r"kernel_size is \[3, 3\], expected an int >= 1 or a tuple of 2$"),
+        ({"groups": [1]}, r"groups is \[1\], expected a divisor"),
+        ({"hidden_channels": 0}, "hidden_channels is 0, expected an int >= 1$"),
+        ({"hidden_channels": [4]}, r"hidden_channels is \[4\], expected an int >= 1$"),
+    ],
+)
+def test_bad_constructor_argument_of_a_cell_is_not_about_layers(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^ConvLSTMCell: {message}"):
+        ConvLSTMCell(**({"input_channels": 3, "hidden_channels": 4, "kernel_size": 3} | wrong))
+
+
+def test_integers_of_numpy_are_taken() -> None:
+    n = np.int64
+    options = {"stride": (n(1), n(2)), "padding": n(1), "dilation": n(1), "groups": n(1), "step": n(2)}
+    module = ConvLSTM(n(3), [n(4), n(6)], n(3), effective_step=[n(1)], image_size=n(6), peephole=True, **options)
+    assert module(torch.randn(2, 3, 6, 6))[0].shape == (1, 2, 6, 6, 2)
+    assert ConvLSTMCell(n(3), n(4), n(3))(torch.randn(2, 3, 6, 6))[0].shape == (2, 4, 6, 6)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -894,6 +1030,19 @@ BAD_CALLS = {
     "dtype": ({}, (zeros(2, 4, 3, 6, 5, dtype=torch.float64),), TypeError, "input has dtype torch.float64"),
     "integers": ({}, (zeros(2, 4, 3, 6, 5, dtype=torch.int64),), TypeError, "input has dtype torch.int64"),
     "device": ({}, (zeros(2, 4, 3, 6, 5).to("meta"),), ValueError, "input is on meta, expected cpu"),
+    "sparse": ({}, (zeros(2, 4, 3, 6, 5).to_sparse(),), TypeError, r"input is a torch.sparse_coo tensor, .* a dense"),
+    "nested": (
+        {},
+        (torch.nested.nested_tensor([zeros(4, 3, 6, 5), zeros(2, 3, 6, 5)], layout=torch.jagged),),
+        TypeError,
+        r"^ConvLSTM: input is a nested tensor, expected a dense \(strided\) tensor$",
+    ),
+    "sparse_state": (
+        {},
+        (zeros(2, 4, 3, 6, 5), [None, tuple(part.to_sparse() for part in GOOD[1])]),
+        TypeError,
+        "state h of layer 1 is a torch.sparse_coo tensor, expected a dense",
+    ),
     "nothing": ({}, (None,), ValueError, "state is None, expected one where input is None"),
     "no_first_state": ({}, (None, [None, GOOD[1]]), ValueError, "state is None, expected one where input is None"),
     "step_too_late": (
@@ -942,6 +1091,12 @@ BAD_CALLS = {
     "lengths_shape": ({}, (zeros(2, 4, 3, 6, 5), None, torch.tensor([1])), ValueError, r"lengths has shape \[1\]"),
     "lengths_negative": ({}, (zeros(2, 4, 3, 6, 5), None, torch.tensor([1, -1])), ValueError, "lengths has -1"),
     "lengths_too_long": ({}, (zeros(2, 4, 3, 6, 5), None, torch.tensor([1, 5])), ValueError, "lengths has 5"),
+    "lengths_device": (
+        {},
+        (zeros(2, 4, 3, 6, 5), None, torch.tensor([1, 2], device="meta")),
+        ValueError,
+        "lengths is on meta, expected cpu",
+    ),
     "lengths_dtype": ({}, (zeros(2, 4, 3, 6, 5), None, torch.tensor([1.0, 2])), TypeError, "lengths has dtype"),
     "reflect": (
         {"kernel_size": 4, "padding_mode": "reflect"},
@@ -971,6 +1126,7 @@ def test_bad_call_is_named_with_what_was_expected(name: str) -> None:
         ((None,), ValueError, r"given are \[\], expected h and c together, and at least them or input"),
         ((zeros(2, 3, 6, 5), *pairs((2, 5, 6, 5))[0]), ValueError, r"state h of layer 0 has shape \[2, 5, 6, 5\]"),
         ((1,), TypeError, "ConvLSTMCell: input is a int, expected a Tensor or None"),
+        ((zeros(2, 3, 6, 5).to_sparse(),), TypeError, "ConvLSTMCell: input is a torch.sparse_coo .* a dense"),
     ],
 )
 def test_bad_call_of_a_cell(arguments: tuple, error: type[Exception], message: str) -> None:

@@ -659,6 +659,7 @@ BAD_CONSTRUCTION = {
     "proj_negative": ({"proj_size": -1}, "proj_size is -1, expected an int >= 0"),
     "proj_size": ({"proj_size": 4}, "proj_size is 4, expected less than hidden_size=4"),
     "dropout": ({"dropout": 1.5}, r"dropout is 1.5, expected a probability \(0 to 1\)"),
+    "dropout_type": ({"dropout": "a"}, r"dropout is 'a', expected a probability \(0 to 1\)"),
 }
 
 

@@ -1,27 +1,28 @@
 """Checkpoints of automan000/Convolutional_LSTM_PyTorch: eight convolutions a cell, the same equations as ours."""
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter
+
+STACKED = "cell{}."  # prefix of a layer's names
 
 _GATES = "ifco"  # our i, f, g, o; what we call g is c there
 _PEEPHOLES = "ifo"
 
 
 def convert_cell(
-    state_dict: MutableMapping[str, Tensor], source: str, prefix: str, suffix: str, peephole: Tensor | None
+    state_dict: MutableMapping[str, Tensor], source: str, ours: Mapping[str, str], peephole: bool
 ) -> list[str]:
     """Put the weights of one original cell, in place, under our names.
 
-    `{source}Wx?.weight/.bias` and `{source}Wh?.weight` (? = i, f, c, o) become `{prefix}weight_ih{suffix}`
-    `[4C, Cin, k, k]`, `{prefix}bias{suffix}` `[4C]` and `{prefix}weight_hh{suffix}` `[4C, C, k, k]`. The peepholes
-    `{source}Wc?` `[1, C, H, W]` (? = i, f, o), which few of its checkpoints have, become `{prefix}peephole{suffix}`
-    `[3, C, H, W]`. Nothing is done where a weight is missing.
+    `{source}Wx?.weight/.bias` and `{source}Wh?.weight` (? = i, f, c, o) become weight_ih `[4C, Cin, k, k]`, bias `[4C]`
+    and weight_hh `[4C, C, k, k]`. The peepholes `{source}Wc?` `[1, C, H, W]` (? = i, f, o), which few of its
+    checkpoints have, become peephole `[3, C, H, W]`. Nothing is done where a weight is missing.
 
     Args:
-        peephole: the peephole parameter of the module that loads; None where it has none.
+        ours: our names of weight_ih, weight_hh, bias and peephole.
+        peephole: whether the module that loads has one.
 
     Returns:
         Error messages: the checkpoint has peepholes that are not zero and the module has none.
@@ -33,15 +34,15 @@ def convert_cell(
     }
     if not all(name in state_dict for group in names.values() for name in group):
         return []
-    for ours, theirs in names.items():
-        state_dict[f"{prefix}{ours}{suffix}"] = torch.cat([state_dict.pop(name) for name in theirs])
+    for name, theirs in names.items():
+        state_dict[ours[name]] = torch.cat([state_dict.pop(name) for name in theirs])
 
     theirs = [f"{source}Wc{gate}" for gate in _PEEPHOLES]
-    found = [state_dict.pop(name) for name in theirs] if all(name in state_dict for name in theirs) else None
-    if peephole is not None and found is not None:
-        state_dict[f"{prefix}peephole{suffix}"] = torch.cat(found)
-    elif peephole is not None and not isinstance(peephole, UninitializedParameter):
-        state_dict[f"{prefix}peephole{suffix}"] = torch.zeros_like(peephole)
-    elif found is not None and any(p.count_nonzero() for p in found):
+    if not all(name in state_dict for name in theirs):
+        return []
+    found = [state_dict.pop(name) for name in theirs]
+    if peephole:
+        state_dict[ours["peephole"]] = torch.cat(found)
+    elif any(p.count_nonzero() for p in found):
         return [f"{', '.join(theirs)} are peepholes that are not zero, expected zeros (pass peephole=True to use them)"]
     return []

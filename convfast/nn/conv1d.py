@@ -1,16 +1,23 @@
 """`torch.nn.Conv1d` over `[B, T, F]`, with lengths and the activation in the same op."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import conv1d
-from ..ops.checks import PADDING_MODES, check_choice
+from ..ops.checks import PADDING_MODES, check_choice, check_count, check_integers, integer
 from ..ops.conv1d import ACTIVATIONS, PADDINGS, conv1d_lengths, conv1d_pads
-from .options import check_count, numbers, shown
+from .options import check_dtype, numbers, shown
 from .scripted_lstm import ScriptedConv1d
+
+
+def _number(owner: str, name: str, value: Any, least: int) -> int:
+    """An int, or the one in a tuple or list."""
+    (found,) = numbers(owner, name, tuple(value) if isinstance(value, list) else value, 1, least)
+    return found
 
 
 class Conv1d(nn.Module):
@@ -31,17 +38,18 @@ class Conv1d(nn.Module):
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what was expected and what came.
 
-    `torch.jit.script` gives a module for inference, see `convfast.nn.scripted_lstm`.
+    `torch.jit.script` gives a module for inference, and puts it into a model that holds this one: to go on training
+    that, script `copy.deepcopy(model)`, see `convfast.nn.scripted_lstm`.
     """
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int | tuple[int],
-        stride: int | tuple[int] = 1,
-        padding: str | int | tuple[int] = 0,
-        dilation: int | tuple[int] = 1,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
@@ -54,11 +62,11 @@ class Conv1d(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        check_count(owner, "in_channels", in_channels, 1)
-        check_count(owner, "out_channels", out_channels, 1)
-        (self.kernel_size,) = numbers(owner, "kernel_size", kernel_size, 1, 1)
-        (self.stride,) = numbers(owner, "stride", stride, 1, 1)
-        (self.dilation,) = numbers(owner, "dilation", dilation, 1, 1)
+        in_channels = check_count(owner, "in_channels", in_channels, 1)
+        out_channels = check_count(owner, "out_channels", out_channels, 1)
+        self.kernel_size = _number(owner, "kernel_size", kernel_size, 1)
+        self.stride = _number(owner, "stride", stride, 1)
+        self.dilation = _number(owner, "dilation", dilation, 1)
         if isinstance(padding, str):
             if padding not in PADDINGS:
                 raise ValueError(f"{owner}: padding is {padding!r}, expected an int or one of {', '.join(PADDINGS)}")
@@ -66,25 +74,25 @@ class Conv1d(nn.Module):
                 raise ValueError(f"{owner}: padding is 'same' with stride={self.stride}, expected stride=1")
             self.padding = padding
         else:
-            (self.padding,) = numbers(owner, "padding", padding, 1, 0)
-        if not isinstance(groups, int) or groups < 1 or in_channels % groups or out_channels % groups:
+            self.padding = _number(owner, "padding", padding, 0)
+        found = integer(groups)
+        if found is None or found < 1 or in_channels % found or out_channels % found:
             raise ValueError(
                 f"{owner}: groups is {groups!r}, expected a divisor of in_channels={in_channels} and "
                 f"out_channels={out_channels}"
             )
         check_choice(owner, "padding_mode", padding_mode, PADDING_MODES)
         check_choice(owner, "activation", activation, ACTIVATIONS)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"{owner}: dtype is {dtype}, expected a floating point type")
+        check_dtype(owner, dtype)
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.groups = groups
+        self.groups = found
         self.padding_mode = padding_mode
         self.activation = activation
         self.channels_first = channels_first
         self.backend = backend
         factory = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, self.kernel_size, **factory))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // self.groups, self.kernel_size, **factory))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **factory)) if bias else None)
         self.reset_parameters()
 
@@ -130,6 +138,7 @@ class Conv1d(nn.Module):
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Steps of the output for each number of steps of the input."""
+        check_integers(type(self).__name__, lengths)
         return conv1d_lengths(lengths, self.kernel_size, self.stride, self.padding, self.dilation)
 
     def __prepare_scriptable__(self) -> nn.Module:

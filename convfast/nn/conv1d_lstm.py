@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import autocast_dtype, autocast_to, check_count, check_integers
 from .conv1d import Conv1d
 from .handoff import convolve_into_lstm
 from .lstm import LSTM
-from .options import check_count, kind, per_layer, shown
+from .options import check_dropout, counts, kind, per_layer, shown
 from .pool1d import Pool, Pool1d
 from .scripted_lstm import ScriptedCNNLSTM, ScriptedConv1dLSTM
 from .state import Conv1dLSTMState, ConvTail, Pair
@@ -40,7 +41,8 @@ class Conv1dLSTM(nn.Module):
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what was expected and what came.
 
-    `torch.jit.script` gives a model for inference, see `convfast.nn.scripted_lstm`.
+    `torch.jit.script` gives a model for inference, and puts it into a model that holds this module: to go on training
+    that, script `copy.deepcopy(model)`, see `convfast.nn.scripted_lstm`.
     """
 
     def __init__(
@@ -70,12 +72,8 @@ class Conv1dLSTM(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        channels = [conv_channels] if isinstance(conv_channels, int) else list(conv_channels)
-        if not channels:
-            raise ValueError(f"{owner}: conv_channels is {conv_channels!r}, expected at least one layer")
-        check_count(owner, "input_size", input_size, 1)
-        for count in channels:
-            check_count(owner, "conv_channels", count, 1)
+        input_size = check_count(owner, "input_size", input_size, 1)
+        channels = counts(owner, "conv_channels", conv_channels)
         options = {
             "kernel_size": kernel_size,
             "stride": stride,
@@ -85,6 +83,9 @@ class Conv1dLSTM(nn.Module):
             "padding_mode": padding_mode,
             "activation": activation,
         }
+        for name, value in options.items():
+            if isinstance(value, tuple) and len(value) != 1:
+                raise ValueError(f"{owner}: {name} is {value}, expected one for all layers, or a list, one per layer")
         spread = {name: per_layer(owner, name, value, len(channels)) for name, value in options.items()}
         factory = {"backend": backend, "device": device, "dtype": dtype}
         self.conv = nn.ModuleList()
@@ -137,7 +138,11 @@ class Conv1dLSTM(nn.Module):
             output: `[B, T', D·P]` (`[T', B, D·P]` without `batch_first`), zero past each sample's `output_lengths`.
             `(h, c)` after each sample's last step, shaped as `state`.
         """
+        owner = type(self).__name__
         x = self._batch_first(input)
+        self.lstm.check_state(state, (x.shape[0],), f"{owner}: state")
+        if lengths is not None:
+            check_integers(owner, lengths)
         for k, (conv, pool) in enumerate(zip(self.conv, self.pools)):
             if k + 1 == len(self.conv) and pool.kind == "none":
                 return convolve_into_lstm(conv, self.lstm, x, state, lengths)
@@ -149,6 +154,7 @@ class Conv1dLSTM(nn.Module):
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Steps of the output for each number of steps of the input."""
+        check_integers(type(self).__name__, lengths)
         for conv, pool in zip(self.conv, self.pools):
             lengths = pool.output_lengths(conv.output_lengths(lengths))
         return lengths
@@ -238,9 +244,16 @@ def _complete(conv: Conv1d, x: Tensor, tail: ConvTail | None) -> tuple[Tensor, C
     x = torch.cat([tail.frames, x[:, tail.skip :]], dim=1)
     extent = conv.dilation * (conv.kernel_size - 1) + 1
     steps = max((x.shape[1] - extent) // conv.stride + 1, 0)
-    y = conv.convolve(x, None, "valid") if steps > 0 else x.new_zeros(x.shape[0], 0, conv.out_channels)
+    if steps > 0:
+        y = conv.convolve(x, None, "valid")
+    else:
+        y = x.new_zeros(x.shape[0], 0, conv.out_channels)
+        if (dtype := autocast_dtype(conv.weight)) is not None:
+            (y,) = autocast_to(dtype, y)
     read = steps * conv.stride
-    return y, ConvTail(x[:, read:], skip + max(read - x.shape[1], 0))
+    # A copy: a view would keep the whole chunk.
+    rest = x[:, read:].clone() if read > 0 else x
+    return y, ConvTail(rest, skip + max(read - x.shape[1], 0))
 
 
 class CNN_LSTM(nn.Module):
@@ -274,6 +287,17 @@ class CNN_LSTM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        owner = type(self).__name__
+        sizes = {
+            "input_dim": input_dim,
+            "output_dim": output_dim,
+            "cnn_out_channels": cnn_out_channels,
+            "lstm_hidden_size": lstm_hidden_size,
+            "lstm_num_layers": lstm_num_layers,
+        }
+        for name, value in sizes.items():
+            check_count(owner, name, value, 1)
+        check_dropout(owner, dropout)
         factory = {"device": device, "dtype": dtype}
         options = {"padding": 1, "activation": "relu", "backend": backend, **factory}
         hidden = 2 * cnn_out_channels
@@ -296,6 +320,8 @@ class CNN_LSTM(nn.Module):
 
         With `lengths` every sample gives what it gives alone; outputs past its end are the bias of `fc`.
         """
+        if lengths is not None:
+            check_integers(type(self).__name__, lengths)
         first, second = self.cnn.values()
         x = first(input, lengths)
         if lengths is not None:

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.checks import check_count, check_dense, integer
 from .layers import ConvLSTMLayers
-from .options import Numbers, kind, make_layers, numbers, shown
-from .scripted import ScriptedConvLSTM, ScriptedConvLSTMAllLayers, pick_steps
+from .options import Numbers, check_dropout, counts, kind, make_layers, numbers, shown
+from .scripted import ScriptedConvLSTM, ScriptedConvLSTMAllLayers, ScriptedConvLSTMCell, pick_steps
 from .state import ConvLSTMState, Pair
 
 State = Pair | Sequence[Pair | None]
@@ -26,7 +27,8 @@ class ConvLSTM(ConvLSTMLayers):
     Parameters of layer k are named as in `torch.nn.LSTM`, and end in `_reverse` for the backward direction:
     `weight_ih_l{k}` `[4C, Cin / groups, *K]`, `weight_hh_l{k}` `[4C, C, *K]`, `bias_l{k}` `[4C]`, gates in the order
     i, f, g, o; `peephole_l{k}` `[3, C, H', W']` in the order i, f, o. Input of layer k > 0 are the D·C channels of the
-    one before. Checkpoints of automan000/Convolutional_LSTM_PyTorch load with `load_state_dict`.
+    one before. Checkpoints of automan000/Convolutional_LSTM_PyTorch, and of ndrplz/ConvLSTM_pytorch and its copies
+    (torchgeo, satflow, conv-lstm), load with `load_state_dict`.
 
     Args:
         input_channels: channels of a frame. 0 for a decoder that never gets input: it has no `weight_ih_l0`. With
@@ -92,14 +94,15 @@ class ConvLSTM(ConvLSTMLayers):
         dtype: torch.dtype | None = None,
     ) -> None:
         owner = type(self).__name__
-        hidden = [hidden_channels] if isinstance(hidden_channels, int) else list(hidden_channels)
-        if not isinstance(step, int) or step < 1:
-            raise ValueError(f"{owner}: step is {step!r}, expected an int >= 1")
-        listed = effective_step is None or isinstance(effective_step, (list, tuple, range))
-        if not listed or not all(isinstance(s, int) for s in effective_step or ()):
-            raise ValueError(f"{owner}: effective_step is {effective_step!r}, expected None or a list of ints")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"{owner}: dropout is {dropout!r}, expected a probability (0 to 1)")
+        hidden = counts(owner, "hidden_channels", hidden_channels)
+        step = check_count(owner, "step", step, 1)
+        steps = None
+        if effective_step is not None:
+            listed = isinstance(effective_step, (list, tuple, range))
+            steps = [integer(s) for s in effective_step] if listed else [None]
+            if None in steps:
+                raise ValueError(f"{owner}: effective_step is {effective_step!r}, expected None or a list of ints")
+        check_dropout(owner, dropout)
         directions = ["", "_reverse"] if bidirectional else [""]
         layers = make_layers(
             owner, self.dims, input_channels, hidden, len(directions), kernel_size=kernel_size, stride=stride,
@@ -118,12 +121,12 @@ class ConvLSTM(ConvLSTMLayers):
             device=device,
             dtype=dtype,
         )
-        self.input_channels = input_channels
+        self.input_channels = layers[0].input_channels
         self.hidden_channels = hidden
         self.num_layers = len(layers)
         self.kernel_size = kernel_size
         self.step = step
-        self.effective_step = None if effective_step is None else list(effective_step)
+        self.effective_step = steps
         self.bias = bias
         self.peephole = peephole
         self.batch_first = batch_first
@@ -186,6 +189,7 @@ class ConvLSTM(ConvLSTMLayers):
         owner, space = type(self).__name__, "DHW"[-self.dims :]
         if not isinstance(input, Tensor):
             raise TypeError(f"{owner}: input is a {type(input).__name__}, expected a Tensor or None")
+        check_dense(owner, {"input": input})
         if input.ndim == self.dims + 2:
             self._check_frame(input, 1, f"BC{space}")
             return input.unsqueeze(1), self.step, True
@@ -226,6 +230,8 @@ class ConvLSTM(ConvLSTMLayers):
             ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
             if pair is not None and not ok:
                 raise TypeError(f"{owner}: state of layer {index} is {kind(pair)}, expected two tensors (h, c)")
+            if pair is not None:
+                check_dense(owner, {f"state {name} of layer {index}": part for name, part in zip("hc", pair)})
         return state
 
     def _layer(
@@ -257,8 +263,8 @@ class ConvLSTM(ConvLSTMLayers):
             raise ValueError(f"{type(self).__name__}: state is None, expected one where input is None")
         return tuple(pair[0].shape[-self.dims :])
 
-    def _original_prefix(self, index: int) -> str:
-        return f"cell{index}."
+    def _original_prefix(self, index: int, stacked: str) -> str:
+        return stacked
 
     def __prepare_scriptable__(self) -> nn.Module:
         return (ScriptedConvLSTMAllLayers if self.return_all_layers else ScriptedConvLSTM)(self)
@@ -283,7 +289,8 @@ class ConvLSTMCell(ConvLSTMLayers):
     """One step of a 2-D ConvLSTM; equations and options are those of `ConvLSTM`.
 
     A `ConvLSTM` runs a sequence faster than a loop over cells. Parameters are `weight_ih`, `weight_hh`, `bias` and
-    `peephole`, shaped as those of a layer there. Checkpoints of automan000's cell load with `load_state_dict`.
+    `peephole`, shaped as those of a layer there. Checkpoints of automan000's and ndrplz's cells load with
+    `load_state_dict`.
     """
 
     dims = 2
@@ -310,9 +317,11 @@ class ConvLSTMCell(ConvLSTMLayers):
         dtype: torch.dtype | None = None,
     ) -> None:
         owner = type(self).__name__
+        hidden_channels = check_count(owner, "hidden_channels", hidden_channels, 1)
+        # One entry per layer, so that a list given to a cell is not taken for that.
         layers = make_layers(
-            owner, self.dims, input_channels, [hidden_channels], 1, kernel_size=kernel_size, stride=stride,
-            padding=padding, dilation=dilation, groups=groups, padding_mode=padding_mode,
+            owner, self.dims, input_channels, [hidden_channels], 1, kernel_size=[kernel_size], stride=[stride],
+            padding=[padding], dilation=[dilation], groups=[groups], padding_mode=[padding_mode],
         )  # fmt: skip
         super().__init__(
             layers,
@@ -327,7 +336,7 @@ class ConvLSTMCell(ConvLSTMLayers):
             device=device,
             dtype=dtype,
         )
-        self.input_channels = input_channels
+        self.input_channels = layers[0].input_channels
         self.hidden_channels = hidden_channels
         self.kernel_size = kernel_size
         self.stride = stride
@@ -361,12 +370,14 @@ class ConvLSTMCell(ConvLSTMLayers):
 
     def _check(self, input: Tensor | None, h: Tensor | None, c: Tensor | None) -> None:
         owner = type(self).__name__
-        for name, value in {"input": input, "h": h, "c": c}.items():
+        given = {"input": input, "h": h, "c": c}
+        for name, value in given.items():
             if value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"{owner}: {name} is a {type(value).__name__}, expected a Tensor or None")
+        check_dense(owner, given)
         if (h is None) != (c is None) or (h is None and input is None):
-            given = [name for name, value in {"input": input, "h": h, "c": c}.items() if value is not None]
-            raise ValueError(f"{owner}: given are {given}, expected h and c together, and at least them or input")
+            names = [name for name, value in given.items() if value is not None]
+            raise ValueError(f"{owner}: given are {names}, expected h and c together, and at least them or input")
         if input is not None:
             if input.ndim != self.dims + 2:
                 raise ValueError(
@@ -381,8 +392,11 @@ class ConvLSTMCell(ConvLSTMLayers):
         self._check(input, h, c)
         return tuple(h.shape[2:]) if input is None else self._layers[0].state_size(input.shape[2:])
 
-    def _original_prefix(self, index: int) -> str:
+    def _original_prefix(self, index: int, stacked: str) -> str:
         return ""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return ScriptedConvLSTMCell(self)
 
     def extra_repr(self) -> str:
         return shown(self, ConvLSTMCell.__init__)

@@ -1,17 +1,18 @@
 """Parameters of ConvLSTM layers, and one layer's call: what the stack and the single cell share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter, UninitializedParameter
 
-from ..compat import automan000
+from ..compat import automan000, ndrplz
 from ..ops import conv_lstm
 from ..ops.conv_lstm import ALGORITHMS
-from .options import Layer
+from .options import Layer, check_dtype
 from .state import Pair
 
 
@@ -22,7 +23,7 @@ class ConvLSTMLayers(nn.Module):
     ±1 / sqrt((Cin / groups + C) prod(K)), as one convolution over cat(x, h) would; peepholes start at zero. A layer
     with 0 input channels has no `weight_ih`.
 
-    Peepholes whose size is not given are made on the first call, from its input or state. Until then they are
+    Peepholes whose size is not given are made on the first call, from its input or state. Until one succeeds they are
     `torch.nn.UninitializedParameter`, with the limits that all lazy modules of torch have, and not in `state_dict`.
     """
 
@@ -49,8 +50,7 @@ class ConvLSTMLayers(nn.Module):
             raise ValueError(f"{owner}: algorithm is {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
         if unit_forget_bias and not bias:
             raise ValueError(f"{owner}: unit_forget_bias is True with bias=False, expected bias=True")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"{owner}: dtype is {dtype}, expected a floating point type")
+        check_dtype(owner, dtype)
         self.image_size = image_size
         self.unit_forget_bias = unit_forget_bias
         self.memory = memory
@@ -58,17 +58,13 @@ class ConvLSTMLayers(nn.Module):
         self.backend = backend
         self._layers = list(layers)
         self._suffixes = [list(group) for group in suffixes]
+        self._sized_by_call: list[Parameter] = []
 
         factory = {"device": device, "dtype": dtype}
-        size = image_size
-        for index, (layer, group) in enumerate(zip(self._layers, self._suffixes)):
-            if size is not None:
-                size = layer.state_size(size)
-                if min(size) < 1:
-                    raise ValueError(
-                        f"{owner}: image_size is {image_size}, expected frames that are not smaller than the kernel; "
-                        f"the state of layer {index} would have size {size}"
-                    )
+        sizes: Sequence[tuple[int, ...] | None] = [None] * len(self._layers)
+        if image_size is not None:
+            sizes = self._state_sizes(self._layers[0].state_size(image_size), f"image_size {image_size}")
+        for layer, group, size in zip(self._layers, self._suffixes, sizes):
             gates = 4 * layer.channels
             shapes: dict[str, tuple[int, ...] | None] = {
                 "weight_ih": (gates, layer.input_channels // layer.groups, *layer.kernel),
@@ -86,7 +82,10 @@ class ConvLSTMLayers(nn.Module):
                     self.register_parameter(f"peephole{suffix}", UninitializedParameter(**factory))
         if self._is_lazy():
             # torch.compile looks for this name and for `_infer_parameters`, to call it before it traces.
-            self._initialize_hook = self.register_forward_pre_hook(self._infer_parameters, with_kwargs=True)
+            self._initialize_hook = [
+                self.register_forward_pre_hook(self._before_first_call, with_kwargs=True),
+                self.register_forward_hook(self._after_first_call, always_call=True),
+            ]
         self.reset_parameters()
 
     @torch.no_grad()
@@ -176,28 +175,67 @@ class ConvLSTMLayers(nn.Module):
         """Spatial size of the first layer's state, from the arguments of `forward`."""
         raise NotImplementedError
 
-    def _original_prefix(self, index: int) -> str:
-        """Where the class that automan000 wrote keeps the weights of a layer."""
+    def _original_prefix(self, index: int, stacked: str) -> str:
+        """Where the class of another project keeps the weights of a layer, `stacked` in a stack."""
         raise NotImplementedError
+
+    def _state_sizes(self, first: tuple[int, ...], source: str) -> list[tuple[int, ...]]:
+        """Spatial size of each layer's state from that of the first one's, which comes from `source`."""
+        sizes = [first]
+        for layer in self._layers[1:]:
+            sizes.append(layer.state_size(sizes[-1]))
+        for index, size in enumerate(sizes):
+            if any(n < 1 for n in size):
+                raise ValueError(
+                    f"{type(self).__name__}: {source} gives layer {index} a state of size {list(size)}, expected "
+                    "frames that are not smaller than the kernel"
+                )
+        return sizes
 
     def _is_lazy(self) -> bool:
         return any(_is_lazy(parameter) for parameter in self._parameters.values())
 
-    def _infer_parameters(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Forward pre-hook while there are peepholes without a size."""
-        size = self._first_state_size(*args, **kwargs)
-        for index, (layer, group) in enumerate(zip(self._layers, self._suffixes)):
-            size = size if index == 0 else layer.state_size(size)
+    def _lazy_peepholes(self) -> Iterator[tuple[int, str, UninitializedParameter]]:
+        """Layer, name and parameter of peepholes without a size."""
+        for index, group in enumerate(self._suffixes):
             for suffix in group:
-                peephole = getattr(self, f"peephole{suffix}")
-                if _is_lazy(peephole):
-                    peephole.materialize((3, layer.channels, *size))
-                    nn.init.zeros_(peephole)
-        self._end_of_lazy()
+                name = f"peephole{suffix}"
+                if _is_lazy(parameter := self._parameters.get(name)):
+                    yield index, name, parameter
+
+    @torch.inference_mode(False)  # what inference makes cannot be trained
+    def _before_first_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Forward pre-hook while there are peepholes without a size."""
+        sizes = self._state_sizes(self._first_state_size(*args, **kwargs), "the first call")
+        for index, _, peephole in list(self._lazy_peepholes()):
+            peephole.materialize((3, self._layers[index].channels, *sizes[index]))
+            nn.init.zeros_(peephole)
+            self._sized_by_call.append(peephole)
+
+    @torch.inference_mode(False)
+    def _after_first_call(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """Forward hook, also of a call that raises: that one has no result, and its sizes may be wrong."""
+        if result is not None:
+            self._end_of_lazy()
+            return
+        for peephole in self._sized_by_call:
+            # By way of another type: a graph of the call that is still alive would keep the size of the gradient.
+            empty = peephole.new_empty(0)
+            peephole.data = empty.to(torch.complex64)
+            peephole.data = empty
+            peephole.__class__ = UninitializedParameter
+        self._sized_by_call.clear()
+
+    def _infer_parameters(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """The first call, for torch.compile: what it refuses is refused before there is a graph."""
+        with torch.no_grad():
+            self(*args, **kwargs)
 
     def _end_of_lazy(self) -> None:
-        self._initialize_hook.remove()
+        for hook in self._initialize_hook:
+            hook.remove()
         del self._initialize_hook
+        self._sized_by_call.clear()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # A peephole without a size has nothing to save, cannot be detached, and torch.load would refuse its type.
@@ -218,13 +256,21 @@ class ConvLSTMLayers(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for index, group in enumerate(self._suffixes):
-            source = prefix + self._original_prefix(index)
-            peephole = getattr(self, f"peephole{group[0]}")
-            error_msgs += automan000.convert_cell(state_dict, source, prefix, group[0], peephole)
-        for name, parameter in self._parameters.items():
-            if _is_lazy(parameter) and prefix + name in state_dict:
-                parameter.materialize(state_dict[prefix + name].shape)
+        for index, (suffix, *_) in enumerate(self._suffixes):
+            for project in (automan000, ndrplz):
+                error_msgs += self._convert(project, index, state_dict, prefix, suffix)
+        for index, name, peephole in list(self._lazy_peepholes()):
+            found, layer = state_dict.get(prefix + name), self._layers[index]
+            if not isinstance(found, Tensor):
+                continue
+            if found.shape[:2] == (3, layer.channels) and found.ndim == 2 + len(layer.kernel) and 0 not in found.shape:
+                peephole.materialize(found.shape)
+                continue
+            del state_dict[prefix + name]
+            error_msgs.append(
+                f"size mismatch for {prefix + name}: copying a param with shape {found.shape} from checkpoint, the "
+                f"shape in current model is [3, {layer.channels}, *S'] with {len(layer.kernel)} spatial dims."
+            )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -232,6 +278,22 @@ class ConvLSTMLayers(nn.Module):
         missing_keys[:] = [key for key in missing_keys if key not in lazy]
         if not lazy and hasattr(self, "_initialize_hook"):
             self._end_of_lazy()
+
+    def _convert(
+        self, project: ModuleType, index: int, state_dict: dict[str, Any], prefix: str, suffix: str
+    ) -> list[str]:
+        """Put a layer's weights in a checkpoint of another project under our names. → error messages"""
+        ours = {name: f"{prefix}{name}{suffix}" for name in ("weight_ih", "weight_hh", "bias", "peephole")}
+        if not state_dict.keys().isdisjoint(ours.values()):
+            return []
+        peephole = getattr(self, f"peephole{suffix}")
+        source = prefix + self._original_prefix(index, project.STACKED.format(index))
+        errors = project.convert_cell(state_dict, source, ours, peephole is not None)
+        # A cell without peepholes is one whose peepholes are zero.
+        converted = ours["weight_hh"] in state_dict
+        if converted and peephole is not None and not _is_lazy(peephole):
+            state_dict.setdefault(ours["peephole"], torch.zeros_like(peephole))
+        return errors
 
 
 def _is_lazy(value: Any) -> bool:

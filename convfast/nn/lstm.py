@@ -10,9 +10,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..ops import lstm
-from ..ops.checks import needs_function
+from ..ops.checks import check_count, needs_function
 from ..ops.lstm import backend_of_layers, lstm_layers
-from .options import check_count, kind
+from .options import check_dropout, check_dtype, kind
+from .scripted import watched
 from .scripted_lstm import ScriptedLSTM, ScriptedRegLSTM
 from .state import Pair
 
@@ -40,7 +41,8 @@ class LSTM(nn.RNNBase):
     Raises:
         ValueError, TypeError: an argument is wrong; the message names it, what was expected and what came.
 
-    `torch.jit.script` gives a model for inference, see `convfast.nn.scripted_lstm`.
+    `torch.jit.script` gives a model for inference, and puts it into a model that holds this module: to go on training
+    that, script `copy.deepcopy(model)`, see `convfast.nn.scripted_lstm`.
     """
 
     def __init__(
@@ -60,16 +62,14 @@ class LSTM(nn.RNNBase):
         backend: str | None = None,
     ) -> None:
         owner = type(self).__name__
-        check_count(owner, "input_size", input_size, 1)
-        check_count(owner, "hidden_size", hidden_size, 1)
-        check_count(owner, "num_layers", num_layers, 1)
-        check_count(owner, "proj_size", proj_size, 0)
+        input_size = check_count(owner, "input_size", input_size, 1)
+        hidden_size = check_count(owner, "hidden_size", hidden_size, 1)
+        num_layers = check_count(owner, "num_layers", num_layers, 1)
+        proj_size = check_count(owner, "proj_size", proj_size, 0)
         if proj_size >= hidden_size:
             raise ValueError(f"{owner}: proj_size is {proj_size}, expected less than hidden_size={hidden_size}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"{owner}: dropout is {dropout!r}, expected a probability (0 to 1)")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"{owner}: dtype is {dtype}, expected a floating point type")
+        check_dropout(owner, dropout)
+        check_dtype(owner, dtype)
         sizes = (input_size, hidden_size, num_layers)
         super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         self.peephole = peephole
@@ -117,7 +117,7 @@ class LSTM(nn.RNNBase):
         if input.ndim == 2:
             if lengths is not None:
                 raise ValueError(f"{owner}: lengths is a Tensor, expected None with a single sequence")
-            self._check_state(hx, ())
+            self.check_state(hx, ())
             hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
             output, (h, c) = self._layers(input.unsqueeze(0), hx, None, head=head)
             return output.squeeze(0), (h.squeeze(1), c.squeeze(1))
@@ -127,8 +127,7 @@ class LSTM(nn.RNNBase):
         """Whether `under` may stand for the calls of the two modules: nobody watches them or has replaced them."""
         if type(self).forward is not LSTM.forward or type(head) is not nn.Linear or _has_any_global_hook():
             return False
-        watching = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
-        return not any(vars(module).get(name) for module in (self, head) for name in watching)
+        return not watched(self) and not watched(head)
 
     def run(
         self,
@@ -139,7 +138,7 @@ class LSTM(nn.RNNBase):
         head: nn.Linear | None = None,
     ) -> tuple[Tensor, Pair]:
         """`under` on `[B, T, I]`; `first` takes the place of `lstm` in the first layer, and may take any x."""
-        self._check_state(hx, (x.shape[0],))
+        self.check_state(hx, (x.shape[0],))
         output, state = self._layers(x, hx, lengths, first, head)
         return output if self.batch_first else output.transpose(0, 1), state
 
@@ -147,7 +146,7 @@ class LSTM(nn.RNNBase):
         # Samples stay in the order in which they were packed, longest first.
         _, batch_sizes, order, back = input
         padded, lengths = pad_packed_sequence(PackedSequence(input.data, batch_sizes), self.batch_first)
-        self._check_state(hx, tuple(lengths.shape))
+        self.check_state(hx, tuple(lengths.shape))
         if hx is not None and order is not None:
             hx = (hx[0].index_select(1, order), hx[1].index_select(1, order))
         output, (h, c) = self._layers(padded if self.batch_first else padded.transpose(0, 1), hx, lengths)
@@ -245,16 +244,17 @@ class LSTM(nn.RNNBase):
     def _directions(self) -> list[str]:
         return ["", "_reverse"] if self.bidirectional else [""]
 
-    def _check_state(self, hx: Pair | None, batch: tuple[int, ...]) -> None:
+    def check_state(self, hx: Pair | None, batch: tuple[int, ...], shown: str | None = None) -> None:
+        """`shown` is how messages start, if not with this module and hx."""
         if hx is None:
             return
-        owner = type(self).__name__
+        shown = shown or f"{type(self).__name__}: hx"
         if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(part, Tensor) for part in hx):
-            raise TypeError(f"{owner}: hx is {kind(hx)}, expected two tensors (h, c)")
+            raise TypeError(f"{shown} is {kind(hx)}, expected two tensors (h, c)")
         rows = self.num_layers * len(self._directions())
         for name, part, size in zip("hc", hx, (self.proj_size or self.hidden_size, self.hidden_size)):
             if tuple(part.shape) != (rows, *batch, size):
-                raise ValueError(f"{owner}: hx {name} has shape {list(part.shape)}, expected {[rows, *batch, size]}")
+                raise ValueError(f"{shown} {name} has shape {list(part.shape)}, expected {[rows, *batch, size]}")
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedLSTM(self)

@@ -1,13 +1,15 @@
 """Constructor arguments: checked, spread over layers and spatial dims, and shown."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..ops.conv_lstm import PADDING_MODES
+from ..ops.checks import PADDING_MODES, check_choice, check_count, integer
 from ..reference.padded_conv import same_padding
 
 Numbers = int | tuple[int, ...]
@@ -39,15 +41,29 @@ class Layer:
 
 def numbers(owner: str, name: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
     """An int, or one for each spatial dim."""
-    found = (value,) * dims if isinstance(value, int) else value
-    if not isinstance(found, tuple) or len(found) != dims or not all(isinstance(n, int) and n >= least for n in found):
+    found = tuple(integer(n) for n in (value if isinstance(value, tuple) else (value,) * dims))
+    if len(found) != dims or not all(n is not None and n >= least for n in found):
         raise ValueError(f"{owner}: {name} is {value!r}, expected an int >= {least} or a tuple of {dims}")
     return found
 
 
-def check_count(owner: str, name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{owner}: {name} is {value!r}, expected an int >= {least}")
+def counts(owner: str, name: str, value: Any) -> list[int]:
+    """A positive int, or one for each layer."""
+    one = integer(value) is not None
+    found = [integer(n) for n in ([value] if one else value if isinstance(value, Iterable) else [])]
+    if not found or not all(n is not None and n > 0 for n in found):
+        raise ValueError(f"{owner}: {name} is {value!r}, expected positive ints, one per layer")
+    return found
+
+
+def check_dropout(owner: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{owner}: dropout is {value!r}, expected a probability (0 to 1)")
+
+
+def check_dtype(owner: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{owner}: dtype is {value!r}, expected a floating point type")
 
 
 def per_layer(owner: str, name: str, value: Any, layers: int, hint: str = "") -> list[Any]:
@@ -94,10 +110,7 @@ def make_layers(
     owner: str, dims: int, input_channels: int, hidden: Sequence[int], directions: int, **options: Any
 ) -> list[Layer]:
     """One `Layer` for each of `hidden`; see `per_layer` for the options."""
-    if not isinstance(input_channels, int) or input_channels < 0:
-        raise ValueError(f"{owner}: input_channels is {input_channels!r}, expected an int >= 0 (0: no input)")
-    if not hidden or not all(isinstance(c, int) and c > 0 for c in hidden):
-        raise ValueError(f"{owner}: hidden_channels is {list(hidden)}, expected positive ints, one per layer")
+    input_channels = check_count(owner, "input_channels", input_channels, 0)
     hint = " (a tuple has one number per spatial dim)"
     options = {name: per_layer(owner, name, value, len(hidden), hint) for name, value in options.items()}
     layers = []
@@ -108,13 +121,12 @@ def make_layers(
         stride = numbers(owner, "stride", option["stride"], dims, 1)
         dilation = numbers(owner, "dilation", option["dilation"], dims, 1)
         padding, pads = _padding(owner, option["padding"], kernel, dilation)
-        groups, mode = option["groups"], option["padding_mode"]
-        if not isinstance(groups, int) or groups < 1 or cin % groups or 4 * channels % groups:
+        groups, mode = integer(option["groups"]), option["padding_mode"]
+        if groups is None or groups < 1 or cin % groups or 4 * channels % groups:
             raise ValueError(
-                f"{owner}: groups is {groups!r}, expected a divisor of the {cin} input channels and "
+                f"{owner}: groups is {option['groups']!r}, expected a divisor of the {cin} input channels and "
                 f"the {4 * channels} gate channels of layer {index}"
             )
-        if mode not in PADDING_MODES:
-            raise ValueError(f"{owner}: padding_mode is {mode!r}, expected one of {', '.join(PADDING_MODES)}")
+        check_choice(owner, "padding_mode", mode, PADDING_MODES)
         layers.append(Layer(cin, channels, kernel, stride, padding, pads, dilation, groups, mode))
     return layers

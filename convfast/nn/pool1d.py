@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .options import check_count
+from ..ops.checks import check_count
 
 Pool = tuple[str, int] | tuple[str, int, int] | None
 
@@ -21,9 +21,8 @@ class Pool1d(nn.Module):
         spec = ("none", 1) if spec is None else spec
         if not isinstance(spec, tuple) or len(spec) not in (2, 3) or spec[0] not in ("none", "max", "avg"):
             raise ValueError(f"pool: spec is {spec!r}, expected None or a tuple ('max' or 'avg', kernel[, stride])")
-        for name, number in zip(("kernel", "stride"), spec[1:]):
-            check_count("pool", name, number, 1)
-        self.kind, self.kernel, self.stride = spec[0], spec[1], spec[-1]
+        sizes = [check_count("pool", name, number, 1) for name, number in zip(("kernel", "stride"), spec[1:])]
+        self.kind, self.kernel, self.stride = spec[0], sizes[0], sizes[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, T, C]` → `[B, T', C]`, T' = (T - kernel) / stride + 1."""

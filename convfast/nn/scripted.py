@@ -4,23 +4,77 @@
 
 with the results of the module: `(output, (h, c))`, or lists with `return_all_layers`. The state that goes in is always
 a list with one pair per layer: `[(h, c)]` for a single layer; with several, script a module with `return_all_layers`
-to get it. Weights are shared with the module that was scripted, as buffers; there are no gradients and no dropout.
+to get it. A ConvLSTMCell is called as it is in Python. Weights are shared with the module that was scripted, as
+buffers; there are no gradients and no dropout.
+
+`torch.jit.script(model)` also puts these modules in the place of the layers of `model` itself. There they compute the
+same numbers, but do not learn: called in training mode with gradients enabled, they raise RuntimeError. To go on
+training a model, script `copy.deepcopy(model)`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import native
 from .options import Layer
 
 if TYPE_CHECKING:
-    from .conv_lstm import ConvLSTM
+    from .conv_lstm import ConvLSTM, ConvLSTMCell
 
 # TorchScript wants its types spelled out.
 Pairs = list[tuple[Tensor, Tensor]]
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether hooks are set on the module, or a forward of its own."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
+    return any(vars(module).get(name) for name in names)
+
+
+class Twin(nn.Module):
+    """What `__prepare_scriptable__` of a module returns: its forward for TorchScript."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        name = type(module).__name__
+        own = next(base for base in type(module).__mro__ if "__prepare_scriptable__" in vars(base))
+        if any(is_lazy(parameter) for parameter in module.parameters()):
+            raise RuntimeError(f"{name}: peepholes have no size yet, expected a call (or image_size) before scripting")
+        if type(module).forward is not own.forward:
+            raise RuntimeError(
+                f"{name}: forward is overridden, which torch.jit.script would leave out; expected that of "
+                f"{own.__name__} (call one in the forward of a module of your own instead)"
+            )
+        if watched(module):
+            raise RuntimeError(
+                f"{name}: hooks are set or forward is replaced, which torch.jit.script would leave out; expected none"
+            )
+        native.load_for(next(module.parameters()))
+        # Of this module alone: others in it may belong to the model that is scripted.
+        self.training = module.training
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Only Python comes by here, scripts call forward.
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}: torch.jit.script put this module, which does not learn, in the place of a "
+                "layer of the model; expected torch.jit.script(copy.deepcopy(model)) for a model to go on training, "
+                "eval() or torch.no_grad() for inference"
+            )
+        return super().__call__(*args, **kwargs)
+
+
+def integers(owner: str, lengths: Tensor) -> Tensor:
+    """→ lengths as int64."""
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        # TorchScript has no names of dtypes.
+        got = "bool" if lengths.dtype == torch.bool else "complex" if lengths.is_complex() else "floating point"
+        raise TypeError(f"{owner}: lengths has a {got} dtype, expected a Tensor of integers")
+    return lengths.to(torch.int64)
 
 
 def pick_steps(output: Tensor, effective_step: list[int]) -> Tensor:
@@ -48,11 +102,8 @@ def pick_steps(output: Tensor, effective_step: list[int]) -> Tensor:
 class _Layer(nn.Module):
     """One layer in one direction."""
 
-    weight_ih: Tensor | None
-    bias: Tensor | None
-    peephole: Tensor | None
-
-    def __init__(self, module: "ConvLSTM", layer: Layer, suffix: str) -> None:
+    # Without annotations: TorchScript makes plain attributes of buffers that have one.
+    def __init__(self, module: "ConvLSTM | ConvLSTMCell", layer: Layer, suffix: str) -> None:
         super().__init__()
         for name in ("weight_ih", "weight_hh", "bias", "peephole"):
             value = getattr(module, f"{name}{suffix}")
@@ -80,7 +131,8 @@ class _Layer(nn.Module):
             weight_ih = self.weight_ih
             if weight_ih is None:
                 raise ValueError("ConvLSTM: input is a Tensor, expected None with input_channels=0")
-            if self.groups == 1 and frames.size(1) == steps:
+            # No raise ends a branch for TorchScript, which knows that weight_ih is None.
+            elif self.groups == 1 and frames.size(1) == steps:
                 weight = weight_ih
             else:
                 gates = self.input_gates(frames, weight_ih)
@@ -95,14 +147,11 @@ class _Layer(nn.Module):
         return output, h_n, c_n
 
 
-class _Stack(nn.Module):
+class _Stack(Twin):
     effective_step: list[int] | None
 
     def __init__(self, module: "ConvLSTM") -> None:
-        super().__init__()
-        native.load_for(next(module.parameters()))
-        if module._is_lazy():
-            raise RuntimeError("ConvLSTM: peepholes have no size yet, expected a call (or image_size) before scripting")
+        super().__init__(module)
         self.dims = module.dims
         self.step = module.step
         self.effective_step = module.effective_step
@@ -111,7 +160,7 @@ class _Stack(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleList(_Layer(module, layer, suffix) for suffix in group)
             for layer, group in zip(module._layers, module._suffixes)
-        )
+        ).train(module.training)
 
     def run(self, input: Tensor | None, state: Pairs | None, lengths: Tensor | None) -> tuple[list[Tensor], Pairs]:
         frames = input
@@ -130,7 +179,7 @@ class _Stack(nn.Module):
         if state is not None and len(state) != len(self.layers):
             raise ValueError(f"ConvLSTM: state has {len(state)} entries, expected {len(self.layers)}, one per layer")
         if lengths is not None:
-            lengths = lengths.to(torch.int64)
+            lengths = integers("ConvLSTM", lengths)
 
         outputs: list[Tensor] = []
         last: list[tuple[Tensor, Tensor]] = []
@@ -187,3 +236,28 @@ class ScriptedConvLSTMAllLayers(_Stack):
         outputs, last = self.run(input, state, lengths)
         time_first = self.is_time_first(input)
         return [self.pick(output, time_first) for output in outputs], last
+
+
+class ScriptedConvLSTMCell(Twin):
+    """`(h, c)` after one step."""
+
+    def __init__(self, module: "ConvLSTMCell") -> None:
+        super().__init__(module)
+        self.dims = module.dims
+        self.layer = _Layer(module, module._layers[0], "").train(module.training)
+
+    def forward(self, input: Tensor | None, h: Tensor | None = None, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (h is None) != (c is None) or (h is None and input is None):
+            raise ValueError("ConvLSTMCell: expected h and c together, and at least them or input")
+        frames: Tensor | None = None
+        if input is not None:
+            if input.dim() != self.dims + 2:
+                raise ValueError(f"ConvLSTMCell: input has {input.dim()} dims, expected {self.dims + 2}")
+            frames = input.unsqueeze(1)
+        _, h_n, c_n = self.layer(frames, 1, h, c, None)
+        return h_n, c_n
+
+    @torch.jit.export
+    def init_hidden(self, batch_size: int, hidden: int, shape: list[int]) -> tuple[Tensor, Tensor]:
+        zeros = self.layer.weight_hh.new_zeros([batch_size, hidden] + shape)  # noqa: RUF005
+        return zeros, zeros.clone()

@@ -1,7 +1,8 @@
 """What `torch.jit.script` makes of the LSTM and Conv1d modules: native ops, for inference.
 
 Calls and results are those of the modules, without PackedSequence and `step`. Weights are shared with the module that
-was scripted, as buffers; there are no gradients and no dropout.
+was scripted, as buffers; there are no gradients and no dropout. `torch.jit.script(model)` puts these modules into
+`model` itself, too: to go on training it, script `copy.deepcopy(model)`, see `convfast.nn.scripted`.
 """
 
 from typing import TYPE_CHECKING, Final
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from .. import native
+from .scripted import Twin, integers
 
 if TYPE_CHECKING:
     from .conv1d import Conv1d
@@ -17,12 +18,9 @@ if TYPE_CHECKING:
     from .lstm import LSTM, RegLSTM
 
 
-class ScriptedConv1d(nn.Module):
-    bias: Tensor | None
-
+class ScriptedConv1d(Twin):
     def __init__(self, module: "Conv1d") -> None:
-        super().__init__()
-        native.load_for(next(module.parameters()))
+        super().__init__(module)
         self.register_buffer("weight", module.weight.detach())
         self.register_buffer("bias", None if module.bias is None else module.bias.detach())
         self.kernel_size, self.stride, self.dilation = module.kernel_size, module.stride, module.dilation
@@ -35,7 +33,7 @@ class ScriptedConv1d(nn.Module):
             raise ValueError(f"Conv1d: input has {input.dim()} dims, expected 3")
         x = input.transpose(1, 2) if self.channels_first else input
         if lengths is not None:
-            lengths = lengths.to(torch.int64)
+            lengths = integers("Conv1d", lengths)
         y, _ = torch.ops.convfast.conv1d_forward(
             x, self.weight, self.bias, lengths, self.stride, self.pads, self.dilation, self.groups, self.padding_mode,
             self.activation, False, False,
@@ -44,7 +42,7 @@ class ScriptedConv1d(nn.Module):
 
     @torch.jit.export
     def output_lengths(self, lengths: Tensor) -> Tensor:
-        lengths = lengths.to(torch.int64)
+        lengths = integers("Conv1d", lengths)
         extent = self.dilation * (self.kernel_size - 1) + 1
         found = ((lengths + (self.pads[0] + self.pads[1] - extent)) // self.stride + 1).clamp(min=0)
         return torch.where(lengths > 0, found, torch.zeros_like(found))
@@ -52,11 +50,6 @@ class ScriptedConv1d(nn.Module):
 
 class _LSTMWeights(nn.Module):
     """Of one layer in one direction."""
-
-    bias_ih: Tensor | None
-    bias_hh: Tensor | None
-    weight_hr: Tensor | None
-    peephole: Tensor | None
 
     def __init__(self, module: "LSTM", end: str) -> None:
         super().__init__()
@@ -72,14 +65,13 @@ class _LSTMWeights(nn.Module):
         return found
 
 
-class ScriptedLSTM(nn.Module):
+class ScriptedLSTM(Twin):
     def __init__(self, module: "LSTM") -> None:
-        super().__init__()
-        native.load_for(next(module.parameters()))
+        super().__init__(module)
         self.input_size = module.input_size
         self.batch_first = module.batch_first
         self.bias, self.projected, self.bidirectional = module.bias, module.proj_size > 0, module.bidirectional
-        self.layers = nn.ModuleList(_LSTMWeights(module, end) for end in module.ends())
+        self.layers = nn.ModuleList(_LSTMWeights(module, end) for end in module.ends()).train(module.training)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
@@ -106,7 +98,7 @@ class ScriptedLSTM(nn.Module):
         time_first = not self.batch_first and not single
         x = input.unsqueeze(0) if single else input.transpose(0, 1) if time_first else input
         if lengths is not None:
-            lengths = lengths.to(torch.int64)
+            lengths = integers("LSTM", lengths)
         h: Tensor | None = None
         c: Tensor | None = None
         if hx is not None:
@@ -129,12 +121,17 @@ class ScriptedLSTM(nn.Module):
         return x.transpose(0, 1) if time_first else x, (h_n, c_n)
 
 
-class ScriptedConv1dLSTM(nn.Module):
+def _relisted(modules: nn.ModuleList | nn.ModuleDict) -> nn.ModuleList | nn.ModuleDict:
+    """A list of its own: torch.jit.script replaces what it prepares in the list that it finds it in."""
+    fresh = type(modules)(modules)
+    fresh.training = modules.training
+    return fresh
+
+
+class ScriptedConv1dLSTM(Twin):
     def __init__(self, module: "Conv1dLSTM") -> None:
-        super().__init__()
-        # Fresh lists: torch.jit.script replaces what it prepares in the list that it finds it in.
-        self.conv = nn.ModuleList(module.conv)
-        self.pools = nn.ModuleList(module.pools)
+        super().__init__(module)
+        self.conv, self.pools = _relisted(module.conv), _relisted(module.pools)
         self.lstm = module.lstm
         self.channels_first, self.batch_first = module.channels_first, module.batch_first
 
@@ -159,14 +156,14 @@ class ScriptedConv1dLSTM(nn.Module):
         return lengths
 
 
-class ScriptedCNNLSTM(nn.Module):
+class ScriptedCNNLSTM(Twin):
     linear: Final[bool]
 
     def __init__(self, module: "CNN_LSTM") -> None:
-        super().__init__()
-        self.cnn = nn.ModuleDict(module.cnn)
+        super().__init__(module)
+        self.cnn = _relisted(module.cnn)
         self.lstm, self.fc = module.lstm, module.fc
-        self.linear = type(module.fc) is nn.Linear
+        self.linear = module.lstm.takes(module.fc)
 
     def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
         x = input
@@ -179,13 +176,13 @@ class ScriptedCNNLSTM(nn.Module):
         return self.fc(self.lstm(x, None, lengths)[0])
 
 
-class ScriptedRegLSTM(nn.Module):
+class ScriptedRegLSTM(Twin):
     linear: Final[bool]
 
     def __init__(self, module: "RegLSTM") -> None:
-        super().__init__()
+        super().__init__(module)
         self.rnn, self.reg = module.rnn, module.reg
-        self.linear = type(module.reg) is nn.Linear
+        self.linear = module.rnn.takes(module.reg)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.linear:

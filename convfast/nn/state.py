@@ -1,22 +1,37 @@
 """What a stack of layers returns as its state."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
+
+from .options import kind
 
 Pair = tuple[Tensor, Tensor]
 
 
 class ConvLSTMState(tuple):
-    """`(h, c)` of the last layer; `layers` has the pair of every layer, so that it can be passed back in."""
+    """`(h, c)` of the last layer; `layers` has the pair of every layer, so that it can be passed back in.
+
+    Args:
+        layers: a pair per layer; or h and c, for one layer: all that code which iterates over a state finds in it.
+
+    Raises:
+        TypeError: `layers` is something else.
+    """
 
     layers: tuple[Pair, ...]
 
-    def __new__(cls, layers: Sequence[Pair]) -> "ConvLSTMState":
-        state = super().__new__(cls, layers[-1])
-        state.layers = tuple(layers)
+    def __new__(cls, layers: Iterable[Pair] | Iterable[Tensor]) -> "ConvLSTMState":
+        found = tuple(layers) if isinstance(layers, Iterable) and not isinstance(layers, Tensor) else ()
+        if len(found) == 2 and all(isinstance(part, Tensor) for part in found):
+            found = (found,)
+        if not found or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in found):
+            raise TypeError(f"ConvLSTMState: layers is {kind(layers)}, expected pairs (h, c), one per layer")
+        state = super().__new__(cls, found[-1])
+        state.layers = found
         return state
 
     def __getnewargs__(self) -> tuple[tuple[Pair, ...]]:
@@ -30,6 +45,9 @@ _pytree.register_pytree_node(
     lambda children, _: ConvLSTMState(children[0]),
     serialized_type_name="convfast.nn.ConvLSTMState",
 )
+
+# torch.load(weights_only=True) only makes types that it knows of.
+torch.serialization.add_safe_globals([ConvLSTMState])
 
 
 class ConvTail(NamedTuple):

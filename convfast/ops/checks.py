@@ -1,5 +1,6 @@
 """What the ops share: argument checks (a message names op, argument, expected, got), autocast, transforms, layouts."""
 
+import operator
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -14,6 +15,23 @@ from ..reference.lstm_gates import state_dtype
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+def integer(value: Any) -> int | None:
+    """An integer of Python, numpy or a graph; None for anything else, bools among it."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_count(op: str, name: str, value: Any, least: int) -> int:
+    found = integer(value)
+    if found is None or found < least:
+        raise ValueError(f"{op}: {name} is {value!r}, expected an int >= {least}")
+    return found
 
 
 def check_tensors(op: str, tensors: Mapping[str, Tensor | None], state: str | None = None) -> None:
@@ -39,6 +57,14 @@ def check_tensors(op: str, tensors: Mapping[str, Tensor | None], state: str | No
             )
 
 
+def check_dense(op: str, tensors: Mapping[str, Tensor | None]) -> None:
+    """Of what is computed with, not of weights: each takes its time."""
+    for name, t in tensors.items():
+        if t is not None and (t.layout is not torch.strided or t.is_nested):
+            got = "nested" if t.is_nested else str(t.layout)
+            raise TypeError(f"{op}: {name} is a {got} tensor, expected a dense (strided) tensor")
+
+
 def check_given(op: str, tensors: Mapping[str, Tensor | None]) -> None:
     for name, t in tensors.items():
         if t is None:
@@ -55,12 +81,22 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> No
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(choices)}")
 
 
+def _batched(tensor: Tensor) -> bool:
+    """Whether a vmap is at one of the levels of torch.func around the tensor."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def values_at_hand(lengths: Tensor) -> bool:
     """Whether to look at values costs no synchronization and they are there: not while tracing or in vmap."""
     return (
         not torch.compiler.is_compiling()
         and type(lengths) is Tensor
-        and not torch._C._functorch.is_batchedtensor(lengths)
+        and not _batched(lengths)
         and lengths.device.type == "cpu"
         and lengths.numel() > 0
     )
@@ -70,6 +106,7 @@ def check_integers(op: str, lengths: Any) -> None:
     if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
         got = f"dtype {lengths.dtype}" if isinstance(lengths, Tensor) else f"type {type(lengths).__name__}"
         raise TypeError(f"{op}: lengths has {got}, expected a Tensor of integers")
+    check_dense(op, {"lengths": lengths})
 
 
 def check_lengths(op: str, lengths: Tensor | None, batch: int, time: int, device: torch.device) -> Tensor | None:
@@ -78,6 +115,8 @@ def check_lengths(op: str, lengths: Tensor | None, batch: int, time: int, device
         return None
     check_integers(op, lengths)
     check_shape(op, "lengths", lengths, (batch,), "[B]")
+    if lengths.is_meta and device.type != "meta":
+        raise ValueError(f"{op}: lengths is on meta, expected {device}")
     if values_at_hand(lengths):
         least, most = int(lengths.min()), int(lengths.max())
         if least < 0 or most > time:
@@ -160,8 +199,9 @@ def forward_mode() -> bool:
 
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether the call has to go through the autograd.Function."""
-    # A program that is exported has no backward: nothing is to be kept for one.
-    if torch.compiler._is_exporting_flag:  # is_exporting() is true of whatever is compiled in torch 2.11
+    # A program that is exported or traced has no backward: nothing is to be kept for one.
+    # is_exporting() is true of whatever is compiled in torch 2.11.
+    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
         return False
     # Under vmap a tensor hides that a level further out differentiates it.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -172,9 +212,20 @@ def needs_function(*tensors: Tensor | None) -> bool:
 def apply(function: type[Function], *inputs: Any) -> Any:
     """`function.apply`, by a function without a separate `setup_context` where none is called for: for that of another
     torch inspects signatures at every call, which takes longer than many a kernel."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(inputs))
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*inputs)
     return _in_one(function).apply(*inputs)
+
+
+def _distinct(inputs: tuple[Any, ...]) -> list[Any]:
+    """A view in place of a tensor that has come before: torch.compile does not trace a function that gets one twice."""
+    found: list[Any] = []
+    for value in inputs:
+        repeated = isinstance(value, Tensor) and any(value is other for other in found)
+        found.append(value.view_as(value) if repeated else value)
+    return found
 
 
 @cache

@@ -15,6 +15,8 @@ from .checks import (
     autocast_dtype,
     autocast_to,
     check_choice,
+    check_count,
+    check_dense,
     check_given,
     check_integers,
     check_lengths,
@@ -22,6 +24,7 @@ from .checks import (
     check_tensors,
     empty_sequence,
     forward_mode,
+    integer,
     most_padding,
     needs_function,
     output_size,
@@ -112,28 +115,24 @@ def conv1d_lengths(lengths: Tensor, kernel: int, stride: int = 1, padding: int |
     """
     op = "conv1d_lengths"
     check_integers(op, lengths)
-    _check_number(op, "kernel", kernel)
+    check_count(op, "kernel", kernel, 1)
     pads = conv1d_pads(padding, kernel, stride, dilation, op)
     return output_lengths(lengths.to(torch.int64), kernel, stride, pads, dilation)
 
 
-def _check_number(op: str, name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{op}: {name} is {value!r}, expected an int >= 1")
-
-
 def conv1d_pads(padding: int | str, kernel: int, stride: int, dilation: int, op: str = _OP) -> list[int]:
     """→ (before, behind)."""
-    _check_number(op, "stride", stride)
-    _check_number(op, "dilation", dilation)
+    check_count(op, "stride", stride, 1)
+    check_count(op, "dilation", dilation, 1)
     if padding == "same":
         if stride != 1:
             raise ValueError(f"{op}: stride is {stride}, expected 1 with padding='same'")
         return same_padding([kernel], [dilation])
     if padding == "causal":
         return [dilation * (kernel - 1), 0]
-    frames = {"valid": 0, "full": dilation * (kernel - 1)}.get(padding) if isinstance(padding, str) else padding
-    if not isinstance(frames, int) or frames < 0:
+    named = {"valid": 0, "full": dilation * (kernel - 1)}
+    frames = named.get(padding) if isinstance(padding, str) else integer(padding)
+    if frames is None or frames < 0:
         raise ValueError(f"{op}: padding is {padding!r}, expected an int >= 0, {', '.join(map(repr, PADDINGS))}")
     return [frames, frames]
 
@@ -153,6 +152,7 @@ def check_conv1d(
 ) -> tuple[Tensor, Tensor | None, list[int]]:
     """→ input `[B, T, F]`, lengths as the ops take them, padding before and behind."""
     check_tensors(_OP, {"weight": weight, "input": input, "bias": bias})
+    check_dense(_OP, {"input": input})
     check_choice(_OP, "padding_mode", padding_mode, PADDING_MODES)
     check_choice(_OP, "activation", activation, ACTIVATIONS)
     _check_shapes(input, weight, groups, channels_first)
@@ -173,7 +173,7 @@ def _check_shapes(input: Tensor, weight: Tensor, groups: int, channels_first: bo
     shape = weight.shape
     if len(shape) != 3 or 0 in shape:
         raise ValueError(f"{_OP}: weight has shape {list(shape)}, expected [C, F / groups, k]")
-    if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
+    if integer(groups) is None or groups < 1 or shape[0] % groups:
         raise ValueError(f"{_OP}: groups is {groups!r}, expected a positive divisor of C={shape[0]}")
     sizes, expected = input.shape, shape[1] * groups
     time, features = (2, 1) if channels_first else (1, 2)

@@ -16,11 +16,15 @@ from .checks import (
     autocast_state,
     autocast_to,
     check_choice,
+    check_count,
+    check_dense,
+    check_given,
     check_lengths,
     check_shape,
     check_tensors,
     empty_channels_last,
     forward_mode,
+    integer,
     needs_function,
     output_size,
     unpack_state,
@@ -99,9 +103,14 @@ def conv_lstm(
             )  # fmt: skip
 
     h0, c0 = unpack_state(_OP, state)
+    check_given(_OP, {"weight_hh": weight_hh})
     tensors = {"weight_hh": weight_hh, "input": input, "weight_ih": weight_ih, "bias": bias, "peephole": peephole}
-    check_tensors(_OP, {**tensors, "state h": h0, "state c": c0}, state="state c")
+    states = {"state h": h0, "state c": c0}
+    check_tensors(_OP, {**tensors, **states}, state="state c")
+    check_dense(_OP, {"input": input, **states})
     _check_options(padding_mode, memory, algorithm)
+    groups = check_count(_OP, "groups", groups, 1)
+    steps = None if steps is None else check_count(_OP, "steps", steps, 1)
     dims, channels = _check_weights(weight_ih, weight_hh, groups)
     stride = _numbers("stride", stride, dims, 1)
     dilation = _numbers("dilation", dilation, dims, 1)
@@ -164,7 +173,7 @@ def _check_weights(weight_ih: Tensor | None, weight_hh: Tensor, groups: int) -> 
         raise ValueError(f"{_OP}: weight_hh has shape {shape}, expected [4C, C, *K] with 1 to 3 kernel dims")
     if shape[0] != 4 * shape[1] or 0 in shape:
         raise ValueError(f"{_OP}: weight_hh has shape {shape}, expected [4C, C, *K] with C > 0")
-    if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
+    if shape[0] % groups:
         raise ValueError(f"{_OP}: groups is {groups!r}, expected a positive divisor of 4C={shape[0]}")
     if weight_ih is not None and (
         weight_ih.ndim != weight_hh.ndim or weight_ih.shape[0] != shape[0] or 0 in weight_ih.shape
@@ -177,8 +186,8 @@ def _check_weights(weight_ih: Tensor | None, weight_hh: Tensor, groups: int) -> 
 
 
 def _numbers(name: str, value: int | tuple[int, ...], dims: int, least: int) -> list[int]:
-    numbers = [value] * dims if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else None
-    if numbers is None or len(numbers) != dims or not all(isinstance(n, int) and n >= least for n in numbers):
+    numbers = [integer(n) for n in (value if isinstance(value, (tuple, list)) else [value] * dims)]
+    if len(numbers) != dims or not all(n is not None and n >= least for n in numbers):
         raise ValueError(f"{_OP}: {name} is {value!r}, expected an int >= {least} or {dims} of them")
     return numbers
 
@@ -207,8 +216,6 @@ def _check_input(
 ) -> tuple[int, int, list[int]]:
     """→ (B, T, spatial size of the input, or of the state where there is no input)."""
     dims = weight_hh.ndim - 2
-    if steps is not None and (not isinstance(steps, (int, torch.SymInt)) or steps < 1):
-        raise ValueError(f"{_OP}: steps is {steps!r}, expected an int >= 1")
     if input is None:
         if weight_ih is not None:
             raise ValueError(f"{_OP}: input is None, expected a Tensor with weight_ih of shape {list(weight_ih.shape)}")

@@ -14,6 +14,7 @@ from .checks import (
     autocast_dtype,
     autocast_state,
     autocast_to,
+    check_dense,
     check_given,
     check_lengths,
     check_shape,
@@ -99,6 +100,7 @@ def lstm(
     if reverse is not None:
         tensors |= {f"reverse {name}": t for name, t in zip(_WEIGHTS, weights_r)}
     check_tensors(_OP, tensors, state="state c")
+    check_dense(_OP, {"input": input, "state h": h0, "state c": c0})
     hidden, size = _check_weights(weight_ih, weight_hh, weight_hr)
     batch, time, inputs = _check_input(input, weight_ih)
     directions = 1
@@ -161,6 +163,7 @@ def lstm_layers(
     tensors = {**weights, "input": input, "state h": h0, "state c": c0, "head weight": head, "head bias": head_bias}
     tensors |= {f"peephole {n}": peephole for n, peephole in enumerate(peepholes)}
     check_tensors(_OP, tensors, state="state c")
+    check_dense(_OP, {"input": input, "state h": h0, "state c": c0})
     values = list(weights.values())
     batch, time, _ = _check_input(input, values[0])
     lengths = check_lengths(_OP, lengths, batch, time, input.device)

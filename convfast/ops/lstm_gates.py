@@ -11,6 +11,8 @@ from .checks import (
     apply,
     autocast_dtype,
     autocast_to,
+    check_dense,
+    check_given,
     check_shape,
     check_tensors,
     empty_channels_last,
@@ -44,12 +46,14 @@ def lstm_gates(
     """
     if isinstance(gates, Tensor) and (dtype := autocast_dtype(gates)) is not None:
         gates, peephole = autocast_to(dtype, gates, peephole)
-        if c is not None and c.dtype != state_dtype(gates.dtype):
+        if isinstance(c, Tensor) and c.dtype != state_dtype(gates.dtype):
             (c,) = autocast_to(gates.dtype, c)
         with torch.autocast(gates.device.type, enabled=False):
             return lstm_gates(gates, c, peephole, backend=backend)
 
+    check_given(_OP, {"gates": gates})
     check_tensors(_OP, {"gates": gates, "c": c, "peephole": peephole}, state="c")
+    check_dense(_OP, {"gates": gates, "c": c})
     if gates.ndim < 2 or gates.shape[1] == 0 or gates.shape[1] % 4:
         raise ValueError(
             f"{_OP}: gates has shape {list(gates.shape)}, expected [B, 4C, *S] with a multiple of 4 as second size"
