@@ -136,8 +136,7 @@ def select(op: str, backend: str | None, device_type: str, dtype: torch.dtype | 
     """
     global _warned
     name, passed = choose(op, backend, device_type, dtype)
-    failures = list(filter(native.failed, passed))
-    if name == "reference" and failures and not _warned:
+    if name == "reference" and not _warned and (failures := list(filter(native.failed, passed))):
         message = f"convfast: {failures[0]}; plain torch is used instead (CONVFAST_NO_NATIVE=1 asks for that)"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         _warned = True  # not before: where warnings are errors, every call raises it

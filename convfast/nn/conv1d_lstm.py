@@ -138,11 +138,11 @@ class Conv1dLSTM(nn.Module):
             output: `[B, T', D·P]` (`[T', B, D·P]` without `batch_first`), zero past each sample's `output_lengths`.
             `(h, c)` after each sample's last step, shaped as `state`.
         """
-        owner = type(self).__name__
         x = self._batch_first(input)
-        self.lstm.check_state(state, (x.shape[0],), f"{owner}: state")
+        if state is not None:
+            self.lstm.check_state(state, (x.shape[0],), f"{type(self).__name__}: state")
         if lengths is not None:
-            check_integers(owner, lengths)
+            check_integers(type(self).__name__, lengths)
         for k, (conv, pool) in enumerate(zip(self.conv, self.pools)):
             if k + 1 == len(self.conv) and pool.kind == "none":
                 return convolve_into_lstm(conv, self.lstm, x, state, lengths)

@@ -200,13 +200,13 @@ def forward_mode() -> bool:
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether the call has to go through the autograd.Function."""
     # A program that is exported or traced has no backward: nothing is to be kept for one.
-    # is_exporting() is true of whatever is compiled in torch 2.11.
-    if torch.compiler._is_exporting_flag or torch.jit.is_tracing():
+    if torch.compiler._is_exporting_flag:  # is_exporting() is true of whatever is compiled in torch 2.11
         return False
     # Under vmap a tensor hides that a level further out differentiates it.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and not torch.jit.is_tracing()
 
 
 def apply(function: type[Function], *inputs: Any) -> Any:
