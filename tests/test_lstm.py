@@ -756,6 +756,12 @@ def test_one_step_is_the_first_of_many(batch: int, hidden: int, dtype: torch.dty
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("time", [60, 300], ids=["weights_as_they_lie", "weights_packed"])
+@pytest.mark.parametrize("hidden", [48, 64])
+def test_backward_of_teams_reads_weights_two_ways(hidden: int, time: int, native_ops: Any) -> None:
+    check(LSTMCase("long", batch=2, time=time, features=32, hidden=hidden, given=LSTM_STATE), torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("batch, threads", [(40, 3), (63, 5), (9, 5), (12, 2)])
 def test_teams_of_threads_share_large_weights(batch: int, threads: int, native_ops: Any) -> None:
     # 3.4 MB of weights: a team, with groups of 32 and 8 samples in training; two where L2 holds 2 MB; few samples; some
