@@ -35,8 +35,9 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 
 ops="tests/test_lstm_gates.py tests/test_conv_lstm.py tests/test_conv1d.py tests/test_lstm.py tests/test_gpu_graphs.py"
 # Compiling takes longest. A test that hangs, or whose kernel faults, ends its worker, and another one goes on.
-workers=$(has xdist && echo "-n $((($(nproc) + 1) / 2))") hangs=$(has pytest_timeout && echo "--timeout 60 --timeout-method thread")
-without_gpu="--ignore tests/test_triton_compiled.py --ignore tests/test_triton_interpreter.py --ignore tests/test_cuda_compiled.py --ignore tests/test_cuda_emulator.py"
+workers=$(has xdist && echo "-n $((($(nproc) + 1) / 2))")
+hangs=$(has xdist && has pytest_timeout && echo "--timeout 60 --timeout-method thread")
+without_gpu="--deselect tests/test_triton_compiled.py --deselect tests/test_triton_interpreter.py --deselect tests/test_cuda_compiled.py --deselect tests/test_cuda_emulator.py"
 
 # The schemas are in the CPU library, so it is built too.
 part build 100 "$python" -c 'from convfast import native; native.load("cuda")'

@@ -31,7 +31,7 @@ def run_case(
     called within `setting.applied()`. `option`: those of conftest.py."""
     # Every case compiles anew: dynamo keeps few versions of one function and would refuse the rest.
     torch._dynamo.reset()
-    contestants, errors, absent, failures = [], {}, {}, []
+    contestants, errors, left_out, failures = [], {}, {}, {}
     eager: dict[str, Tensor] = {}
     for name, build in everyone.items():
         if option.no_compile and name.startswith("compile"):
@@ -43,19 +43,19 @@ def run_case(
             errors[name] = check(contestant, oracle, eager, case.terms, setting.unit)
             contestants.append(contestant)
         except Absent as reason:
-            absent[name] = str(reason)
+            left_out[name] = str(reason)
         except Exception as error:
-            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            failures.append(error)
+            left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            failures[name] = error
             if not eager:
                 raise
     on_gpu = setting.device == "cuda"
     clock = GpuClock() if on_gpu else wall_clock
     chosen = f"convfast {backends.select(deciding_op(op), None, setting.device, setting.dtype)}"
     headline = chosen if chosen in everyone else f"{chosen} fast"
-    if headline in absent:
-        report.rows.append(refused_row(op, case, setting.mode(train), f"{headline}: {absent[headline]}"))
-        raise failures[0]
+    if headline in failures:
+        report.rows.append(refused_row(op, case, setting.mode(train), f"{headline}: {left_out[headline]}"))
+        raise failures[headline]
     timings = race(contestants, budget=2.0 if option.short else 20.0, clock=clock, gate=report.gate)
     peaks, size = report.machine["peaks"], setting.dtype.itemsize
     least = None
@@ -63,7 +63,7 @@ def run_case(
         least = floor(case, train, measured(peaks, setting.peak("GFLOP/s"), setting.device, case), size)
     work, peak = case.work(train, size), peaks[setting.peak(case.unit)]
     mode = setting.mode(train)
-    row = race_row(op, case, mode, contestants, timings, errors, work, peak, least, headline, absent)
+    row = race_row(op, case, mode, contestants, timings, errors, work, peak, least, headline, left_out)
     report.rows.append(row)
     benchmark.extra_info.update(row["contestants"][headline], best_opponent=row["best_opponent"])
     ours = next(contestant for contestant in contestants if contestant.name == headline)
@@ -74,5 +74,5 @@ def run_case(
             torch.cuda.synchronize()
 
     benchmark.pedantic(finished, rounds=5)
-    if failures:
-        raise failures[0]
+    for error in failures.values():
+        raise error

@@ -53,13 +53,8 @@ def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> Iterator[str]:
         frames, steps, _ = module._frames(input)
         steps = frames.shape[1] if steps is None else steps
     batch, size = frames.shape[0], frames.shape[3:]
-    for index, (layer, suffixes) in enumerate(zip(module._layers, module._suffixes)):
-        state_size = layer.state_size(size)
-        if min(state_size) < 1:
-            raise ValueError(
-                f"explain: input has frames of {list(input.shape[-len(size):])}, expected none smaller than a kernel; "
-                f"the state of layer {index} would have size {list(state_size)}"
-            )
+    sizes = module._state_sizes(module._layers[0].state_size(size), f"input with frames of {list(size)}")
+    for index, (layer, suffixes, state_size) in enumerate(zip(module._layers, module._suffixes, sizes)):
         for suffix in suffixes:
             weight_ih, weight_hh = (getattr(module, f"weight_{name}{suffix}") for name in ("ih", "hh"))
             # One element, seen in the shape of the frames: the choice depends on nothing else.

@@ -90,5 +90,5 @@ def test_explain_of_layers_on_the_cpu() -> None:
 
 def test_explain_of_frames_that_do_not_fit() -> None:
     module = convfast.ConvLSTM(3, 4, 3, padding="valid")
-    with pytest.raises(ValueError, match=r"^explain: input has frames of \[2, 2\], .* state of layer 0 .* \[0, 0\]$"):
+    with pytest.raises(ValueError, match=r"^ConvLSTM: input with frames of \[2, 2\] gives layer 0 a state of size \[0"):
         convfast.explain(module, torch.empty(1, 2, 3, 2, 2))

@@ -759,7 +759,12 @@ def test_one_step_is_the_first_of_many(batch: int, hidden: int, dtype: torch.dty
 @pytest.mark.parametrize("time", [60, 300], ids=["weights_as_they_lie", "weights_packed"])
 @pytest.mark.parametrize("hidden", [48, 64])
 def test_backward_of_teams_reads_weights_two_ways(hidden: int, time: int, native_ops: Any) -> None:
-    check(LSTMCase("long", batch=2, time=time, features=32, hidden=hidden, given=LSTM_STATE), torch.float32, "cpu")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        check(LSTMCase("long", batch=2, time=time, features=32, hidden=hidden, given=LSTM_STATE), torch.float32, "cpu")
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch, threads", [(40, 3), (63, 5), (9, 5), (12, 2)])

@@ -327,3 +327,8 @@ def test_backward_leaves_out_what_is_not_needed(needs: tuple[int, ...], kernel_o
     operands = (activated, c, c_out, peephole, torch.randn_like(h), torch.randn_like(c_out), list(needs))
     library.opcheck(kernel_ops.lstm_gates_backward.default, operands)
     assert [g.numel() > 0 for g in kernel_ops.lstm_gates_backward(*operands)] == [bool(n) for n in needs]
+
+
+def test_gates_that_are_missing_are_named() -> None:
+    with pytest.raises(TypeError, match=r"^lstm_gates: gates is None, expected a Tensor"):
+        lstm_gates(None)

@@ -557,6 +557,9 @@ def test_bad_argument_of_cnn_lstm(name: str) -> None:
     value = BAD_CNN_LSTM[name]
     with pytest.raises(ValueError, match=f"^CNN_LSTM: {name} is {value!r}, expected"):
         CNN_LSTM(**({"input_dim": INPUT, "output_dim": 2, "lstm_num_layers": 1} | {name: value}))
+
+
+def test_cnn_lstm_names_lengths_that_are_no_tensor() -> None:
     with pytest.raises(TypeError, match=r"^CNN_LSTM: lengths has type list"):
         CNN_LSTM(INPUT, 2)(X, [1, 2, 3])
 

@@ -91,9 +91,9 @@ struct Backward : Engine<A> {
   // From row to row of a weight where it is read as it lies, else 0. Few rows for few steps would take about as long as the packing; more
   // of them are faster with it: a member's columns of rows that are a power of two apart share half of a cache's sets.
   long reads_directly(const Tensor& w) const {
-    constexpr long kFewRows = 384;
+    constexpr long kFewSamplesTimesSteps = 384;
     const bool whole = hidden % kBlock == 0 && w.size(1) % k.lanes == 0 && w.stride(1) == 1;
-    return !Base::kNarrow && plan.split().team > 1 && p.batch * p.time < kFewRows && whole ? w.stride(0) : 0;
+    return !Base::kNarrow && plan.split().team > 1 && p.batch * p.time < kFewSamplesTimesSteps && whole ? w.stride(0) : 0;
   }
 
   // Gradients of gates as an operand for weights with rows in the order of blocks or, unpacked, of gates.

@@ -83,7 +83,7 @@ inline const DeviceLimits& device_limits() {
 }
 #endif
 
-// Tests lead a call to the tiles and kernels of smaller devices: the environment may say less than there is.
+// For tests, which lead a call to the tiles and kernels of smaller devices: the environment may say less than there is.
 inline int at_most(const char* name, int there) {
   const char* given = getenv(name);
   return given && *given ? std::min(int(strtol(given, nullptr, 10)), there) : there;
@@ -202,7 +202,7 @@ int resident_clusters(void (*kernel)(Params), int threads, size_t shared_bytes, 
   config.numAttrs = 1;
   int clusters = 0;
   check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "occupancy of clusters");
-  return clusters * sm_count() / device_limits().sm_count;
+  return sm_count() < device_limits().sm_count ? std::min(clusters, sm_count() / cluster_size) : clusters;
 }
 #endif
 
