@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -582,6 +583,14 @@ def test_step_needs_options_that_do_not_look_ahead(name: str) -> None:
     with pytest.raises(ValueError) as raised:
         build(**({"padding": "valid"} | options if name != "same" else options)).step(X)
     assert str(raised.value) == message
+
+
+def test_state_of_a_stream_is_saved_and_loaded(tmp_path: Path) -> None:
+    module = Conv1dLSTM(INPUT, [4, 3], 6, padding="causal", backend="reference")
+    _, state = module.step(X)
+    torch.save(state, tmp_path / "state.pt")
+    again = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert torch.equal(module.step(X, again)[0], module.step(X, state)[0])
 
 
 def test_bad_state_of_a_step() -> None:

@@ -46,9 +46,6 @@ _pytree.register_pytree_node(
     serialized_type_name="convfast.nn.ConvLSTMState",
 )
 
-# torch.load(weights_only=True) only makes types that it knows of.
-torch.serialization.add_safe_globals([ConvLSTMState])
-
 
 class ConvTail(NamedTuple):
     """What a convolution over a sequence that comes in chunks still needs."""
@@ -62,3 +59,7 @@ class Conv1dLSTMState(NamedTuple):
 
     conv: list[ConvTail]
     lstm: Pair | None
+
+
+# torch.load(weights_only=True) only makes types that it knows of.
+torch.serialization.add_safe_globals([ConvLSTMState, ConvTail, Conv1dLSTMState])
