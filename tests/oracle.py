@@ -196,6 +196,9 @@ def with_gradients(values, leaves):
 # a sum of n terms of either sign taken one after another, which errs by sqrt(n) eps.
 EAGER_MULTIPLE = 4.0
 FLOOR_EPS = 4.0
+# Of sizes that are drawn: one unit and one step are among them, where a gradient is what is left of larger terms, and
+# eager's error one number, which may be small by luck.
+FLOOR_OF_DRAWN = 256.0
 
 
 def relative_errors(actual, exact):
@@ -225,3 +228,9 @@ def assert_close_to_oracle(actual, exact, eager, name="result", terms=0, multipl
         assert error <= bound, (
             f"{name}: {kind} error {error:.2g}, expected at most {bound:.2g} (eager {eager_error:.2g})"
         )
+
+
+def assert_close_where_drawn(actual, expected, name):
+    """Of results in the same dtype: equal to rounding, relative to the largest number."""
+    bound = FLOOR_OF_DRAWN * torch.finfo(expected.dtype).eps * expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=bound, msg=lambda text: f"{name}: {text}")

@@ -27,7 +27,7 @@ from tests.cases import (
     normal,
 )
 from tests.graphs import Graphs
-from tests.oracle import assert_close_to_oracle, with_gradients
+from tests.oracle import assert_close_to_oracle, assert_close_where_drawn, with_gradients
 from tests.oracle import conv1d as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -120,7 +120,7 @@ def test_any_options_match_oracle(layout: str, backend: str, widest: torch.dtype
     def check_drawn(case: Conv1dCase, time_major: bool) -> None:
         found = results(case, conv1d, case.arguments(widest, layout), time_major=time_major, backend=backend)
         for name, value in results(case, oracle, case.arguments(widest, layout)).items():
-            torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+            assert_close_where_drawn(found[name], value, name)
 
     check_drawn()
 
