@@ -9,9 +9,9 @@
 
 #include <tuple>
 
+#include "conv1d_winograd.h"
 #include "frames.h"
 #include "split.h"
-#include "winograd1d.h"
 
 namespace convfast {
 namespace cpu {

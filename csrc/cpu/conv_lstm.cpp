@@ -4,7 +4,7 @@
 // with the cell behind it; h_t goes to the output and, bordered, to the next step's frame. Backward, per step: gate gradients, then
 // dgrad (GEMM over the taps of dgates), dx (one GEMM, then a gather over taps) and wgrad, all from dgates while it is in cache.
 // Floor: 2 * taps * (Cin + C) * 4C operations per pixel and step at the FMA peak, three times that for training.
-// Winograd (winograd.h) reads and writes the same frames in tiles, and takes the place of the step, of dgrad and of wgrad.
+// Winograd (conv_lstm_winograd.h) reads and writes the same frames in tiles, and takes the place of the step, of dgrad and of wgrad.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

@@ -2,7 +2,7 @@
 #pragma once
 #include "conv_lstm_problem.h"
 #include "split.h"
-#include "winograd.h"
+#include "conv_lstm_winograd.h"
 
 namespace convfast {
 namespace cpu {

@@ -93,7 +93,7 @@ struct Backward : Engine<A> {
   long reads_directly(const Tensor& w) const {
     constexpr long kFewSamplesTimesSteps = 384;
     const bool whole = hidden % kBlock == 0 && w.size(1) % k.lanes == 0 && w.stride(1) == 1;
-    return !Base::kNarrow && plan.split().team > 1 && p.batch * p.time < kFewSamplesTimesSteps && whole ? w.stride(0) : 0;
+    return !Base::kNarrow && plan.sharing().team > 1 && p.batch * p.time < kFewSamplesTimesSteps && whole ? w.stride(0) : 0;
   }
 
   // Gradients of gates as an operand for weights with rows in the order of blocks or, unpacked, of gates.
@@ -242,7 +242,7 @@ struct Backward : Engine<A> {
 
     for (long gate = 0; gate < 4; ++gate)
       for (long block = 0; block < hidden / kBlock; ++block) gates_first.push_back(block * kSlab + gate * kBlock);
-    const auto s = plan.split();
+    const auto s = plan.sharing();
     const long rows = plan.most_rows(s), steps = plan.steps_of_chunk();
     for (long d = 0; d < p.directions; ++d) {
       const Weights w = pack(d, needs);

@@ -44,7 +44,7 @@ struct Engine {
   // call(group, team, rank) on every member of every team, group after group of its part's rows.
   template <class F>
   void run(long direction, const F& call) {
-    const auto s = plan.split();
+    const auto s = plan.sharing();
     std::vector<std::unique_ptr<Team>> teams;
     for (long i = 0; i < s.parts; ++i) teams.push_back(std::make_unique<Team>(s.team));
     parallel(s.parts * s.team, [&](long begin, long end) {
@@ -283,7 +283,7 @@ struct Engine {
   };
 
   std::vector<Buffers> buffers() {
-    const auto s = plan.split();
+    const auto s = plan.sharing();
     const long rows = plan.most_rows(s), steps = plan.steps_of_chunk(), at_once = plan.together() ? 1 : steps;
     std::vector<Buffers> parts(s.parts);
     for (Buffers& b : parts) {

@@ -53,14 +53,14 @@ struct Plan {
 
   // How the threads share the work: parts of the rows, each with a team that shares the blocks of hidden units, or the layers of a
   // pipeline.
-  struct Split {
+  struct Sharing {
     long parts, team;
   };
 
   // Few rows, or some for a few steps, which take less time than one core takes to get the weights that the others have packed: teams as
-  // large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at
-  // every step: teams whose members' shares it holds.
-  Split split() const {
+  // large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at every step: teams whose
+  // members' shares it holds.
+  Sharing sharing() const {
     constexpr long kFewRows = 4, kSomeRows = 16, kFewOfLarge = 6, kFewSteps = 16, kRowsOfFewSteps = 12;
     if (once()) return {1, std::min(threads, units())};
     const long few = !by_dots() ? kFewRows : pass.forward && 2 * weight_bytes() > l2_bytes() ? kFewOfLarge : kFewDots;
@@ -74,9 +74,9 @@ struct Plan {
     return {std::clamp<long>(p.batch, 1, threads / team), team};
   }
 
-  bool shares_units() const { return stages == 1 && split().team > 1; }
+  bool shares_units() const { return stages == 1 && sharing().team > 1; }
 
-  long most_rows(const Split& s) const { return std::clamp<long>((p.batch + s.parts - 1) / s.parts, 1, pass.most_rows); }
+  long most_rows(const Sharing& s) const { return std::clamp<long>((p.batch + s.parts - 1) / s.parts, 1, pass.most_rows); }
 
   // One step of few rows: weights are read once. All threads share out the hidden units, and each packs a block's weights where it needs
   // them, in its cache.
@@ -89,7 +89,7 @@ struct Plan {
   // from step to step: the input part of a chunk of steps is a GEMM of its own, over the rows of all its steps.
   bool together() const {
     if (once()) return true;
-    const Split s = split();
+    const Sharing s = sharing();
     const long rows = most_rows(s);
     if (by_dots()) return rows >= kFewDots && !shares_units();
     return rows >= 2 * kTogether || (rows >= kTogether && (by_tiles() || 4 * operand_bytes() <= 3 * s.team * l2_bytes()));
@@ -98,13 +98,13 @@ struct Plan {
   long steps_of_chunk() const {
     if (pass.forward && together()) return turn;
     if (stages > 1) return std::clamp<long>(p.time / 32, 1, 16);  // the next stage begins so much later
-    return std::min(p.time, std::max<long>(1, pass.bytes / (most_rows(split()) * p.ldz() * long(sizeof(T)))));
+    return std::min(p.time, std::max<long>(1, pass.bytes / (most_rows(sharing()) * p.ldz() * long(sizeof(T)))));
   }
 
   // Whether these layers take turns.
   static bool takes_turns(const std::vector<const Plan*>& layers) {
     for (const Plan* layer : layers)
-      if (layer->p.batch == 0 || layer->p.directions > 1 || layer->split().team > 1 || !layer->together()) return false;
+      if (layer->p.batch == 0 || layer->p.directions > 1 || layer->sharing().team > 1 || !layer->together()) return false;
     return layers.size() > 1;
   }
 
@@ -112,7 +112,7 @@ struct Plan {
   static long turn_of(const std::vector<const Plan*>& layers) {
     constexpr long kMostSteps = 8;
     long turn = layers[0]->stages > 1 ? 1 : kMostSteps;
-    for (const Plan* layer : layers) turn = std::min(turn, layer->pass.bytes / (layer->most_rows(layer->split()) * layer->p.ldh() * long(sizeof(T))));
+    for (const Plan* layer : layers) turn = std::min(turn, layer->pass.bytes / (layer->most_rows(layer->sharing()) * layer->p.ldh() * long(sizeof(T))));
     return std::max(1l, turn);
   }
 

@@ -1,4 +1,4 @@
-// The Winograd engine's part of the glue: how frames are cut into tiles and their work among threads, and the transformed weights.
+// ConvLSTM by Winograd F(m×m, r×r): how frames are cut into tiles and their work among threads, and the transformed weights.
 #pragma once
 #include <numeric>
 
