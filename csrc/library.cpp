@@ -43,6 +43,10 @@ CONVFAST_LIBRARY(m) {
       "lstm_layers(Tensor x, Tensor[] weights, Tensor[] peepholes, bool bias, bool projection, bool bidirectional, Tensor? h0, Tensor? c0,"
       " Tensor? lengths, Tensor? head, Tensor? head_bias, bool time_major) -> (Tensor y, Tensor h_n, Tensor c_n)");
   m.def(
+      "conv1d_lstm_layers(Tensor x, Tensor[] convolutions, bool conv_bias, int[] stride, int[] padding, int[] dilation, int[] groups,"
+      " str padding_mode, str activation, Tensor[] weights, Tensor[] peepholes, bool bias, bool projection, bool bidirectional,"
+      " Tensor? h0, Tensor? c0, Tensor? head, Tensor? head_bias, bool time_major) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
       "lstm_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor w_ih, Tensor w_hh, Tensor? bias,"
       " Tensor? peephole, Tensor? w_hr, Tensor? w_ih_r, Tensor? w_hh_r, Tensor? bias_r, Tensor? peephole_r,"
       " Tensor? w_hr_r, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor y, Tensor c, Tensor gates, int[] needs)"

@@ -103,6 +103,12 @@
 //   h0, h_n   [L D, B, P]; c0, c_n [L D, B, H]
 //   head      [O, D P]       A, head_bias [O]; where defined y is head h + head_bias, [B, T, O]
 //
+// conv1d_lstm_layers(x, convolutions, conv_bias, stride, padding, dilation, groups, padding_mode, activation,
+//                    weights, peepholes, bias, projection, bidirectional, h0, c0, head, head_bias, time_major) -> (y, h_n, c_n)
+//   conv1d_forward without saving, one after another, and lstm_layers on top
+//   convolutions  of each: weight, with `conv_bias` also bias
+//   stride, dilation, groups int[number of convolutions]; padding int[2 of each]; padding_mode, activation of all
+//
 // lstm_backward(dy, dh_n, dc_n, x, w_ih, w_hh, bias, peephole, w_hr, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r, h0, c0,
 //               lengths, y, c, gates, needs)
 //     -> (dx, dw_ih, dw_hh, dbias, dpeephole, dw_hr, dw_ih_r, dw_hh_r, dbias_r, dpeephole_r, dw_hr_r, dh0, dc0)

@@ -1,13 +1,15 @@
 """What the tests of all modules share: comparing nested results, gradients beside an oracle, scripts through a file."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from cases import normal
 from oracle import assert_close_to_oracle
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -75,3 +77,61 @@ def scripted(module: nn.Module) -> torch.jit.ScriptModule:
     torch.jit.save(torch.jit.script(module.eval()), stored)
     stored.seek(0)
     return torch.jit.load(stored)
+
+
+class Called(TorchDispatchMode):
+    """Lists the ops, without views and what looks at lengths."""
+
+    NOT = ("transpose", "unsqueeze", "squeeze", "view", "t", "detach", "min", "max", "_local_scalar_dense")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.ops += [] if name in self.NOT else [name]
+        return func(*args, **(kwargs or {}))
+
+
+def without_gradients(module: nn.Module, *arguments: Any, ops: list[str]) -> Any:
+    """What the module gives, by no other ops than these."""
+    with torch.no_grad(), Called() as called:
+        found = module(*arguments)
+    assert called.ops == ops
+    return found
+
+
+@contextmanager
+def watching(module: nn.Module, how: str) -> Iterator[list[nn.Module]]:
+    """Lists the calls of the module that a "hook", a "pre_hook", a "global" hook, a "forward" of its own or that of a
+    "subclass" sees."""
+    seen: list[nn.Module] = []
+    kind, handle = type(module), None
+
+    class Watched(kind):
+        def forward(self, *arguments: Any) -> Any:
+            seen.append(self)
+            return super().forward(*arguments)
+
+    def watch(module: nn.Module, *_: Any) -> None:
+        seen.append(module)
+
+    if how == "hook":
+        handle = module.register_forward_hook(watch)
+    elif how == "pre_hook":
+        handle = module.register_forward_pre_hook(watch)
+    elif how == "global":
+        handle = nn.modules.module.register_module_forward_hook(watch)
+    elif how == "forward":
+        original = module.forward
+        module.forward = lambda *arguments: (watch(module), original(*arguments))[1]
+    else:
+        module.__class__ = Watched
+    try:
+        yield seen
+    finally:
+        module.__class__ = kind
+        vars(module).pop("forward", None)
+        if handle is not None:
+            handle.remove()

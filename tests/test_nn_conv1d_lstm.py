@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import assert_close, assert_same, check_against, flat, scripted
-from torch import Tensor, nn
+from modules import Called, assert_close, assert_same, check_against, flat, scripted, watching, without_gradients
+from torch import Tensor, library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -297,11 +297,12 @@ def test_memory_is_that_of_the_results(name: str, native_ops) -> None:
     x = sequence(module)
     with torch.no_grad(), Fresh([x, *module.parameters()]) as fresh:
         output, (h, c) = module(x)
-    time, elements = torch.tensor(TIME), 0
+    assert fresh.bytes == x.element_size() * (output.numel() + h.numel() + c.numel())
+    x = module._batch_first(x)
     for conv in module.conv:
-        time = conv.output_lengths(time)
-        elements += BATCH * int(time) * conv.out_channels
-    assert fresh.bytes == x.element_size() * (elements + output.numel() + h.numel() + c.numel())
+        with torch.no_grad(), Fresh([x, *conv.parameters()]) as fresh:
+            x = conv(x)
+        assert fresh.bytes == x.element_size() * x.numel()
 
 
 def test_copies_are_seen() -> None:
@@ -428,6 +429,94 @@ def test_cnn_lstm_with_lengths_equals_each_sample_alone(backend: str) -> None:
         assert_close(output[sample : sample + 1, : alone.shape[1]], alone)
 
 
+# Without gradients convolutions, LSTM and linear layer are one op of the CPU backend.
+
+APART = ("reflect", "activations", "max_pool", "both_pools")  # options that differ, a pool below the LSTM
+
+
+# One sample; a few, whose hidden units are shared out; so many that layers take turns.
+@pytest.mark.parametrize("batch", [1, 3, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_one_op_gives_the_bits_of_layers(name: str, dtype: torch.dtype, batch: int, native_ops) -> None:
+    module = build(dtype=dtype, **OPTIONS[name])
+    x, state = sequence(module, batch, dtype=dtype), state_of(module, batch, dtype)
+    for arguments in ((x,), (x, state)):
+        with torch.no_grad(), Called() as called:
+            found = module(*arguments)
+        assert ("conv1d_lstm_layers" in called.ops) == (name not in APART)
+        layers = module(*arguments)
+        assert_same(found, layers)
+        assert [t.stride() for t in flat(found)] == [t.stride() for t in flat(layers)]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_cnn_lstm_is_one_op(layers: int, native_ops) -> None:
+    module = CNN_LSTM(INPUT, 2, 6, 3, HIDDEN, layers).eval()
+    x = torch.randn(BATCH, TIME, INPUT)
+    assert_close(without_gradients(module, x, ops=["conv1d_lstm_layers"]), module(x))
+    with torch.no_grad(), Called() as called:
+        module.train()(x)
+    assert ("conv1d_lstm_layers" in called.ops) == (layers == 1)  # dropout keeps layers apart
+
+
+@pytest.mark.parametrize("part", ["conv.0", "conv.1", "lstm"])
+@pytest.mark.parametrize("how", ["hook", "pre_hook", "global", "forward", "subclass"])
+def test_whoever_watches_a_layer_sees_its_calls(how: str, part: str, native_ops) -> None:
+    model = build()
+    x = sequence(model)
+    expected = without_gradients(model, x, ops=["conv1d_lstm_layers"])
+    with torch.no_grad(), watching(model.get_submodule(part), how) as seen:
+        assert_same(model(x), expected)
+    assert model.get_submodule(part) in seen
+    without_gradients(model, x, ops=["conv1d_lstm_layers"])
+
+
+def test_layers_that_learn_are_not_in_the_op(native_ops) -> None:
+    for part in ("conv.0", "conv.1", "lstm"):
+        model = build().requires_grad_(False)
+        model.get_submodule(part).requires_grad_(True)
+        with Called() as called:
+            output, _ = model(sequence(model))
+        assert "conv1d_lstm_layers" not in called.ops and output.requires_grad
+
+
+@pytest.mark.parametrize("name", ["two_layers", "causal_stride", "no_bias", "recurrent"])
+def test_op_and_its_fake_agree(name: str, native_ops) -> None:
+    module = build(**OPTIONS[name]).requires_grad_(False)
+    convs, lstm = list(module.conv), module.lstm
+    for state, head, time_major in (((None, None), None, False), (state_of(module), torch.randn(2, 4), True)):
+        head = head if name == "recurrent" else None
+        arguments = (
+            sequence(module), [t for conv in convs for t in conv.parameters()], module.bias,
+            [conv.stride for conv in convs], [pad for conv in convs for pad in conv.pads()],
+            [conv.dilation for conv in convs], [conv.groups for conv in convs], "zeros", "relu",
+            list(lstm.parameters()), [], *lstm.options_of_layers(), *state, head, None, time_major,
+        )  # fmt: skip
+        library.opcheck(torch.ops.convfast.conv1d_lstm_layers.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"convolutions": []}, "convolutions must be of 4, got 0"),
+        ({"padding": [1]}, "padding must be of 4, got 1"),
+        ({"dilation": [1]}, "dilation must be of 2, got 1"),
+        ({"groups": []}, "groups must be of 2, got 0"),
+    ],
+)
+def test_bad_call_of_the_op(change: dict, message: str, native_ops) -> None:
+    module = build().requires_grad_(False)
+    arguments = {"x": X, "convolutions": [*module.conv.parameters()], "conv_bias": True, "stride": [1, 1]}
+    arguments |= {"padding": [1] * 4, "dilation": [1, 1], "groups": [1, 1], "padding_mode": "zeros"}
+    arguments |= {"activation": "relu", "weights": [*module.lstm.parameters()], "peepholes": [], "bias": True}
+    arguments |= {"projection": False, "bidirectional": False, "h0": None, "c0": None, "head": None}
+    arguments |= {"head_bias": None, "time_major": False}
+    torch.ops.convfast.conv1d_lstm_layers(**arguments)
+    with pytest.raises(RuntimeError, match=f"conv1d_lstm_layers: {message}"):
+        torch.ops.convfast.conv1d_lstm_layers(**(arguments | change))
+
+
 # Capture.
 
 
@@ -526,6 +615,8 @@ BAD_CALLS = {
         ValueError,
         r"input has 13 features, expected input_size=4 \(input shape \[3, 13, 4\], layout \[B, F, T\]\)",
     ),
+    "dtype": ({}, (X.double(),), TypeError, "conv1d: input has dtype torch.float64, expected torch.float32 like wei"),
+    "sparse": ({}, (X.to_sparse(),), TypeError, "conv1d: input is a torch.sparse_coo tensor, expected a dense"),
     "no_time": ({}, (X[:, :0],), ValueError, "Conv1dLSTM: input has 0 time steps, expected at least 1"),
     "too_short": ({"padding": "valid"}, (X[:, :4],), ValueError, "conv1d: input has size 2 in time, expected at le"),
     "too_short_for_pool": ({"pool": ("max", 20)}, (X,), ValueError, "pool: input has 13 .*at least the kernel 20"),
@@ -536,10 +627,11 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["", "no_grad"])
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_call_is_named_with_what_was_expected(name: str) -> None:
+def test_bad_call_is_named_with_what_was_expected(name: str, gradients: bool) -> None:
     options, arguments, error, message = BAD_CALLS[name]
-    with pytest.raises(error, match=message):
+    with torch.set_grad_enabled(gradients), pytest.raises(error, match=message):
         build(**options)(*arguments)
 
 

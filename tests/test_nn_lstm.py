@@ -16,15 +16,14 @@ from typing import Any
 import pytest
 import torch
 from cases import NAMESPACES
-from modules import assert_close, assert_same, check_against, flat, scripted
+from modules import Called, assert_close, assert_same, check_against, flat, scripted, watching, without_gradients
 from oracle import assert_close_to_oracle, lstm_gates
 from torch import Tensor, library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import convfast
-from convfast.nn import CNN_LSTM, LSTM, RegLSTM
+from convfast.nn import LSTM, RegLSTM
 
 OPS = ("lstm",)
 ROOT = Path(__file__).parent.parent
@@ -417,28 +416,6 @@ def test_scripting_a_model_leaves_it_as_it_is(native_ops) -> None:
 # Without gradients all layers, and a linear layer on top, are one op of the compiled backends.
 
 
-class Called(TorchDispatchMode):
-    """Lists the ops, without views and what looks at lengths."""
-
-    NOT = ("transpose", "unsqueeze", "squeeze", "view", "t", "detach", "min", "max", "_local_scalar_dense")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        self.ops += [] if name in self.NOT else [name]
-        return func(*args, **(kwargs or {}))
-
-
-def without_gradients(module: nn.Module, *arguments: Any, ops: list[str]) -> Any:
-    with torch.no_grad(), Called() as called:
-        found = module(*arguments)
-    assert called.ops == ops
-    return found
-
-
 # One sample; a few, whose hidden units are shared out; so many that layers take turns; several groups of them.
 @pytest.mark.parametrize("batch", [1, 3, 19, 150])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -548,11 +525,9 @@ def test_linear_layer_on_top_in_the_op(
         assert output.is_contiguous()
 
 
-def test_reg_lstm_is_one_op_and_one_conv_each_in_cnn_lstm(compiled_backend: str) -> None:
+def test_reg_lstm_is_one_op(compiled_backend: str) -> None:
     reg = RegLSTM(INPUT, HIDDEN, 2, backend=compiled_backend)
-    cnn = CNN_LSTM(INPUT, 3, 4, 3, HIDDEN, backend=compiled_backend)
     without_gradients(reg, torch.randn(TIME, BATCH, INPUT), ops=["lstm_layers"])
-    without_gradients(cnn.eval(), torch.randn(BATCH, TIME, INPUT), ops=["conv1d_forward"] * 2 + ["lstm_layers"])
 
 
 def test_dropout_keeps_layers_apart_without_gradients(compiled_backend: str) -> None:
@@ -568,38 +543,13 @@ def test_dropout_keeps_layers_apart_without_gradients(compiled_backend: str) -> 
 @pytest.mark.parametrize("part", ["rnn", "reg"])
 @pytest.mark.parametrize("how", ["hook", "pre_hook", "global", "forward", "subclass"])
 def test_whoever_watches_a_part_of_a_model_sees_its_calls(how: str, part: str, native_ops) -> None:
-    model, seen = RegLSTM(INPUT, HIDDEN), []
-    x, watched = torch.randn(TIME, BATCH, INPUT), getattr(model, part)
-    with torch.no_grad():
-        expected = model(x)
-
-    class Watched(type(watched)):
-        def forward(self, *arguments):
-            seen.append(self)
-            return super().forward(*arguments)
-
-    def watch(module, *_):
-        seen.append(module)
-
-    handle = None
-    if how == "hook":
-        watched.register_forward_hook(watch)
-    elif how == "pre_hook":
-        watched.register_forward_pre_hook(watch)
-    elif how == "global":
-        handle = nn.modules.module.register_module_forward_hook(watch)
-    elif how == "forward":
-        original = watched.forward
-        watched.forward = lambda *arguments: (seen.append(watched), original(*arguments))[1]
-    else:
-        watched.__class__ = Watched
-    try:
-        with torch.no_grad():
-            assert_close(model(x), expected)
-    finally:
-        if handle is not None:
-            handle.remove()
-    assert watched in seen
+    model = RegLSTM(INPUT, HIDDEN, 2)
+    x = torch.randn(TIME, BATCH, INPUT)
+    expected = without_gradients(model, x, ops=["lstm_layers"])
+    with torch.no_grad(), watching(getattr(model, part), how) as seen:
+        assert_close(model(x), expected)
+    assert getattr(model, part) in seen
+    without_gradients(model, x, ops=["lstm_layers"])
 
 
 def test_frozen_lstm_under_a_linear_layer_that_learns(native_ops) -> None:

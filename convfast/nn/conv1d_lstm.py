@@ -143,13 +143,16 @@ class Conv1dLSTM(nn.Module):
             self.lstm.check_state(state, (x.shape[0],), f"{type(self).__name__}: state")
         if lengths is not None:
             check_integers(type(self).__name__, lengths)
-        for k, (conv, pool) in enumerate(zip(self.conv, self.pools)):
-            if k + 1 == len(self.conv) and pool.kind == "none":
-                return convolve_into_lstm(conv, self.lstm, x, state, lengths)
-            x = conv(x, lengths)
-            x = x if pool.kind == "none" else pool(x)
+        layers = list(zip(self.conv, self.pools))
+        pooled = len(layers)
+        while pooled and layers[pooled - 1][1].kind == "none":
+            pooled -= 1
+        for conv, pool in layers[:pooled]:
+            x = pool(conv(x, lengths))
             if lengths is not None:
                 lengths = pool.output_lengths(conv.output_lengths(lengths))
+        if pooled < len(layers):
+            return convolve_into_lstm([conv for conv, _ in layers[pooled:]], self.lstm, x, state, lengths)
         return self.lstm(x if self.batch_first else x.transpose(0, 1), state, lengths)
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
@@ -323,12 +326,9 @@ class CNN_LSTM(nn.Module):
         if lengths is not None:
             check_integers(type(self).__name__, lengths)
         first, second = self.cnn.values()
-        x = first(input, lengths)
-        if lengths is not None:
-            lengths = first.output_lengths(lengths)
         if not self.lstm.takes(self.fc):
-            return self.fc(convolve_into_lstm(second, self.lstm, x, None, lengths)[0])
-        return convolve_into_lstm(second, self.lstm, x, None, lengths, self.fc)[0]
+            return self.fc(convolve_into_lstm((first, second), self.lstm, input, None, lengths)[0])
+        return convolve_into_lstm((first, second), self.lstm, input, None, lengths, self.fc)[0]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedCNNLSTM(self)

@@ -1,26 +1,37 @@
-"""A convolution and the LSTM on top of it, with nothing between them in memory where one kernel does both."""
+"""Convolutions and the LSTM on top of them: in one op, or with nothing between the two in memory, where it can be."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..ops.checks import autocast_dtype, autocast_state, autocast_to, check_tensors, forward_mode, needs_function
 from ..ops.conv1d import check_conv1d
+from ..ops.lstm import backend_of_layers
 from ..triton import runtime
+from .conv1d import Conv1d
+from .lstm import LSTM
+from .scripted import plain
 from .state import Pair
-
-if TYPE_CHECKING:
-    from .conv1d import Conv1d
-    from .lstm import LSTM
 
 
 def convolve_into_lstm(
-    conv: "Conv1d", rnn: "LSTM", x: Tensor, state: Pair | None, lengths: Tensor | None, head: nn.Linear | None = None
+    convs: Sequence[Conv1d],
+    rnn: LSTM,
+    x: Tensor,
+    state: Pair | None,
+    lengths: Tensor | None,
+    head: nn.Linear | None = None,
 ) -> tuple[Tensor, Pair]:
-    """x `[B, T, F]` → what `rnn` gives on `conv(x, lengths)`, its output sent through `head`."""
+    """x `[B, T, F]` → what `rnn` gives on what `convs` give one after another, its output sent through `head`."""
+    if lengths is None and (found := _in_one_op(convs, rnn, x, state, head)) is not None:
+        return found
+    *below, conv = convs
+    for layer in below:
+        x, lengths = layer(x, lengths), None if lengths is None else layer.output_lengths(lengths)
     ends = None if lengths is None else conv.output_lengths(lengths)
     if _fuses(conv, rnn, x, state):
         return rnn.run(x, state, ends, partial(_gates_into_lstm, conv, lengths), head)
@@ -29,7 +40,41 @@ def convolve_into_lstm(
     return rnn(x, state, ends) if head is None else rnn.under(head, x, state, ends)
 
 
-def _fuses(conv: "Conv1d", rnn: "LSTM", x: Tensor, state: Pair | None) -> bool:
+def _in_one_op(
+    convs: Sequence[Conv1d], rnn: LSTM, x: Tensor, state: Pair | None, head: nn.Linear | None
+) -> tuple[Tensor, Pair] | None:
+    """`convolve_into_lstm` without gradients and compiled, where nobody watches the layers; else None."""
+    if torch.compiler.is_compiling() or _has_any_global_hook() or not plain(rnn, LSTM):
+        return None
+    if rnn.dropout > 0 and rnn.training:
+        return None
+    first = convs[0]
+    common = (first.bias is None, first.padding_mode, first.activation, rnn.backend, False)
+    convolutions, pads = [], []
+    for conv in convs:
+        weight, bias = conv.weight, conv.bias
+        own = (bias is None, conv.padding_mode, conv.activation, conv.backend, conv.channels_first)
+        if own != common or not plain(conv, Conv1d):
+            return None
+        convolutions += [weight] if bias is None else [weight, bias]
+        pads += conv.pads()
+    weights = rnn.weights_by_name()
+    on_top = (None, None) if head is None else (head.weight, head.bias)
+    if backend_of_layers(x, weights, (*convolutions, *on_top, *(state or ())), rnn.backend) != "cpu":
+        return None
+    options = [[getattr(conv, name) for conv in convs] for name in ("stride", "dilation", "groups")]
+    try:
+        y, h, c = backends.function("cpu", "conv1d_lstm_layers")(
+            x, convolutions, first.bias is not None, options[0], pads, *options[1:], first.padding_mode,
+            first.activation, list(weights.values()), rnn.peepholes(), *rnn.options_of_layers(),
+            *(state or (None, None)), *on_top, not rnn.batch_first,
+        )  # fmt: skip
+    except RuntimeError:
+        return None  # what is wrong, the layers say
+    return y if rnn.batch_first else y.transpose(0, 1), (h, c)
+
+
+def _fuses(conv: Conv1d, rnn: LSTM, x: Tensor, state: Pair | None) -> bool:
     """For inference with Triton, where the tile between the two and the LSTM's weights fit on the chip."""
     weight = conv.weight
     if weight.device.type not in runtime.devices() or conv.groups > 1 or forward_mode():
@@ -51,7 +96,7 @@ def _fuses(conv: "Conv1d", rnn: "LSTM", x: Tensor, state: Pair | None) -> bool:
 
 
 def _gates_into_lstm(
-    conv: "Conv1d",
+    conv: Conv1d,
     lengths: Tensor | None,
     x: Tensor,
     weight_ih: Tensor,

@@ -13,7 +13,7 @@ from ..ops import lstm
 from ..ops.checks import check_count, needs_function
 from ..ops.lstm import backend_of_layers, lstm_layers
 from .options import check_dropout, check_dtype, kind
-from .scripted import watched
+from .scripted import plain, watched
 from .scripted_lstm import ScriptedLSTM, ScriptedRegLSTM
 from .state import Pair
 
@@ -125,9 +125,7 @@ class LSTM(nn.RNNBase):
 
     def takes(self, head: nn.Module) -> bool:
         """Whether `under` may stand for the calls of the two modules: nobody watches them or has replaced them."""
-        if type(self).forward is not LSTM.forward or type(head) is not nn.Linear or _has_any_global_hook():
-            return False
-        return not watched(self) and not watched(head)
+        return type(head) is nn.Linear and plain(self, LSTM) and not watched(head) and not _has_any_global_hook()
 
     def run(
         self,
@@ -172,15 +170,12 @@ class LSTM(nn.RNNBase):
             )
         directions = self._directions()
         if first is lstm and not (self.dropout > 0 and self.training):
-            # getattr() asks several others before it finds a parameter.
-            own = self._parameters
-            weights = {name: own[name] if name in own else getattr(self, name) for name in self._flat_weights_names}
-            if backend := backend_of_layers(x, weights, hx, self.backend):
-                peepholes = [getattr(self, f"peephole{end}") for end in self.ends()] if self.peephole else []
-                options = (self.bias, self.proj_size > 0, self.bidirectional)
+            weights = self.weights_by_name()
+            if backend := backend_of_layers(x, weights, hx or (), self.backend):
                 inside = None if head is None else (head.weight, head.bias)
                 if inside and needs_function(*inside):
                     inside = None
+                peepholes, options = self.peepholes(), self.options_of_layers()
                 x, state = lstm_layers(
                     x, weights, peepholes, *options, hx, lengths, inside, not self.batch_first, backend
                 )
@@ -212,6 +207,20 @@ class LSTM(nn.RNNBase):
         if head is None:
             return x
         return head(x) if self.batch_first else head(x.transpose(0, 1)).transpose(0, 1)
+
+    def weights_by_name(self) -> dict[str, Tensor]:
+        """Those of `torch.nn.LSTM`, in its order."""
+        # getattr() asks several others before it finds a parameter.
+        own = self._parameters
+        return {name: own[name] if name in own else getattr(self, name) for name in self._flat_weights_names}
+
+    def peepholes(self) -> list[Tensor]:
+        """Of each layer and direction; none where there are none."""
+        return [getattr(self, f"peephole{end}") for end in self.ends()] if self.peephole else []
+
+    def options_of_layers(self) -> tuple[bool, bool, bool]:
+        """What weights there are: of biases, of projections, of a second direction."""
+        return self.bias, self.proj_size > 0, self.bidirectional
 
     def weights(self, layer: int, direction: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """(weight_ih, weight_hh, sum of the biases, peephole, weight_hr); `direction` is "" or "_reverse"."""

@@ -35,6 +35,11 @@ def watched(module: nn.Module) -> bool:
     return any(vars(module).get(name) for name in names)
 
 
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the module is no more than the forward of `kind`, unless hooks are set on all modules."""
+    return type(module).forward is kind.forward and not watched(module)
+
+
 class Twin(nn.Module):
     """What `__prepare_scriptable__` of a module returns: its forward for TorchScript."""
 

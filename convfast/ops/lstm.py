@@ -1,12 +1,13 @@
 """One LSTM layer over a whole sequence, in one or both directions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from .. import backends, reference
+from ..reference.conv1d import output_length
 from ..reference.lstm_gates import state_dtype
 from ..reference.sequence import ordered
 from .checks import (
@@ -124,10 +125,10 @@ def lstm(
 
 
 def backend_of_layers(
-    input: Tensor, weights: Mapping[str, Tensor], state: tuple[Tensor, Tensor] | None, backend: str | None
+    input: Tensor, weights: Mapping[str, Tensor], others: Iterable[Tensor], backend: str | None
 ) -> str | None:
     """That of `lstm_layers` where it can take the place of `lstm` for each layer: without gradients, compiled."""
-    if torch.compiler.is_compiling() or forward_mode() or needs_function(input, *weights.values(), *(state or ())):
+    if torch.compiler.is_compiling() or forward_mode() or needs_function(input, *weights.values(), *others):
         return None
     weight = next(iter(weights.values()))
     if autocast_dtype(weight) is not None:
@@ -267,6 +268,28 @@ class _LSTM(torch.autograd.Function):
         return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
 
 
+def _empty_of_layers(
+    batch: int,
+    time: int,
+    weights: list[Tensor],
+    bias: bool,
+    projection: bool,
+    bidirectional: bool,
+    head: Tensor | None,
+    time_major: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For fakes: what `lstm_layers` returns."""
+    w_hh, directions = weights[1], 1 + bidirectional
+    hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
+    rows = len(weights) // (2 + 2 * bias + projection)
+    channels = directions * size if head is None else head.shape[0]
+    return (
+        empty_sequence(w_hh, (batch, time, channels), time_major, w_hh.dtype),
+        w_hh.new_empty((rows, batch, size)),
+        w_hh.new_empty((rows, batch, hidden), dtype=state_dtype(w_hh.dtype)),
+    )
+
+
 def register_fakes(namespace: str) -> None:
     """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
@@ -350,12 +373,31 @@ def register_fakes(namespace: str) -> None:
         head_bias: Tensor | None,
         time_major: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        w_hh, directions, (batch, time, _) = weights[1], 1 + bidirectional, x.shape
-        hidden, size = w_hh.shape[0] // 4, w_hh.shape[1]
-        rows = len(weights) // (2 + 2 * bias + projection)
-        channels = directions * size if head is None else head.shape[0]
-        return (
-            empty_sequence(w_hh, (batch, time, channels), time_major, w_hh.dtype),
-            w_hh.new_empty((rows, batch, size)),
-            w_hh.new_empty((rows, batch, hidden), dtype=state_dtype(w_hh.dtype)),
-        )
+        return _empty_of_layers(x.shape[0], x.shape[1], weights, bias, projection, bidirectional, head, time_major)
+
+    @library.register_fake(f"{namespace}::conv1d_lstm_layers")
+    def _(
+        x: Tensor,
+        convolutions: list[Tensor],
+        conv_bias: bool,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: list[int],
+        padding_mode: str,
+        activation: str,
+        weights: list[Tensor],
+        peepholes: list[Tensor],
+        bias: bool,
+        projection: bool,
+        bidirectional: bool,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        head: Tensor | None,
+        head_bias: Tensor | None,
+        time_major: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, time, _ = x.shape
+        for k, weight in enumerate(convolutions[:: 1 + conv_bias]):
+            time = output_length(time, weight.shape[2], stride[k], padding[2 * k : 2 * k + 2], dilation[k])
+        return _empty_of_layers(batch, time, weights, bias, projection, bidirectional, head, time_major)

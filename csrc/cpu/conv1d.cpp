@@ -604,13 +604,6 @@ struct Engine {
   }
 };
 
-std::tuple<Tensor, Tensor> conv1d_forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, int64_t stride,
-                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, std::string padding_mode,
-                                          std::string activation, bool time_major, bool save) {
-  const Problem p = make_problem(kForward, x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation);
-  return switch_dtype(kForward, "weight", weight, [&](auto a) { return Engine<decltype(a)>(kForward, p, x, weight, bias).forward(time_major, save); });
-}
-
 std::tuple<Tensor, Tensor, Tensor> conv1d_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, Tensor y, Tensor pre,
                                                    int64_t stride, std::vector<int64_t> padding, int64_t dilation, int64_t groups,
                                                    std::string padding_mode, std::string activation, std::vector<int64_t> needs) {
@@ -631,6 +624,14 @@ std::tuple<Tensor, Tensor, Tensor> conv1d_backward(Tensor dy, Tensor x, Tensor w
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> conv1d_forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, int64_t stride,
+                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, std::string padding_mode,
+                                          std::string activation, bool time_major, bool save) {
+  const Problem p = make_problem(kForward, x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation);
+  return switch_dtype(kForward, "weight", weight, [&](auto a) { return Engine<decltype(a)>(kForward, p, x, weight, bias).forward(time_major, save); });
+}
+
 }  // namespace cpu
 }  // namespace convfast
 

@@ -101,19 +101,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_forward(
   return switch_dtype(kForward, "w_hh", w_hh, [&](auto a) { return run_layer<decltype(a)>(p, in, time_major, save); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> lstm_layers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> peepholes, bool bias, bool projection,
-                                               bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor head, OptionalTensor head_bias,
-                                               bool time_major) {
-  std::vector<std::vector<Direction>> layers;
-  for (const std::vector<LSTMWeights>& layer : lstm_weights(kLayers, weights, peepholes, bias, projection, bidirectional)) {
-    layers.emplace_back();
-    for (const LSTMWeights& w : layer) layers.back().push_back({w.w_ih, w.w_hh, w.bias_ih, w.peephole, w.w_hr, w.bias_hh});
-  }
-  return switch_dtype(kLayers, "weights", weights[1], [&](auto a) {
-    return run_layers<decltype(a)>({x, {}, h0, c0, lengths}, layers, {head, head_bias}, time_major);
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_backward(
     OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n, Tensor x, Tensor w_ih, Tensor w_hh, OptionalTensor bias, OptionalTensor peephole,
     OptionalTensor w_hr, OptionalTensor w_ih_r, OptionalTensor w_hh_r, OptionalTensor bias_r, OptionalTensor peephole_r, OptionalTensor w_hr_r,
@@ -142,6 +129,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> lstm_layers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> peepholes, bool bias, bool projection,
+                                               bool bidirectional, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, OptionalTensor head, OptionalTensor head_bias,
+                                               bool time_major) {
+  std::vector<std::vector<Direction>> layers;
+  for (const std::vector<LSTMWeights>& layer : lstm_weights(kLayers, weights, peepholes, bias, projection, bidirectional)) {
+    layers.emplace_back();
+    for (const LSTMWeights& w : layer) layers.back().push_back({w.w_ih, w.w_hh, w.bias_ih, w.peephole, w.w_hr, w.bias_hh});
+  }
+  return switch_dtype(kLayers, "weights", weights[1], [&](auto a) {
+    return run_layers<decltype(a)>({x, {}, h0, c0, lengths}, layers, {head, head_bias}, time_major);
+  });
+}
+
 }  // namespace lstm
 }  // namespace cpu
 }  // namespace convfast
