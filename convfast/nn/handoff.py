@@ -44,11 +44,11 @@ def _in_one_op(
     convs: Sequence[Conv1d], rnn: LSTM, x: Tensor, state: Pair | None, head: nn.Linear | None
 ) -> tuple[Tensor, Pair] | None:
     """`convolve_into_lstm` without gradients and compiled, where nobody watches the layers; else None."""
-    if torch.compiler.is_compiling() or _has_any_global_hook() or not plain(rnn, LSTM):
-        return None
-    if rnn.dropout > 0 and rnn.training:
-        return None
     first = convs[0]
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and first.weight.requires_grad):
+        return None
+    if _has_any_global_hook() or not plain(rnn, LSTM) or (rnn.dropout > 0 and rnn.training):
+        return None
     common = (first.bias is None, first.padding_mode, first.activation, rnn.backend, False)
     convolutions, pads = [], []
     for conv in convs:
