@@ -16,6 +16,10 @@ from bench.setting import CPU, SETTINGS, Setting
 from convfast import native
 
 
+# What keeps torch and its libraries from instructions that the CPU has.
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
 def describe(device: str = "cpu") -> dict[str, object]:
     """CPU model, cores, threads, versions, instruction sets, commit and date; and of the GPU, if that is the device."""
     return {
@@ -24,6 +28,7 @@ def describe(device: str = "cpu") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "isa_torch": torch.backends.cpu.get_cpu_capability(),
         "isa_convfast": torch.ops.convfast.cpu_capability() if native.reason() is None else f"none: {native.reason()}",
+        "limits": [f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ],
         "torch": torch.__version__,
         "convfast": convfast.__version__,
         "python": platform.python_version(),

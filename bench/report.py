@@ -128,6 +128,8 @@ class Report:
                 f"Measured peaks of matmul and copy: {peaks}."
             )
         isa = f"{m['isa_torch']} (torch), {m['isa_convfast']} (convfast)"
+        if m.get("limits"):
+            isa += f" by {' '.join(m['limits'])}"
         narrow = "".join(f"{m['peaks'][key]:.0f} in bfloat16, " for key in m["peaks"] if key.endswith("bfloat16"))
         gate = f" Rounds count while a matmul reaches {m['gate']:.0f} GFLOP/s." if m.get("gate") else ""
         return (

@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from .. import backends
 from ..ops.checks import autocast_dtype, autocast_state, autocast_to, check_tensors, forward_mode, needs_function
@@ -13,8 +12,8 @@ from ..ops.conv1d import check_conv1d
 from ..ops.lstm import backend_of_layers
 from ..triton import runtime
 from .conv1d import Conv1d
+from .hooks import plain
 from .lstm import LSTM
-from .scripted import plain
 from .state import Pair
 
 
@@ -45,9 +44,9 @@ def _in_one_op(
 ) -> tuple[Tensor, Pair] | None:
     """`convolve_into_lstm` without gradients and compiled, where nobody watches the layers; else None."""
     first = convs[0]
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and first.weight.requires_grad):
+    if torch.compiler.is_compiling() or needs_function(first.weight):
         return None
-    if _has_any_global_hook() or not plain(rnn, LSTM) or (rnn.dropout > 0 and rnn.training):
+    if not plain(rnn, LSTM) or (rnn.dropout > 0 and rnn.training):
         return None
     common = (first.bias is None, first.padding_mode, first.activation, rnn.backend, False)
     convolutions, pads = [], []

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..ops import lstm
 from ..ops.checks import check_count, needs_function
 from ..ops.lstm import backend_of_layers, lstm_layers
+from .hooks import plain
 from .options import check_dropout, check_dtype, kind
-from .scripted import plain, watched
 from .scripted_lstm import ScriptedLSTM, ScriptedRegLSTM
 from .state import Pair
 
@@ -125,7 +124,7 @@ class LSTM(nn.RNNBase):
 
     def takes(self, head: nn.Module) -> bool:
         """Whether `under` may stand for the calls of the two modules: nobody watches them or has replaced them."""
-        return type(head) is nn.Linear and plain(self, LSTM) and not watched(head) and not _has_any_global_hook()
+        return plain(self, LSTM) and type(head) is nn.Linear and plain(head, nn.Linear)
 
     def run(
         self,

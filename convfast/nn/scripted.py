@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import native
+from .hooks import watched
 from .options import Layer
 
 if TYPE_CHECKING:
@@ -27,17 +28,6 @@ if TYPE_CHECKING:
 
 # TorchScript wants its types spelled out.
 Pairs = list[tuple[Tensor, Tensor]]
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether hooks are set on the module, or a forward of its own."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
-    return any(vars(module).get(name) for name in names)
-
-
-def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling the module is no more than the forward of `kind`, unless hooks are set on all modules."""
-    return type(module).forward is kind.forward and not watched(module)
 
 
 class Twin(nn.Module):

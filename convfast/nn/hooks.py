@@ -1,0 +1,15 @@
+"""Whether anyone sees a module's calls, so that no other op may stand for them."""
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether hooks are set on the module, or a forward of its own."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
+    return any(vars(module).get(name) for name in names)
+
+
+def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is the forward of `kind` and no more."""
+    return type(module).forward is kind.forward and not watched(module) and not _has_any_global_hook()
