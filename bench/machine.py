@@ -15,7 +15,6 @@ from bench.harness import Clock, GpuClock, wall_clock
 from bench.setting import CPU, SETTINGS, Setting
 from convfast import native
 
-
 # What keeps torch and its libraries from instructions that the CPU has.
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
