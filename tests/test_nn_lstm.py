@@ -475,6 +475,13 @@ def test_pipeline_of_layers_gives_the_bits_of_layers(
             torch.testing.assert_close(output, head(layers_alone[0]))
 
 
+def test_pipeline_of_layers_whose_weights_l2_does_not_hold(native_ops: Any) -> None:
+    module = LSTM(256, 256, 2, backend="cpu")
+    x, hx = torch.randn(40, 20, 256), state_of(module, 20)
+    with threads(2):
+        assert_same(without_gradients(module, x, hx, ops=["lstm_layers"]), module(x, hx))
+
+
 def test_pipeline_of_layers_with_fewer_threads_than_asked_for(native_ops: Any) -> None:
     script = """
 import torch

@@ -118,14 +118,19 @@ struct Plan {
 
   // Stages of a pipeline: a thread has layers of its own and runs behind the thread of those below. A step then has the rows of all
   // stages' threads, and a core's L2 holds its own layers' weights only. 1 where rows are many or go by matrix tiles, steps few or layers
-  // unlike, so that nothing is gained by it. `outputs`: of a linear layer on top.
+  // unlike, or where rows fill tiles without it and L2 holds the weights of all, so that nothing is gained by it. `outputs`: of a linear
+  // layer on top.
   static long pipeline_of(const std::vector<const Plan*>& layers, long outputs) {
     constexpr long kMostRows = 32, kFewestSteps = 32;
     const Plan& first = *layers[0];
     const long n = layers.size();
     if (first.p.time < kFewestSteps || first.p.directions > 1) return 1;
-    for (const Plan* layer : layers)
+    long all_bytes = 0;
+    for (const Plan* layer : layers) {
       if (layer->by_tiles() && layer->by_parts()) return 1;
+      all_bytes += layer->weight_bytes();
+    }
+    if (first.p.batch >= kTogether * first.threads && all_bytes <= l2_bytes()) return 1;
     for (long stages = std::min(n, first.threads); stages > 1; --stages) {
       const long parts = first.threads / stages, rows = (first.p.batch + parts - 1) / parts;
       if (first.threads % stages || first.p.batch < parts || rows > (first.split_by ? kTogether - 1 : kMostRows)) continue;
