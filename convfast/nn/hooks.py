@@ -6,8 +6,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 def watched(module: nn.Module) -> bool:
     """Whether hooks are set on the module, or a forward of its own."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "forward")
-    return any(vars(module).get(name) for name in names)
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
 
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -198,19 +198,27 @@ static INLINE bool in_triples(long rows, long k) {
   return k * 3 * Simd<T>::W * (long)sizeof(T) <= kBytes || (rows > kPixels && Cut(rows, kPixels).least < kHigh);
 }
 
+// GCC tunes for processors in general by keeping integers in vector registers, whose way back waits behind the FMAs.
+#if defined(__x86_64__) && !defined(__clang__)
+#define CONVFAST_NO_VECTOR_SPILLS __attribute__((target("tune=haswell")))
+#else
+#define CONVFAST_NO_VECTOR_SPILLS
+#endif
+
 // Rows [row, row + M) by NV vectors of columns from n on, which is where a panel begins or, of three, its second vector. `ahead`: M rows
 // of results, g.ldo apart, that are not in cache; their lines are asked for one row after another, so that no load waits behind them.
-template <class T, int M, int NV>
-static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
+// kPlain: operands of one run, no relu, nothing asked for ahead. The way from one tile to the next is then so short that FMAs which still
+// wait hide it.
+template <class T, int M, int NV, bool kPlain>
+CONVFAST_NO_VECTOR_SPILLS static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
   typedef Simd<T> S;
   typedef typename S::V V;
   enum { kEach = NV > 1 ? 2 : 1, kAhead = NV == 3 ? 8 : 12 };
   static const T zeros[NV * S::W] = {};
   const long column = g.ldb ? 1 : g.k, ldb = g.ldb ? g.ldb : (long)(kEach * S::W), panel = column * 2 * S::W;
-  const long second = NV == 3 ? n / S::W % 2 : 0;  // 1: b begins with the second vector of a panel
+  const long second = NV == 3 ? n / S::W & 1 : 0;  // 1: b begins with the second vector of a panel
   const T *b = g.b + (n - second * S::W) * column + second * S::W, *init = g.init ? g.init + row * g.ld_init + n : zeros;
-  const long ld_init = g.init ? g.ld_init : 0, ldo = g.ldo, part = (g.k + M - 1) / M * ldb;
-  T* out = g.out + row * ldo + n;
+  const long ld_init = g.init ? g.ld_init : 0;
   long apart[NV];  // of each vector from the first
   for (int v = 0; v < NV; ++v) apart[v] = (second + v) / kEach * panel + ((second + v) % kEach - second) * S::W;
   V acc[M][NV];
@@ -228,10 +236,11 @@ static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
     const T* const last = b + runs.length * ldb;
     do {
       const T* end = last;
-      if (left > 0) {
+      if (!kPlain && left > 0) {
         for (int v = 0; v < NV; ++v) __builtin_prefetch(ahead + v * S::W, 1);
-        ahead += ldo;
+        ahead += g.ldo;
         --left;
+        const long part = (g.k + M - 1) / M * ldb;
         if (last - b > part) end = b + part;
       }
       do {
@@ -250,13 +259,15 @@ static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
         for (int j = 0; j < (M + 2) / 3; ++j) ++p[j];
         b += ldb;
       } while (b != end);
-    } while (b != last);
-    if (++run == runs.count) {
+    } while (!kPlain && b != last);
+    if (kPlain || ++run == runs.count) {
       run = 0;
       ++operand;
     }
   } while (operand < 2 && g.a[operand]);
-  if (g.relu) {
+  T* out = g.out + row * g.ldo + n;
+  const long ldo = g.ldo;
+  if (!kPlain && g.relu) {
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < NV; ++v) S::store(out + m * ldo + v * S::W, relu_of(acc[m][v]));
   } else {
@@ -266,7 +277,7 @@ static void few_rows_gemm(const Gemm<T>& g, long row, long n, const T* ahead) {
 }
 
 // Columns [begin, end) of the only M rows, as many vectors at once as M rows are fastest with.
-template <class T, int M>
+template <class T, int M, bool kPlain>
 static void few_rows_columns(const Gemm<T>& g, long begin, long end) {
   enum { W = Simd<T>::W, kMost = vectors_for<T>(M) };
   const bool triples = kMost == 3 && in_triples<T>(M, g.k);
@@ -275,24 +286,24 @@ static void few_rows_columns(const Gemm<T>& g, long begin, long end) {
     long step = left >= 4 && kMost > 4 ? 4 : left >= 2 ? 2 : 1;
     if (triples) step = triple_or_less(n / W, left);
     else if (kMost != 3 && left >= kMost) step = kMost;
-    if (step == kMost) few_rows_gemm<T, M, kMost>(g, 0, n, 0);
-    else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost)>(g, 0, n, 0);
-    else if (step == 2) few_rows_gemm<T, M, 2>(g, 0, n, 0);
-    else few_rows_gemm<T, M, 1>(g, 0, n, 0);
+    if (step == kMost) few_rows_gemm<T, M, kMost, kPlain>(g, 0, n, 0);
+    else if (kMost > 4 && step == 4) few_rows_gemm<T, M, (kMost > 4 ? 4 : kMost), kPlain>(g, 0, n, 0);
+    else if (step == 2) few_rows_gemm<T, M, 2, kPlain>(g, 0, n, 0);
+    else few_rows_gemm<T, M, 1, kPlain>(g, 0, n, 0);
     n += step * W;
   }
 }
 
 // Columns [begin, end), from the first of a panel on; before(rows, columns) is called before each tile. Nothing of g is copied: its
 // fields may still be on their way to the cache, behind stores that wait for another core.
-template <class T, class F>
-static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F& before) {
+template <class T, bool kPlain, class F>
+static INLINE void gemm_columns_by(const Gemm<T>& g, long begin, long end, const F& before) {
   typedef void (*Columns)(const Gemm<T>&, long, long);
   typedef void (*TileOf)(const Gemm<T>&, long, long, const T*);
-#define CONVFAST_COLUMNS(M) few_rows_columns<T, M>
-#define CONVFAST_TRIPLE(M) few_rows_gemm<T, M, 3>
-#define CONVFAST_PAIR(M) few_rows_gemm<T, M, 2>
-#define CONVFAST_VECTOR(M) few_rows_gemm<T, M, 1>
+#define CONVFAST_COLUMNS(M) few_rows_columns<T, M, kPlain>
+#define CONVFAST_TRIPLE(M) few_rows_gemm<T, M, 3, kPlain>
+#define CONVFAST_PAIR(M) few_rows_gemm<T, M, 2, kPlain>
+#define CONVFAST_VECTOR(M) few_rows_gemm<T, M, 1, kPlain>
   static const Columns columns[] = {CONVFAST_TILES(CONVFAST_COLUMNS)};
   static const TileOf triples[] = {CONVFAST_TRIPLES(CONVFAST_TRIPLE)}, pairs[] = {CONVFAST_TILES(CONVFAST_PAIR)}, single[] = {CONVFAST_TILES(CONVFAST_VECTOR)};
 #undef CONVFAST_COLUMNS
@@ -322,6 +333,12 @@ static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F&
     }
     n = beyond;
   }
+}
+
+template <class T, class F>
+static INLINE void gemm_columns(const Gemm<T>& g, long begin, long end, const F& before) {
+  if (g.far || g.relu || g.runs[0].count > 1 || (g.a[1] && g.runs[1].count > 1)) gemm_columns_by<T, false>(g, begin, end, before);
+  else gemm_columns_by<T, true>(g, begin, end, before);
 }
 
 template <class T>
