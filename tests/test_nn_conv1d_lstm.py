@@ -617,6 +617,8 @@ BAD_CALLS = {
     ),
     "dtype": ({}, (X.double(),), TypeError, "conv1d: input has dtype torch.float64, expected torch.float32 like wei"),
     "sparse": ({}, (X.to_sparse(),), TypeError, "conv1d: input is a torch.sparse_coo tensor, expected a dense"),
+    "device": ({}, (X.to("meta"),), ValueError, "conv1d: input is on meta, expected cpu like weight"),
+    "device_of_state": ({}, (X, (H, H.to("meta"))), ValueError, "state c is on meta, expected cpu"),
     "no_time": ({}, (X[:, :0],), ValueError, "Conv1dLSTM: input has 0 time steps, expected at least 1"),
     "too_short": ({"padding": "valid"}, (X[:, :4],), ValueError, "conv1d: input has size 2 in time, expected at le"),
     "too_short_for_pool": ({"pool": ("max", 20)}, (X,), ValueError, "pool: input has 13 .*at least the kernel 20"),
@@ -650,6 +652,16 @@ def test_bad_argument_of_cnn_lstm(name: str) -> None:
     value = BAD_CNN_LSTM[name]
     with pytest.raises(ValueError, match=f"^CNN_LSTM: {name} is {value!r}, expected"):
         CNN_LSTM(**({"input_dim": INPUT, "output_dim": 2, "lstm_num_layers": 1} | {name: value}))
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["", "no_grad"])
+def test_cnn_lstm_names_an_input_that_it_cannot_take(gradients: bool) -> None:
+    model = CNN_LSTM(INPUT, 2)
+    with torch.set_grad_enabled(gradients):
+        with pytest.raises(TypeError, match=r"^conv1d: input is a list, expected a Tensor"):
+            model([1.0])
+        with pytest.raises(ValueError, match=r"^conv1d: input is on meta, expected cpu"):
+            model(X.to("meta"))
 
 
 def test_cnn_lstm_names_lengths_that_are_no_tensor() -> None:

@@ -46,7 +46,7 @@ def _in_one_op(
     first = convs[0]
     if torch.compiler.is_compiling() or needs_function(first.weight):
         return None
-    if not plain(rnn, LSTM) or (rnn.dropout > 0 and rnn.training):
+    if not isinstance(x, Tensor) or not plain(rnn, LSTM) or (rnn.dropout > 0 and rnn.training):
         return None
     common = (first.bias is None, first.padding_mode, first.activation, rnn.backend, False)
     convolutions, pads = [], []
@@ -59,7 +59,11 @@ def _in_one_op(
         pads += conv.pads()
     weights = rnn.weights_by_name()
     on_top = (None, None) if head is None else (head.weight, head.bias)
-    if backend_of_layers(x, weights, (*convolutions, *on_top, *(state or ())), rnn.backend) != "cpu":
+    others = (*convolutions, *on_top, *(state or ()))
+    if backend_of_layers(x, weights, others, rnn.backend) != "cpu":
+        return None
+    # Of tensors on several devices the dispatcher would pick one's kernel.
+    if any(t is not None and t.device != x.device for t in (*weights.values(), *others)):
         return None
     options = [[getattr(conv, name) for conv in convs] for name in ("stride", "dilation", "groups")]
     try:
