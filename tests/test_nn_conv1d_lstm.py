@@ -297,12 +297,16 @@ def test_memory_is_that_of_the_results(name: str, native_ops) -> None:
     x = sequence(module)
     with torch.no_grad(), Fresh([x, *module.parameters()]) as fresh:
         output, (h, c) = module(x)
-    assert fresh.bytes == x.element_size() * (output.numel() + h.numel() + c.numel())
-    x = module._batch_first(x)
+    results = output.numel() + h.numel() + c.numel()
+    assert fresh.bytes == x.element_size() * results
+    time, between = torch.tensor(TIME), 0
     for conv in module.conv:
-        with torch.no_grad(), Fresh([x, *conv.parameters()]) as fresh:
-            x = conv(x)
-        assert fresh.bytes == x.element_size() * x.numel()
+        time = conv.output_lengths(time)
+        between += BATCH * int(time) * conv.out_channels
+    # Layer after layer.
+    with torch.no_grad(), watching(module.lstm, "hook"), Fresh([x, *module.parameters()]) as fresh:
+        module(x)
+    assert fresh.bytes == x.element_size() * (between + results)
 
 
 def test_copies_are_seen() -> None:
@@ -499,10 +503,10 @@ def test_op_and_its_fake_agree(name: str, native_ops) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"convolutions": []}, "convolutions must be of 4, got 0"),
-        ({"padding": [1]}, "padding must be of 4, got 1"),
-        ({"dilation": [1]}, "dilation must be of 2, got 1"),
-        ({"groups": []}, "groups must be of 2, got 0"),
+        ({"convolutions": []}, "convolutions must be a list of 4, got 0"),
+        ({"padding": [1]}, "padding must be a list of 4, got 1"),
+        ({"dilation": [1]}, "dilation must be a list of 2, got 1"),
+        ({"groups": []}, "groups must be a list of 2, got 0"),
     ],
 )
 def test_bad_call_of_the_op(change: dict, message: str, native_ops) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import backends
 from ..ops.checks import autocast_dtype, autocast_state, autocast_to, check_tensors, forward_mode, needs_function
 from ..ops.conv1d import check_conv1d
-from ..ops.lstm import backend_of_layers
+from ..ops.conv1d_lstm import backend_of_all, conv1d_lstm_layers
 from ..triton import runtime
 from .conv1d import Conv1d
 from .hooks import plain
@@ -58,23 +58,20 @@ def _in_one_op(
         convolutions += [weight] if bias is None else [weight, bias]
         pads += conv.pads()
     weights = rnn.weights_by_name()
-    on_top = (None, None) if head is None else (head.weight, head.bias)
-    others = (*convolutions, *on_top, *(state or ()))
-    if backend_of_layers(x, weights, others, rnn.backend) != "cpu":
+    on_top = None if head is None else (head.weight, head.bias)
+    name = backend_of_all(x, convolutions, weights, (*(on_top or ()), *(state or ())), rnn.backend)
+    if name is None:
         return None
-    # Of tensors on several devices the dispatcher would pick one's kernel.
-    if any(t is not None and t.device != x.device for t in (*weights.values(), *others)):
-        return None
-    options = [[getattr(conv, name) for conv in convs] for name in ("stride", "dilation", "groups")]
+    stride, dilation, groups = ([getattr(conv, n) for conv in convs] for n in ("stride", "dilation", "groups"))
     try:
-        y, h, c = backends.function("cpu", "conv1d_lstm_layers")(
-            x, convolutions, first.bias is not None, options[0], pads, *options[1:], first.padding_mode,
-            first.activation, list(weights.values()), rnn.peepholes(), *rnn.options_of_layers(),
-            *(state or (None, None)), *on_top, not rnn.batch_first,
+        y, state = conv1d_lstm_layers(
+            x, convolutions, first.bias is not None, stride, pads, dilation, groups, first.padding_mode,
+            first.activation, weights, rnn.peepholes(), *rnn.options_of_layers(), state, on_top,
+            not rnn.batch_first, name,
         )  # fmt: skip
     except RuntimeError:
         return None  # what is wrong, the layers say
-    return y if rnn.batch_first else y.transpose(0, 1), (h, c)
+    return y if rnn.batch_first else y.transpose(0, 1), state
 
 
 def _fuses(conv: Conv1d, rnn: LSTM, x: Tensor, state: Pair | None) -> bool:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, library
 
 from .. import backends, reference
-from ..reference.conv1d import output_length
 from ..reference.lstm_gates import state_dtype
 from ..reference.sequence import ordered
 from .checks import (
@@ -268,7 +267,7 @@ class _LSTM(torch.autograd.Function):
         return tuple(grad if need else None for grad, need in zip(grads, needs)) + nothing
 
 
-def _empty_of_layers(
+def empty_of_layers(
     batch: int,
     time: int,
     weights: list[Tensor],
@@ -373,31 +372,4 @@ def register_fakes(namespace: str) -> None:
         head_bias: Tensor | None,
         time_major: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _empty_of_layers(x.shape[0], x.shape[1], weights, bias, projection, bidirectional, head, time_major)
-
-    @library.register_fake(f"{namespace}::conv1d_lstm_layers")
-    def _(
-        x: Tensor,
-        convolutions: list[Tensor],
-        conv_bias: bool,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: list[int],
-        padding_mode: str,
-        activation: str,
-        weights: list[Tensor],
-        peepholes: list[Tensor],
-        bias: bool,
-        projection: bool,
-        bidirectional: bool,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        head: Tensor | None,
-        head_bias: Tensor | None,
-        time_major: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, time, _ = x.shape
-        for k, weight in enumerate(convolutions[:: 1 + conv_bias]):
-            time = output_length(time, weight.shape[2], stride[k], padding[2 * k : 2 * k + 2], dilation[k])
-        return _empty_of_layers(batch, time, weights, bias, projection, bidirectional, head, time_major)
+        return empty_of_layers(x.shape[0], x.shape[1], weights, bias, projection, bidirectional, head, time_major)

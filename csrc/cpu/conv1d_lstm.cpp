@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> conv1d_lstm_layers(Tensor x, std::vector<Tens
                                                       std::optional<Tensor> head_bias, bool time_major) {
   const size_t layers = stride.size(), each = conv_bias ? 2 : 1;
   const auto check_count = [](const char* name, size_t found, size_t expected) {
-    CONVFAST_CHECK(found == expected, kOp, name, "of " + std::to_string(expected), found);
+    CONVFAST_CHECK(found == expected, kOp, name, "a list of " + std::to_string(expected), found);
   };
   check_count("convolutions", convolutions.size(), layers * each);
   check_count("padding", padding.size(), 2 * layers);
