@@ -1,24 +1,38 @@
 """Builds ahead of time the libraries that convfast/native.py would build just in time; metadata: pyproject.toml.
 
 `pip install --no-build-isolation .` builds with the torch that is there, and for CUDA too where torch has it and there
-is nvcc; TORCH_CUDA_ARCH_LIST says for which GPUs. With CONVFAST_NO_NATIVE=1 it needs no compiler and installs the
-Python part only.
+is nvcc; TORCH_CUDA_ARCH_LIST says for which GPUs. With CONVFAST_NO_NATIVE=1 it needs no compiler and no torch. The
+sources are installed too: what is not built here is built just in time.
 """
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 spec = importlib.util.spec_from_file_location("convfast_native", ROOT / "convfast" / "native.py")
 native = sys.modules["convfast_native"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(native)
 
+
+class Package(build_py):
+    """Puts the sources of the libraries into the package."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            sources = Path(self.build_lib, "convfast", "csrc")
+            shutil.rmtree(sources, ignore_errors=True)  # files of an earlier build
+            shutil.copytree(ROOT / "csrc", sources)
+
+
 if os.environ.get("CONVFAST_NO_NATIVE", "0") not in ("", "0"):
-    setup()
+    setup(cmdclass={"build_py": Package})
 else:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
@@ -57,6 +71,6 @@ else:
     ]
     setup(
         ext_modules=libraries,
-        cmdclass={"build_ext": Library},
+        cmdclass={"build_py": Package, "build_ext": Library},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -50,7 +50,8 @@ ENVIRONMENT = {
     "TORCH_CUDA_ARCH_LIST": "architectures of a CUDA build, as 8.0;9.0+PTX (else those of the GPUs here)",
 }
 PACKAGE = Path(__file__).resolve().parent
-BUILD_FILE = PACKAGE.parent / "csrc" / "build.json"
+# The sources are in the package where it is installed, beside it in a checkout.
+BUILD_FILE = (PACKAGE if (PACKAGE / "csrc").is_dir() else PACKAGE.parent) / "csrc" / "build.json"
 OLDEST_TORCH = (2, 10)
 OLDEST_CUDA = (12, 0)  # thread-block clusters
 OLDEST_GPU = (8, 0)  # asynchronous copies, matrix products in bfloat16

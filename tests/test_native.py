@@ -521,12 +521,19 @@ print(torch.backends.cpu.get_cpu_capability(), torch.ops.convfast.cpu_capability
 def test_what_is_packaged(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     steps = ["egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "library"]
-    env = os.environ | {"CONVFAST_NO_NATIVE": "1"}
+    env = os.environ | {"CONVFAST_NO_NATIVE": "1", "PYTHONPATH": "."}
     done = subprocess.run(
         [sys.executable, "setup.py", *map(str, steps)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "library" / "convfast" / "py.typed").is_file()
+    installed = tmp_path / "library" / "convfast"
+    assert (installed / "py.typed").is_file()
+    code = "from convfast.native import *; print(*(read_build(BUILD_FILE, name).digest for name in ('cpu', 'cuda')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=installed.parent, env=env, capture_output=True, text=True, timeout=60
+    )
+    here = [native.read_build(native.BUILD_FILE, name).digest for name in ("cpu", "cuda")]
+    assert done.stdout.split() == here, done.stderr  # it takes the same libraries as a checkout does
     packed = set((tmp_path / "convfast.egg-info" / "SOURCES.txt").read_text().splitlines())
     folders = ("bench", "convfast", "csrc", "docs", "examples", "tests")
     kinds = {".cpp", ".cu", ".h", ".inc", ".json", ".md", ".py", ".sh", ".typed"}
