@@ -154,17 +154,19 @@ class Report:
         return "\n\n".join(parts)
 
     def memory_table(self) -> str:
-        """Peak of the step against the first contestant's, and tensors kept in units of the layers' outputs."""
-        lines = []
+        """A line per case: the peak of the step, the others' as parts of the first contestant's; in parentheses the
+        tensors kept, in units of the layers' outputs. A table for each set of contestants."""
+        tables: dict[tuple[str, ...], list[list[str]]] = {}
         for row in self.memory:
-            eager = next(iter(row["contestants"].values()))["peak_mb"]
-            for name, figures in row["contestants"].items():
-                peak = figures["peak_mb"]
-                case = " ".join([row["case"], *filter(None, [row.get("precision")])])
-                lines.append(
-                    [case, name, f"{peak:.1f}", f"{peak / eager:.2f}", f"{figures['saved_tensors']:.2f}"]
-                )
-        return markdown_table(["case", "contestant", "peak MB", "of eager", "saved tensors per step"], lines)
+            figures = row["contestants"]
+            first, *others = figures
+            line = [" ".join([row["case"], *filter(None, [row.get("precision")])])]
+            line.append(f"{figures[first]['peak_mb']:.1f} MB ({figures[first]['saved_tensors']:.2f})")
+            for name in others:
+                part = figures[name]["peak_mb"] / figures[first]["peak_mb"]
+                line.append(f"{part:.2f} ({figures[name]['saved_tensors']:.2f})")
+            tables.setdefault((first, *others), []).append(line)
+        return "\n\n".join(markdown_table(["case", *names], lines) for names, lines in tables.items())
 
     def details(self) -> str:
         lines = []
