@@ -10,8 +10,7 @@
 TORCH_ASKED := $(filter command line environment,$(origin TORCH))
 TORCH ?= torch==2.13.0
 DEMO_NEEDS := numpy scikit-learn matplotlib tqdm ninja
-TEST_NEEDS := numpy ninja setuptools pybind11 pytest pytest-xdist hypothesis triton
-BENCH_NEEDS := $(TEST_NEEDS) pytest-benchmark matplotlib
+TEST_NEEDS := numpy ninja setuptools pybind11 pytest pytest-xdist pytest-benchmark hypothesis matplotlib triton
 LINT_NEEDS := ruff
 
 BASE := python3
@@ -51,7 +50,7 @@ test: $(STAMP)-test
 	CONVFAST_EMULATE_CUDA=1 $(PY) $(TESTS) $(if $(ARGS),|| test $$? -eq 5)
 	$(if $(ARGS),,CONVFAST_EMULATE_TILES=1 $(PY) $(TESTS) tests/test_split_gemm.py)
 
-bench: $(STAMP)-bench
+bench: $(STAMP)-test
 	$(PY) -m pytest bench $(ARGS)
 
 lint: $(STAMP)-lint
@@ -73,10 +72,6 @@ $(STAMP)-demo: $(STAMP)-torch Makefile
 
 $(STAMP)-test: $(STAMP)-torch Makefile
 	$(INSTALL) $(TEST_NEEDS)
-	touch $@
-
-$(STAMP)-bench: $(STAMP)-torch Makefile
-	$(INSTALL) $(BENCH_NEEDS)
 	touch $@
 
 $(STAMP)-lint: $(STAMP)-env Makefile

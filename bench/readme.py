@@ -40,7 +40,9 @@ def shown(text: str) -> Path:
 def rewritten(text: str, path: Path) -> str:
     """`text` with its blocks as the report at `path` has them."""
     report = Report.load(path)
-    results = [report.machine_line(), report.summary()]
+    source = path.with_name("report.md").relative_to(ROOT).as_posix()
+    results = [f"{report.machine_line(command=False)} [Commands, commits and all contestants]({source})."]
+    results.append(report.summary())
     for op, module in DRAWN.items():
         picture = path.with_name(f"{op}.png")
         if picture.exists() and picture.is_relative_to(ROOT):

@@ -1,14 +1,10 @@
-"""The report: rows as measured, and their tables and picture. A loss is a row like any other."""
+"""The report: rows as measured, and their tables. A loss is a row like any other."""
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from bench.cases import Case
 from bench.gate import ALWAYS, Gate
@@ -20,11 +16,6 @@ Row = dict[str, Any]
 TORCH_KINDS = ("eager", "compile")
 OPS = ("conv_lstm", "conv1d_lstm", "lstm_gates")
 DRAWN = {"conv_lstm": "convfast.ConvLSTM", "conv1d_lstm": "convfast.Conv1dLSTM"}  # ops with a picture, their modules
-BARS = {
-    "eager": ("best eager", "#b8bcc4"),
-    "compile": ("best torch.compile", "#7d8594"),
-    "ours": ("convfast", "#d1495b"),
-}
 
 
 def race_row(
@@ -97,15 +88,19 @@ class Report:
         self.memory.append({"case": case.id, **precision, "contestants": figures})
 
     def save(self, folder: Path) -> list[str]:
-        """Writes report.json, report.md and the picture of each op that was run; their names."""
+        """Writes report.json, report.md and, with matplotlib, the picture of each op that was run; their names."""
         folder.mkdir(parents=True, exist_ok=True)
         kept = {"machine": self.machine, "rows": self.rows, "memory": self.memory}
         (folder / "report.json").write_text(json.dumps(kept, indent=1) + "\n")
         (folder / "report.md").write_text(self.markdown())
-        pictures = {op: f"{op}.png" for op in DRAWN if self._races(op)}
-        for op, name in pictures.items():
-            self.picture(op, folder / name)
-        return ["report.json", "report.md", *pictures.values()]
+        names = ["report.json", "report.md"]
+        if importlib.util.find_spec("matplotlib"):
+            from bench import picture
+
+            for op in filter(self.races, DRAWN):
+                names.append(f"{op}.png")
+                picture.save(self, op, folder / names[-1])
+        return names
 
     def folder(self) -> Path:
         return Path(__file__).parent / "results" / slug(self.machine)
@@ -117,14 +112,15 @@ class Report:
         parts += ["## Every contestant", self.details()]
         return "\n\n".join(parts) + "\n"
 
-    def machine_line(self) -> str:
+    def machine_line(self, command: bool = True) -> str:
         m = self.machine
+        how = f"; `{m['command']}`" if command else ""
         if "gpu" in m:
             peaks = ", ".join(f"{rate:.0f} {unit}" for unit, rate in m["peaks"].items())
             return (
                 f"{m['gpu']} ({m['gpu_memory']}, compute capability {m['capability']}), CUDA {m['cuda']}, cuDNN "
                 f"{m['cudnn']}, torch {m['torch']}, triton {m['triton']}, convfast {m['convfast']} "
-                f"({m['commit'] or 'no commit'}), Python {m['python']}; {m['date']}; `{m['command']}`. "
+                f"({m['commit'] or 'no commit'}), Python {m['python']}; {m['date']}{how}. "
                 f"Measured peaks of matmul and copy: {peaks}."
             )
         isa = f"{m['isa_torch']} (torch), {m['isa_convfast']} (convfast)"
@@ -135,7 +131,7 @@ class Report:
         return (
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {isa}; torch {m['torch']}, "
             f"convfast {m['convfast']} ({m['commit'] or 'no commit'}), Python {m['python']}, "
-            f"{m['system']}; {m['date']}; `{m['command']}`. Measured peaks: "
+            f"{m['system']}; {m['date']}{how}. Measured peaks: "
             f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul or convolution, {narrow}"
             f"{m['peaks']['GB/s']:.1f} GB/s copy, {m['peaks']['L2 GB/s']:.0f} GB/s from a core's L2.{gate}"
         )
@@ -144,7 +140,7 @@ class Report:
         """Per op and mode: the best torch opponent against the backend that convfast picks by itself."""
         parts = []
         for op in OPS:
-            for mode, races in self._races_by_mode(op).items():
+            for mode, races in self.races_by_mode(op).items():
                 parts += [f"## {op}, {mode}", _summary_table(races)]
         refused = [
             f"- {row['op']} {row['case']} {row['mode']}: {row['refused']}" for row in self.rows if "refused" in row
@@ -185,55 +181,15 @@ class Report:
         rates = ["rate", "of peak", "floor/this", "frames/s"]
         return markdown_table(["case", "mode", "contestant", "ms", "best/this", *rates, "error/bound"], lines)
 
-    def picture(self, op: str, path: Path) -> None:
-        """Bars of time (log) per case, inference and training; the ratio to the best opponent beside ours."""
-        races = self._races_by_mode(op)
-        columns = min(2, len(races))
-        lines, tallest = -(-len(races) // columns), max(map(len, races.values()))
-        size = (7 * columns, lines * (2 + 0.6 * tallest))
-        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
-        for axis in axes.flat:
-            axis.set_visible(False)
-        for axis, (mode, rows) in zip(axes.flatten("F"), races.items()):
-            axis.set_visible(True)
-            _bars(axis, mode, rows)
-        m = self.machine
-        where = m["gpu"] if "gpu" in m else f"{m['cpu']}, {m['threads']} threads"
-        figure.suptitle(f"{DRAWN[op]} on {where}, torch {m['torch']}", fontsize=11)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
-
-    def _races(self, op: str) -> list[Row]:
+    def races(self, op: str) -> list[Row]:
         return [row for row in self.rows if row["op"] == op and "refused" not in row]
 
-    def _races_by_mode(self, op: str) -> dict[str, list[Row]]:
+    def races_by_mode(self, op: str) -> dict[str, list[Row]]:
         """Inference before training, else in the order of the rows."""
         races: dict[str, list[Row]] = {}
-        for row in sorted(self._races(op), key=lambda row: row["mode"].startswith("training")):
+        for row in sorted(self.races(op), key=lambda row: row["mode"].startswith("training")):
             races.setdefault(row["mode"], []).append(row)
         return races
-
-
-def _bars(axis: plt.Axes, mode: str, rows: list[Row]) -> None:
-    height = 0.8 / len(BARS)
-    shown: list[float] = []
-    for y, row in enumerate(rows):
-        by_kind = {kind: [f["ms"] for f in row["contestants"].values() if f["kind"] == kind] for kind in TORCH_KINDS}
-        times = {kind: min(found) for kind, found in by_kind.items() if found}
-        ours = row["contestants"][row["headline"]]
-        times["ours"] = ours["ms"]
-        shown += times.values()
-        for i, (kind, (label, color)) in enumerate(BARS.items()):
-            axis.barh(y + (i - 1) * height, times.get(kind, 0), height, color=color, label=label if y == 0 else None)
-        axis.text(ours["ms"] * 1.08, y + height, f"{ours['ratio']:.2f}×", va="center", fontsize=8, color="#8f1d2f")
-    axis.set_xscale("log")
-    axis.set_xlim(min(shown) / 2, max(shown) * 1.6)
-    axis.set_yticks(range(len(rows)), [row["case"].replace("_", " ") for row in rows], fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlabel("ms per sequence (log); × = best torch opponent / convfast")
-    axis.set_title(mode)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _summary_table(races: list[Row]) -> str:

@@ -543,7 +543,6 @@ def test_what_is_packaged(tmp_path: Path) -> None:
 
 
 def test_readme_has_what_its_generator_writes() -> None:
-    pytest.importorskip("matplotlib")
     from bench import readme
 
     text = (ROOT / "README.md").read_text()

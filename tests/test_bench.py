@@ -1,0 +1,101 @@
+"""The benchmark itself: it runs, refuses wrong numbers, keeps what is lost in the table. No test looks at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from bench import contestants, harness, report
+from bench.cases import GatesCase
+from bench.harness import Contestant, Disagreement, Timing
+from bench.run_case import run_case
+from bench.setting import CPU
+from convfast import backends
+
+ROOT = Path(__file__).resolve().parents[1]
+CASE = GatesCase(1, 2, 3, 3, channels_last=False)
+PEAKS = {"GFLOP/s": 100.0, "GB/s": 10.0, "L2 GB/s": 100.0}
+OPTION = Namespace(no_compile=True, short=True)
+
+
+def test_pytest_bench_writes_a_report(tmp_path: Path) -> None:
+    for package in ("pytest_benchmark", "matplotlib"):
+        pytest.importorskip(package)
+    options = ["--short", "--no-compile", "-q", "-p", "no:cacheprovider", "--out", tmp_path]
+    cases = ["--case=B1_T64", "--case=gates_B1_C8_H32_contiguous"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench", *options, *cases],
+        cwd=ROOT,
+        env=env | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "conv1d_lstm.png"}
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert {(row["op"], row["mode"]) for row in rows} == {
+        (op, mode) for op in ("conv1d_lstm", "lstm_gates") for mode in ("inference", "training")
+    }
+    for row in rows:
+        ours = f"convfast {backends.select(contestants.deciding_op(row['op']), None, 'cpu', torch.float32)}"
+        assert row["headline"] == ours and {"eager", ours} <= row["contestants"].keys()
+        assert all(0 <= figures["error_of_bound"] <= 1 for figures in row["contestants"].values())
+
+
+def gates(**changed: object) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """Contestants of the pointwise cell by name, `changed` in place of some, and what the oracle says."""
+    problem = contestants.GatesProblem(CASE)
+    return contestants.lstm_gates(problem, False, short=True) | changed, contestants.lstm_gates_oracle(problem, False)
+
+
+def wrong(name: str, by: float) -> Contestant:
+    right = contestants.lstm_gates(contestants.GatesProblem(CASE), False)[name]()
+    return Contestant(name, right.kind, right.run, lambda out: {n: t + by for n, t in right.collect(out).items()})
+
+
+@pytest.mark.parametrize("by", [1e-4, float("nan")])
+def test_wrong_numbers_are_refused(by: float) -> None:
+    ours = f"convfast {backends.select('lstm_gates', None, 'cpu', torch.float32)}"
+    everyone, oracle = gates(**{ours: lambda: wrong(ours, by)})
+    written = report.Report({"peaks": PEAKS})
+    with pytest.raises(Disagreement, match=f"{ours}: RMS error of h"):
+        run_case("lstm_gates", CASE, False, CPU, everyone, oracle, written, Mock(), OPTION)
+    assert "refused" in written.rows[0] and f"{CASE.id} inference: {ours}: Disagreement" in written.summary()
+
+
+def test_opponent_with_wrong_numbers_is_not_timed() -> None:
+    everyone, oracle = gates(other=lambda: wrong("eager", 1e-4))
+    written = report.Report({"peaks": PEAKS})
+    with pytest.raises(Disagreement, match="error of h"):
+        run_case("lstm_gates", CASE, False, CPU, everyone, oracle, written, Mock(extra_info={}), OPTION)
+    (row,) = written.rows
+    assert "other" not in row["contestants"] and "Disagreement" in row["absent"]["other"]
+
+
+def test_a_loss_stays_in_the_table() -> None:
+    seconds = {"eager": [1e-3, 3e-3, 1e-3], "compile": [2e-3] * 3, "convfast cpu": [2e-3, 4e-3, 2e-3]}
+    timings = {name: Timing(rounds) for name, rounds in seconds.items()}
+    everyone = [Contestant(name, name.split()[0], Mock(), Mock()) for name in seconds]
+    errors = dict.fromkeys(seconds, 0.5)
+    row = report.race_row(
+        "lstm_gates", CASE, "inference", everyone, timings, errors, 1e6, 100.0, None, "convfast cpu", {}
+    )
+    assert row["best_opponent"] == "eager"
+    assert row["contestants"]["convfast cpu"]["ratio"] == 0.5  # of the median round, not of the medians
+    assert "**0.50×**" in report.Report({}, [row]).summary()
+
+
+def test_everyone_begins_a_round_in_turn() -> None:
+    calls: list[str] = []
+    everyone = [Contestant(name, "eager", lambda name=name: calls.append(name), Mock()) for name in "abc"]
+    timings = harness.race(everyone, 0.0, min_rounds=4, at_least=0.0, clock=lambda run, loops: run() or 1.0)
+    assert "".join(calls) == "aaabbbccc" + "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"
+    assert all(timing.rounds == [1.0] * 4 for timing in timings.values())
