@@ -48,7 +48,7 @@ else:
         print(f"convfast: without its CUDA library: {error}", file=sys.stderr)
         kinds = {"cpu": CppExtension}
     else:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         kinds = {"cpu": CppExtension, "cuda": CUDAExtension}
     builds = {name: native.read_build(ROOT / "csrc" / "build.json", name) for name in kinds}
 

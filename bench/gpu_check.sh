@@ -2,10 +2,11 @@
 # All that is to be seen on a machine with a GPU, in at most eight minutes:
 #   bench/gpu_check.sh [FOLDER]     PYTHON=... names an interpreter with torch, triton, ninja, pytest, pytest-benchmark,
 #                                   hypothesis and matplotlib, and best of all pytest-xdist and pytest-timeout; FOLDER gets
-#                                   the log and the reports (else bench/results/<gpu>-<date>). Without nvcc the parts of the
-#                                   cuda backend fail.
-# Parts have time limits, 470 s in all. One that fails keeps no other from running, and is named at the end.
-# ONLY='build|tests' runs the parts whose names match; SCALE=3 gives all of them three times as long.
+#                                   the log and the reports (else bench/results/<gpu>-<date>). Without nvcc the build
+#                                   fails, and the tests of the cuda backend are skipped.
+# Parts have time limits, 480 s in all. One that fails keeps no other from running, and is named at the end; a benchmark
+# that is stopped reports what it has.
+# ONLY='build|tests' runs the parts whose names match; SCALE=3 gives all of them three times as long, and float16 its tests.
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
@@ -23,30 +24,42 @@ part() {  # NAME SECONDS COMMAND...: an interrupt at the limit, so that pytest s
   # What runs in the background starts with interrupts ignored.
   timeout -k 10 -s INT "$limit" env --default-signal=INT "$@" >"$said" 2>&1
   status=$?
-  [ $status -eq 0 ] || echo "$name ($([ $status -eq 124 ] && echo "stopped after $limit s" || echo "exit status $status"))" >>"$failed"
+  [[ $status -eq 0 || $status -eq 124 && $name == bench* ]] ||
+    echo "$name ($([ $status -eq 124 ] && echo "stopped after $limit s" || echo "exit status $status"))" >>"$failed"
   {  # parts that run side by side do not mix
     flock 9
     { echo "######## $name ($((SECONDS - began)) s, exit status $status): $*"; cat "$said"; } >>"$log"
     printf '== %s (%d s)\n%s\n' "$name" $((SECONDS - began)) "$(tail -n 3 "$said")"
   } 9>>"$log"
   rm "$said"
+  return $status
 }
 has() { "$python" -c "import $1" 2>/dev/null; }
 
 ops="tests/test_lstm_gates.py tests/test_conv_lstm.py tests/test_conv1d.py tests/test_lstm.py tests/test_gpu_graphs.py"
-# Compiling takes longest. A test that hangs, or whose kernel faults, ends its worker, and another one goes on.
-workers=$(has xdist && echo "-n $((($(nproc) + 1) / 2))")
-hangs=$(has xdist && has pytest_timeout && echo "--timeout 60 --timeout-method thread")
+# Compiling takes longest. A test that hangs, or whose kernel faults, ends its worker, and another one goes on; each begins
+# with a part of its own, so that all files have their turn.
+workers() { has xdist && echo "-n $1 --dist worksteal"; }
+hangs=$(has xdist && has pytest_timeout && echo "--timeout 120 --timeout-method thread -o timeout_func_only=true")
 without_gpu="--deselect tests/test_triton_compiled.py --deselect tests/test_triton_interpreter.py --deselect tests/test_cuda_compiled.py --deselect tests/test_cuda_emulator.py"
+wanted_triton="triton$([ "${SCALE:-1}" = 1 ] && echo ' and (bfloat16 or not float16)')"
 
-# The schemas are in the CPU library, so it is built too.
-part build 100 "$python" -c 'from convfast import native; native.load("cuda")'
-part info 15 "$python" -m convfast.info
-for backend in triton cuda; do
-  part "tests-$backend" 150 "$python" -m pytest -v $workers $hangs $without_gpu $ops tests/test_${backend}_*.py -k "$backend" &
-done
+library() { part "build-$1" 110 "$python" -c "from convfast import native; print(native.build('$1'))"; }
+# The schemas are in the CPU library.
+library cpu & cpu=$!
+library cuda & cuda=$!
+part compile-triton 110 env CONVFAST_NO_NATIVE=1 "$python" -m bench.warm_up &
+wait $cpu && wait $cuda || export CONVFAST_NO_NATIVE=1  # else every process of the tests would build again
 wait
-if command -v compute-sanitizer >/dev/null; then
+part info 15 "$python" -m convfast.info
+part tests-triton 150 "$python" -m pytest -v $(workers $(nproc)) $hangs $without_gpu tests/test_triton_*.py $ops -k "$wanted_triton" &
+part tests-cuda 150 "$python" -m pytest -v $(workers 4) $hangs $without_gpu tests/test_cuda_*.py $ops -k cuda &
+wait
+if ! command -v compute-sanitizer >/dev/null; then
+  echo "== compute-sanitizer is not installed"
+elif ! timeout 20 compute-sanitizer --error-exitcode 9 "$python" -c 'import torch; torch.ones(1, device="cuda")' >>"$log" 2>&1; then
+  echo "== compute-sanitizer cannot run on this GPU"
+else
   # Small cases of every kernel. Each tensor is an allocation of its own, so that a read past its end shows.
   small_triton="triton and match_oracle and not layouts and (frame_2d-c_peephole or plain or everything)"
   small_cuda="test_tiles_match_oracle and channels_24_lengths and not reverse or 128x64-lengths or one_buffer-float32-1"
@@ -58,12 +71,11 @@ if command -v compute-sanitizer >/dev/null; then
     part "$tool-cuda" 50 $check --kernel-name kns=convfast "$python" -m pytest -v tests/test_cuda_*.py $without_gpu -k "$small_cuda" &
   done
   wait
-else
-  echo "== compute-sanitizer is not installed"
 fi
 # All rows without torch.compile first: compiling one opponent may take as long as all of them.
 part bench 75 "$python" -m pytest bench --device cuda --short --no-compile -q --out "$out"
-part bench-compiled 80 "$python" -m pytest bench --device cuda --short -q --out "$out/compiled"
+part bench-compiled 60 "$python" -m pytest bench --device cuda --short -q --out "$out/compiled"
+rm -f "$out"/compiled/*.png  # they show what those of the other report do
 
 if [ -s "$failed" ]; then
   echo FAILED:

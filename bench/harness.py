@@ -132,7 +132,9 @@ def race(
     for contestant in contestants:
         contestant.run()
         contestant.run()
-        once = clock(contestant.run, 1)
+        began = time.perf_counter()
+        clock(contestant.run, 1)
+        once = time.perf_counter() - began  # what the clock does beside the run counts, too
         loops[contestant.name] = max(1, round(at_least / once))
         round_time += once * (1 + loops[contestant.name])
     timings = {contestant.name: Timing() for contestant in contestants}

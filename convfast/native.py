@@ -150,6 +150,16 @@ def load(name: str = "cpu") -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+def build(name: str) -> str:
+    """Put a library into the cache, where `load` finds it: in the making of an image, or of two libraries side by side.
+    → where it is.
+
+    Raises:
+        NativeUnavailable: with the reason.
+    """
+    return _load_cached(read_build(BUILD_FILE, name))
+
+
 def load_for(tensor: Tensor) -> None:
     """Make the ops exist for tensors where `tensor` is, as `load`."""
     load("cuda" if tensor.device.type == "cuda" else "cpu")
@@ -318,14 +328,26 @@ def cuda_folders() -> list[str]:
 
 def architectures(version: tuple[int, int]) -> str:
     """What a CUDA build is for, as torch reads it: what TORCH_CUDA_ARCH_LIST says, else the GPUs that are here, else a
-    GPU of each generation that nvcc of that version knows; with PTX of the newest for those to come."""
+    GPU of each generation that nvcc of that version knows; with PTX of the newest for those to come. Without GPUs that
+    are too old: a list may be there for other libraries."""
     import torch
 
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return asked
+        if taken := [name for name in re.split(r"[;\s]+", asked) if name and not _too_old(name)]:
+            return ";".join(taken)
+        raise NativeUnavailable(
+            f"TORCH_CUDA_ARCH_LIST is {asked!r}, expected an architecture of at least {_dotted(OLDEST_GPU)}"
+        )
     here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     taken = sorted(a for a in here if a >= OLDEST_GPU) or [(8, 0), (9, 0), *[(10, 0)] * (version >= (12, 8))]
     return ";".join(map(_dotted, taken)) + "+PTX"
+
+
+def _too_old(architecture: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", architecture)
+    if found:
+        return (int(found[1]), int(found[2])) < OLDEST_GPU
+    return architecture.partition("+")[0] in ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
 
 
 def toolchain(name: str) -> str:

@@ -35,9 +35,11 @@ def exactly(backend: str, dtype: torch.dtype = torch.float32) -> dict[str, float
     # The library sums in an order that depends on the sizes and the threads; the native kernels do not.
     if backend == "cpu":
         return {"rtol": 0, "atol": 0}
-    # Of the library's 16-bit results one may then round the other way, and the wide state with it.
-    eps = torch.finfo(dtype).eps
-    return {"rtol": eps, "atol": eps} if backend == "reference" and dtype.itemsize == 2 else {}
+    # Of the library's 16-bit results one may then round the other way, and the wide state with it; on a GPU, where each
+    # size has its own kernel in the library, so may one of every step.
+    on_gpu = torch.cuda.is_available()
+    eps = torch.finfo(dtype).eps * (4 if on_gpu else 1)
+    return {"rtol": eps, "atol": eps} if dtype.itemsize == 2 and (backend == "reference" or on_gpu) else {}
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def usable(request: pytest.FixtureRequest, backend: str) -> Iterator[str]:
     """Tensors made without a device are on the backend's. Skips where it cannot run the ops that the test's file names
     in OPS (else conv_lstm)."""
     for op in getattr(request.module, "OPS", ("conv_lstm",)):
-        if (reason := backends.available(op)[backend]) is not True:
+        if reason := backends.why_not(op, backend):
             pytest.skip(f"{op} on {backend}: {reason}")
     devices = backends.BACKENDS[backend].devices
     if devices is None or "cpu" in devices:

@@ -472,6 +472,11 @@ def test_architectures_of_a_cuda_build(cuda_torch: Path, monkeypatch: pytest.Mon
     assert native.toolchain("cuda") == f"{native.compiler()}, {nvcc}: 13.0 for 8.6;9.0+PTX"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;10.0+PTX")
     assert native.toolchain("cuda").endswith(" for 8.0;10.0+PTX")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "5.2 7.5+PTX Turing 8.0 Hopper 12.0+PTX")
+    assert native.architectures((13, 0)) == "8.0;Hopper;12.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    with pytest.raises(native.NativeUnavailable, match=r"'7\.0;7\.5\+PTX', expected an architecture of at least 8\.0"):
+        native.architectures((13, 0))
 
 
 def test_key_of_a_cuda_library_has_its_architectures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,12 +49,12 @@ def run_conv_lstm(
 
 def run_lstm(
     dtype: torch.dtype, hidden: int, directions: int = 1, batch: int = 32, time: int = 128, features: int = 128,
-    train: bool = True, given: bool = False,
+    train: bool = True, given: bool = False, projected: int | None = None,
 ) -> None:  # fmt: skip
-    """`given`: peepholes, lengths and a state."""
+    """`given`: peepholes, lengths and a state, where `projected` is None."""
     make = partial(empty, dtype=dtype)
-    weights = [make(4 * hidden, features), make(4 * hidden, hidden), make(4 * hidden)]
-    weights += [make(3, hidden) if given else None, None]
+    weights = [make(4 * hidden, features), make(4 * hidden, projected or hidden), make(4 * hidden)]
+    weights += [make(3, hidden) if given else None, make(projected, hidden) if projected else None]
     reverse = weights if directions == 2 else [None] * 5
     state = [make(directions, batch, hidden)] * 2 if given else [None, None]
     lengths = empty(batch, dtype=torch.int64) if given else None
@@ -111,6 +111,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "conv1d_64_128": lambda dtype: run_conv1d(dtype, 64, 128, activation="gelu"),
     "conv1d_depthwise": lambda dtype: run_conv1d(dtype, 64, 64, groups=64),
     "conv1d_gates_64_128": lambda dtype: run_conv1d_gates(dtype, 64, 128, 512),
+    "conv1d_gates_9_256": lambda dtype: run_conv1d_gates(dtype, 9, 256, 512),
     "lstm_gates": lambda dtype: run_lstm_gates(dtype, 64, 64, last=False),
     "lstm_gates_channels_last": lambda dtype: run_lstm_gates(dtype, 64, 64, last=True, peephole=True),
 }
@@ -119,6 +120,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GRID = [
     *((call, "sm_90", BF16) for call in CALLS),
     *((call, "sm_90", FP32) for call in ("conv_lstm_64", "lstm_64_given", "conv1d_64_128", "lstm_gates")),
+    *((call, "sm_86", FP32) for call in ("conv_lstm_64", "conv1d_gates_64_128")),
+    ("conv1d_gates_9_256", "sm_86", BF16),
     *((call, target, BF16) for target in ("sm_80", "sm_100", "gfx942") for call in ("conv_lstm_64", "lstm_128")),
 ]
 ALL = os.environ.get("CONVFAST_ALL_TARGETS") == "1"  # many minutes
@@ -136,6 +139,21 @@ def kernels(call: str, target: str, dtype: torch.dtype) -> list[Kernel]:
             patch.setattr(tune, "best", run_all)
         CALLS[call](dtype)
     return compiled
+
+
+# The largest that stay on chip.
+@pytest.mark.parametrize(
+    "target, dtype, hidden, projected",
+    [("sm_86", BF16, 256, 16), ("sm_90", BF16, 256, 64), ("sm_90", BF16, 512, 16), ("sm_90", FP32, 256, 32)],
+    ids=str,
+)
+def test_projection_that_fits_is_launched(target: str, dtype: torch.dtype, hidden: int, projected: int):
+    chip = CHIPS[target]
+    assert lstm.fits(hidden, projected, True, dtype, "tf32", chip)
+    with compiling_for(target) as compiled:
+        run_lstm(dtype, hidden, projected=projected)
+    assert {kernel.name for kernel in compiled} >= {"_recurrence_forward", "_recurrence_backward"}
+    assert not [kernel for kernel in compiled if kernel.shared > chip.shared]
 
 
 def run_all(name: str, key: Any, like: Tensor, candidates: Sequence[Any], run: Callable[[Any], object]) -> Any:

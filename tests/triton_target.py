@@ -22,6 +22,7 @@ from convfast.triton import runtime
 
 CHIPS = {
     "sm_80": runtime.Chip("cuda", 80, 163 * 1024, 108),
+    "sm_86": runtime.Chip("cuda", 86, 99 * 1024, 84),
     "sm_90": runtime.H200,
     "sm_100": runtime.Chip("cuda", 100, 227 * 1024, 148),
     "gfx942": runtime.Chip("hip", "gfx942", 64 * 1024, 304),

@@ -417,9 +417,10 @@ def _depth(features: int, taps: int, most: int) -> tuple[int, bool]:
     return min(most, max(16, triton.next_power_of_2(features * taps))), False
 
 
-def _stages(most: int, size: int, chip: runtime.Chip) -> int:
-    """As many as shared memory holds of `size` bytes each; AMD's pipeline keeps all but one in registers."""
-    return 2 if chip.backend == "hip" else max(1, min(most, chip.shared // size))
+def _stages(most: int, size: int, chip: runtime.Chip, beside: int = 0) -> int:
+    """As many as shared memory holds of `size` bytes each, `beside` other bytes; AMD's pipeline keeps all but one in
+    registers."""
+    return 2 if chip.backend == "hip" else max(1, min(most, (chip.shared - beside) // size))
 
 
 def candidates(
@@ -681,11 +682,13 @@ def handoff_tile(dtype: torch.dtype, channels: int, features: int, taps: int, ch
     if width > {64: 256, 32: 128, 16: 32}[step]:
         return None
     depth, one_tap = _depth(features, taps, step)
-    # A stage holds tiles of x and of the weight, or one of W_ih.
+    # A stage holds tiles of x and of the weight, or one of W_ih. Beside them NVIDIA has what the first product gave, as
+    # an operand of the second, and the gates on their way to another layout.
     stage = max((64 + width) * depth, _GATES * width) * dtype.itemsize
-    if stage > chip.shared:
+    beside = 0 if chip.backend == "hip" else 64 * (width + _GATES) * dtype.itemsize
+    if stage + beside > chip.shared:
         return None
-    return Tile(64, width, depth, one_tap, 8 if width * dtype.itemsize > 256 else 4, _stages(3, stage, chip))
+    return Tile(64, width, depth, one_tap, 8 if width * dtype.itemsize > 256 else 4, _stages(3, stage, chip, beside))
 
 
 def conv1d_gates(

@@ -23,7 +23,7 @@ from .weight_grad import weight_grad
 
 # Registers a thread on NVIDIA.
 REGISTERS = {"_recurrence_forward": 248, "_recurrence_backward": 253}
-_SCRATCH = 24 * 1024  # bytes of shared memory beside the weights: h, and tiles on their way to another layout
+_SCRATCH = 24 * 1024  # bytes of shared memory beside the weights, at least: h, and tiles on the way to another layout
 _CUDNN_LSTM = 2  # of cudnnRNNMode_t
 
 # Compiled once whatever their values.
@@ -300,7 +300,11 @@ def fits(hidden: int, size: int, projected: bool, dtype: torch.dtype, precision:
     weights = 4 * rows * columns + (columns * rows if projected else 0)
     if _multiplies_in_registers(dtype, precision, chip):
         return weights <= 4 * 32 * 32
-    return weights * dtype.itemsize + _SCRATCH <= chip.shared
+    # NVIDIA has the gradient of a step's gates there, twice.
+    scratch = _SCRATCH
+    if chip.backend == "cuda":
+        scratch = max(scratch, 2 * 4 * rows * max(candidates(1, 1, dtype, chip)) * dtype.itemsize)
+    return weights * dtype.itemsize + scratch <= chip.shared
 
 
 def _multiplies_in_registers(dtype: torch.dtype, precision: str, chip: runtime.Chip) -> bool:

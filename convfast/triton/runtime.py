@@ -37,16 +37,29 @@ def reason() -> str | None:
         return f"triton is {triton.__version__}, expected at least {'.'.join(map(str, OLDEST))}"
     if interpreted():
         return None
-    return gpu_reason()
+    return gpu_reason() or driver_reason()
 
 
+@functools.cache
 def gpu_reason() -> str | None:
     """Why there is no GPU that kernels can run on, None where there is one."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     if torch.version.hip is None and major < 8:
         return f"the GPU has compute capability {major}.{minor}, expected at least 8.0"
+    return None
+
+
+@functools.cache
+def driver_reason() -> str | None:
+    """Why Triton cannot launch, None where it can: it compiles part of its driver, and launchers, with a C compiler."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"triton cannot launch kernels ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     return None
 
 
@@ -64,8 +77,8 @@ H200 = Chip("cuda", 90, 227 * 1024, 132)
 
 
 def most_registers(chip: Chip, count: int) -> dict[str, int]:
-    """A launch's option, before sm_90: left alone, ptxas takes a few more there, or spills to have fewer."""
-    return {"maxnreg": count} if chip.backend == "cuda" and chip.arch < 90 else {}
+    """A launch's option, but on sm_90 and sm_100: left alone, ptxas takes a few more there, or spills to have fewer."""
+    return {} if chip.backend == "hip" or 90 <= chip.arch < 120 else {"maxnreg": count}
 
 
 def chip(tensor: Tensor) -> Chip:

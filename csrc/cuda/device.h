@@ -2,6 +2,7 @@
 //
 // Compiled by nvcc for a GPU, and by a C++ compiler with -DCONVFAST_EMULATE for tests on the CPU (csrc/testing/simt.h).
 #pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -94,8 +95,18 @@ inline size_t shared_limit() { return at_most("CONVFAST_CUDA_SHARED", device_lim
 // 90 for 9.0.
 inline int compute_capability() { return at_most("CONVFAST_CUDA_CAPABILITY", 10 * device_limits().major + device_limits().minor); }
 
+// Inside an op there is nothing to differentiate, also where it is called without an autograd of ours around it.
+struct NoGrad {
+  NoGrad() { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+  const bool before = aoti_torch_grad_mode_is_enabled();
+};
+
 // Makes the device of a tensor the current one while it lives, and has its current stream.
 struct Device {
+  NoGrad no_grad;
 #ifdef CONVFAST_EMULATE
   explicit Device(const Tensor&) {}
   cudaStream_t stream = nullptr;
@@ -192,6 +203,10 @@ int resident_blocks(void (*kernel)(Params), int threads, size_t shared_bytes) {
 template <class Params>
 int resident_clusters(void (*kernel)(Params), int threads, size_t shared_bytes, int cluster_size) {
   if (compute_capability() < 90) return 0;
+  // A kernel compiled for an older GPU knows no clusters (mma.h), whatever it runs on.
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "kernel attributes");
+  if (attributes.ptxVersion < 90) return 0;
   allow_shared(kernel, shared_bytes);
   cudaLaunchAttribute attribute = cluster_attribute(cluster_size);
   cudaLaunchConfig_t config{};

@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kThreads) shifted_rows(ShiftedRows<A> p) {
   const int64_t at = element();
   if (at >= p.batch * p.time * p.width) return;
   const int64_t i = at % p.width, b = at / p.width % p.batch, t = at / p.width / p.batch, source = t + p.shift;
-  const bool there = source >= 0 && source < (p.lengths ? p.lengths[b] : p.time);
+  // Nobody has checked lengths that are on the device.
+  const bool there = source >= 0 && source < (p.lengths ? min(p.lengths[b], p.time) : p.time);
   const A otherwise = p.first ? p.first[b * p.width + i] : from_float<A>(0.f);
   p.to[t * p.to_t + b * p.to_b + i] = there ? p.from[source * p.from_t + b * p.from_b + i] : otherwise;
 }
