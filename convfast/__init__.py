@@ -1,6 +1,6 @@
 """ConvLSTM and its parts, fast and exact. Importing compiles nothing; the first call may build the native library."""
 
-from .backends import available, release_workspace
+from .backends import available, load_ops, release_workspace
 from .explain import explain
 from .nn import CNN_LSTM, LSTM, Conv1d, Conv1dLSTM, ConvLSTM, ConvLSTM1d, ConvLSTM3d, ConvLSTMCell, RegLSTM
 from .ops import conv1d, conv_lstm, lstm, lstm_gates
@@ -21,6 +21,7 @@ __all__ = [
     "conv1d",
     "conv_lstm",
     "explain",
+    "load_ops",
     "lstm",
     "lstm_gates",
     "release_workspace",

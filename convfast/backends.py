@@ -152,6 +152,24 @@ def function(backend: str, name: str) -> Callable[..., Any]:
     return BACKENDS[backend].function(name)
 
 
+def load_ops(device: str = "cpu") -> None:
+    """Make the ops for tensors of a device type exist; may build the native library.
+
+    The first call of a layer does it by itself. A process that has not made one needs it before `torch.jit.load`,
+    `torch.export.load` or `torch._inductor.aoti_load_package` of a model with layers of convfast.
+
+    Raises:
+        ValueError: no backend has ops for `device`.
+        RuntimeError: none that has can be had; the message gives the reasons.
+    """
+    reasons = {n: b.reason() for n, b in BACKENDS.items() if b.devices is not None and device in b.devices}
+    if not reasons:
+        devices = sorted({d for b in BACKENDS.values() for d in b.devices or ()})
+        raise ValueError(f"load_ops: device is {device!r}, expected {' or '.join(devices)}")
+    if all(reasons.values()):
+        raise RuntimeError("load_ops: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
 def release_workspace() -> None:
     """Free the memory that the native library keeps between calls; the next call takes it anew."""
     if native.origin() is not None:

@@ -6,27 +6,30 @@ from torch import Tensor
 
 from . import backends
 from .nn import CNN_LSTM, LSTM, Conv1d, Conv1dLSTM, ConvLSTM, ConvLSTMCell, RegLSTM
+from .nn.conv_lstm import State
 from .ops.conv_lstm import algorithm_of
 
 Explained = ConvLSTM | ConvLSTMCell | LSTM | Conv1d | Conv1dLSTM | CNN_LSTM | RegLSTM
 
 
-def explain(module: Explained, input: Tensor) -> str:
+def explain(module: Explained, input: Tensor | None, state: State | None = None) -> str:
     """What a call of `module` on `input` runs, one line a layer and direction. Nothing is computed.
 
     Args:
         module: a ConvLSTM (of 1 to 3 dims), a ConvLSTMCell, LSTM, Conv1d, Conv1dLSTM, CNN_LSTM or RegLSTM.
         input: as for its call; only its shape is looked at, so it may be on the meta device.
+        state: as for a call of a ConvLSTM without input, `(h, c)` for a ConvLSTMCell; looked at in the same way.
 
     Raises:
         TypeError: `module` or `input` is of another type.
         ValueError: `input` does not fit the module.
         RuntimeError: the backend or the algorithm asked for cannot be had.
     """
-    if not isinstance(input, Tensor):
+    of_frames = isinstance(module, ConvLSTM | ConvLSTMCell)
+    if not isinstance(input, Tensor) and not (of_frames and input is None):
         raise TypeError(f"explain: input is a {type(input).__name__}, expected a Tensor")
-    if isinstance(module, ConvLSTM | ConvLSTMCell):
-        lines = _conv_lstm(module, input)
+    if of_frames:
+        lines = _conv_lstm(module, input, state)
     elif isinstance(module, Conv1d):
         lines = iter([_line("conv", "conv1d", module, module.weight)])
     elif isinstance(module, LSTM):
@@ -45,29 +48,37 @@ def explain(module: Explained, input: Tensor) -> str:
     return "\n".join(lines)
 
 
-def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor) -> Iterator[str]:
+def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor | None, state: State | None) -> Iterator[str]:
     if isinstance(module, ConvLSTMCell):
-        module._check(input, None, None)
-        frames, steps = input.unsqueeze(1), 1
+        h, c = state or (None, None)
+        module._check(input, h, c)
+        frames, steps = None if input is None else input.unsqueeze(1), 1
+        first = module._first_state_size(input, h, c)
+        like = h if frames is None else input
     else:
         frames, steps, _ = module._frames(input)
         steps = frames.shape[1] if steps is None else steps
-    batch, size = frames.shape[0], frames.shape[3:]
-    sizes = module._state_sizes(module._layers[0].state_size(size), f"input with frames of {list(size)}")
+        first = module._first_state_size(input, state)
+        like = module._states(state)[0][0] if frames is None else frames[:, 0]
+    batch = like.shape[-2 - module.dims]
+    size = first if frames is None else frames.shape[3:]
+    sizes = module._state_sizes(first, f"{'state' if frames is None else 'input'} with frames of {list(size)}")
     for index, (layer, suffixes, state_size) in enumerate(zip(module._layers, module._suffixes, sizes)):
         for suffix in suffixes:
             weight_ih, weight_hh = (getattr(module, f"weight_{name}{suffix}") for name in ("ih", "hh"))
             # One element, seen in the shape of the frames: the choice depends on nothing else.
-            like = weight_hh.detach().new_empty(1)
-            repeated = index == 0 and frames.shape[1] < steps
-            x = like.expand(batch, steps, layer.input_channels, *size)
-            if layer.groups > 1 or repeated:
-                x, weight_ih = like.expand(batch, steps, weight_hh.shape[0], *state_size), None
+            one = weight_hh.detach().new_empty(1)
+            x, h0, note = one.expand(batch, steps, layer.input_channels, *size), None, ""
+            if index == 0 and frames is None:
+                x, weight_ih, h0 = None, None, one.expand(batch, weight_hh.shape[1], *state_size)
+                note = ", without input"
+            elif layer.groups > 1 or (index == 0 and frames.shape[1] < steps):
+                x, weight_ih = one.expand(batch, steps, weight_hh.shape[0], *state_size), None
+                note = ", input convolution by the library"
             options = (layer.stride, layer.pads, layer.dilation, layer.padding_mode, module.algorithm)
-            how = algorithm_of(_backend("conv_lstm", module, weight_hh), x, weight_ih, weight_hh, *options)
-            hoisted = ", input convolution by the library" if weight_ih is None else ""
+            how = algorithm_of(_backend("conv_lstm", module, weight_hh), x, weight_ih, weight_hh, h0, steps, *options)
             where = f"layer {index}{suffix.removeprefix(f'_l{index}')}"
-            yield _line(where, "conv_lstm", module, weight_hh, f", {how}{hoisted}")
+            yield _line(where, "conv_lstm", module, weight_hh, f", {how}{note}")
         size = state_size
 
 

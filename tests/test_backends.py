@@ -41,6 +41,16 @@ def test_order_on_a_gpu(op: str, on_gpu: dict[str, str | None]) -> None:
         backends.select(op, "cuda", "cuda", torch.float64)
 
 
+def test_load_ops_names_what_it_takes(on_gpu: dict[str, str | None]) -> None:
+    with pytest.raises(ValueError, match=r"^load_ops: device is 'tpu', expected cpu or cuda$"):
+        convfast.load_ops("tpu")
+    on_gpu |= {"triton": None, "cuda": "no nvcc"}
+    convfast.load_ops("cuda")
+    on_gpu["triton"] = "not there"
+    with pytest.raises(RuntimeError, match=r"^load_ops: triton: not there; cuda: no nvcc$"):
+        convfast.load_ops("cuda")
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
 @pytest.mark.skipif(native.emulated(), reason="the backend is emulated")
 def test_cuda_without_cuda_in_torch_says_so() -> None:

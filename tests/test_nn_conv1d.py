@@ -151,6 +151,16 @@ def test_half_precision(dtype: torch.dtype, backend: str) -> None:
     assert_close_to_oracle(output, exact, eager)
 
 
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_single_sequence(channels_first: bool, backend: str) -> None:
+    module = build(padding=1, stride=2, channels_first=channels_first, backend=backend)
+    x = sequence(module)
+    assert_close(module(x[1]), module(x[1:2])[0])
+    if backend == "cpu":
+        with torch.no_grad():
+            assert_same(scripted(module)(x[1]), module(x[1]))
+
+
 def test_empty_batch(backend: str) -> None:
     module = build(padding="same", backend=backend)
     assert module(sequence(module, batch=0)).shape == (0, TIME, CHANNELS)
@@ -221,7 +231,8 @@ def test_bad_constructor_argument(name: str) -> None:
 X = torch.zeros(BATCH, TIME, INPUT)
 BAD_CALLS = {
     "type": (([1.0],), TypeError, "conv1d: input is a list, expected a Tensor"),
-    "rank": ((X[0],), ValueError, "conv1d: input has 2 dims, expected 3"),
+    "rank": ((X[None],), ValueError, "conv1d: input has 4 dims, expected 3"),
+    "single_lengths": ((X[0], torch.tensor([1])), ValueError, "conv1d: input has 2 dims, expected 3"),
     "features": ((X[..., 1:],), ValueError, "conv1d: input has 3 features, expected 4"),
     "no_time": ((X[:, :0],), ValueError, "conv1d: input has 0 time steps, expected at least 1"),
     "too_short": ((X[:, :2],), ValueError, "conv1d: input has size 2 in time, expected at least 3"),

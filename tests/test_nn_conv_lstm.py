@@ -329,7 +329,7 @@ def test_state_is_made_anew_by_code_that_iterates_over_it() -> None:
         assert_same(single(x, again), single(x, pair))
     _, state = double(x)
     assert_same(ConvLSTMState(pair for pair in state.layers).layers, state.layers)
-    with pytest.raises(ValueError, match="state has 1 entries, expected 2"):
+    with pytest.raises(ValueError, match="state has 1 entries, expected 2, one per layer; code that takes"):
         double(x, type(state)(list(state)))
 
 
@@ -865,6 +865,25 @@ def test_exports_as_one_op_a_layer_and_direction(strict: bool, bidirectional: bo
     x = frames(batch=3, time=7)
     with torch.no_grad():
         assert_same(again(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_exported_example_says_nothing_of_other_inputs(strict: bool, native_ops) -> None:
+    module, x = build().eval(), frames()
+    same = frames(time=1).expand(-1, TIME, -1, -1, -1)  # one frame at every step has a way of its own
+    for run in (torch.export.export(module, (same,), strict=strict).module(), torch.jit.trace(module, (same,))):
+        with torch.no_grad():
+            assert_same(run(x), module(x))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_state_goes_in_and_out_of_an_exported_program(strict: bool, native_ops) -> None:
+    module, x = build().eval(), frames()
+    with torch.no_grad():
+        _, state = module(x)
+        program = torch.export.export(module, (x, state), strict=strict)
+        assert_same(program.module()(x, state), module(x, state))
+    assert len(program.module()(x, state)[1].layers) == 2
 
 
 SCRIPTED = {

@@ -20,6 +20,7 @@ from modules import Called, assert_close, assert_same, check_against, flat, scri
 from oracle import assert_close_to_oracle, lstm_gates
 from torch import Tensor, library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import convfast
@@ -560,6 +561,84 @@ def test_whoever_watches_a_part_of_a_model_sees_its_calls(how: str, part: str, n
         assert_close(model(x), expected)
     assert getattr(model, part) in seen
     without_gradients(model, x, ops=["lstm_layers"])
+
+
+@pytest.mark.parametrize("wrap", [nn.LSTM, "module", "compile", "checkpoint"])
+def test_what_stands_in_the_place_of_the_lstm_is_called(wrap: Any, native_ops) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: Tensor) -> Any:
+            return self.module(x)
+
+    def put(model: nn.Module, name: str) -> list[Any]:
+        module, seen = getattr(model, name), []
+        if wrap is nn.LSTM:
+            other = twin(module, torch.float32).eval()
+            other.register_forward_hook(lambda *_: seen.append(1))
+        elif wrap == "compile":
+            other = module
+            module.compile(backend=lambda graph, _: seen.append(1) or graph.forward)
+        else:
+            other = Wrapper(module) if wrap == "module" else checkpoint_wrapper(module)
+            module.register_forward_hook(lambda *_: seen.append(1))
+        setattr(model, name, other)
+        return seen
+
+    torch._dynamo.reset()
+    for model, name, x in (
+        (RegLSTM(INPUT, HIDDEN, 2), "rnn", torch.randn(TIME, BATCH, INPUT)),
+        (convfast.CNN_LSTM(INPUT, 2, 3, 3, HIDDEN), "lstm", torch.randn(BATCH, TIME, INPUT)),
+        (convfast.Conv1dLSTM(INPUT, [4, 3], HIDDEN), "lstm", torch.randn(BATCH, TIME, INPUT)),
+        (convfast.Conv1dLSTM(INPUT, 4, HIDDEN, pool=("max", 2)), "lstm", torch.randn(BATCH, TIME, INPUT)),
+    ):
+        expected = model.eval()(x)
+        seen = put(model, name)
+        assert_close(model(x), expected)
+        assert seen
+        seen.clear()
+        torch._dynamo.reset()
+        with torch.no_grad():
+            assert_close(model(x), expected)
+        assert seen
+
+
+def test_training_while_another_thread_exports(native_ops) -> None:
+    model, other, x = build(), build().eval(), torch.randn(TIME, BATCH, INPUT)
+    expected = torch.autograd.grad(model(x)[0].sum(), [*model.parameters()])
+    with ThreadPoolExecutor(1) as pool:
+        exported = [pool.submit(torch.export.export, other, (x,)) for _ in range(3)]
+        steps = 0
+        while not all(job.done() for job in exported) or steps == 0:
+            assert_same(torch.autograd.grad(model(x)[0].sum(), [*model.parameters()]), expected)
+            steps += 1
+    assert all(job.result() for job in exported)
+
+
+LOADS = """
+import sys, torch, convfast
+convfast.load_ops()
+x = torch.load(sys.argv[1])
+with torch.no_grad():
+    scripted, exported = torch.jit.load(sys.argv[2])(x), torch.export.load(sys.argv[3]).module()(x)
+torch.testing.assert_close(scripted, exported)
+print(scripted.sum().item())
+"""
+
+
+def test_saved_programs_load_in_a_process_without_layers(tmp_path: Path, native_ops) -> None:
+    model, x = convfast.CNN_LSTM(INPUT, 2, 4, lstm_hidden_size=HIDDEN).eval(), torch.randn(BATCH, TIME, INPUT)
+    files = [str(tmp_path / name) for name in ("x.pt", "scripted.pt", "exported.pt2")]
+    torch.save(x, files[0])
+    torch.jit.script(copy.deepcopy(model)).save(files[1])
+    torch.export.save(torch.export.export(model, (x,)), files[2])
+    done = subprocess.run([sys.executable, "-c", LOADS, *files], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        total = model(x).sum().item()
+    assert float(done.stdout) == pytest.approx(total, rel=1e-5)
 
 
 def test_frozen_lstm_under_a_linear_layer_that_learns(native_ops) -> None:

@@ -379,6 +379,13 @@ def test_explain_names_engine_and_reason() -> None:
     assert "direct: frames of 5x5 make too few" in convfast.explain(convfast.ConvLSTM(16, 64, 3), x[..., :5, :5])
     assert "direct: many channels" in convfast.explain(convfast.ConvLSTM(512, 512, 3), torch.empty(1, 1, 512, 8, 8))
     assert "winograd" in convfast.explain(convfast.ConvLSTMCell(16, 64, 3), x[:, 0])
+    h = x.new_empty(4, 64, 64, 64)
+    found = convfast.explain(convfast.ConvLSTM(0, 64, 3, step=5), None, (h, h))
+    assert found == "layer 0: backend cpu, winograd F(4x4, 3x3), without input"
+    assert convfast.explain(convfast.ConvLSTM(16, [64, 8], 3), None, [(h, h), None]).splitlines()[0] == found
+    assert convfast.explain(convfast.ConvLSTMCell(0, 64, 3), None, (h, h)) == found
+    with pytest.raises(ValueError, match="state is None, expected one where input is None"):
+        convfast.explain(convfast.ConvLSTM(0, 64, 3), None)
     with pytest.raises(RuntimeError, match="algorithm"):
         convfast.explain(convfast.ConvLSTM(16, 64, 1, algorithm="winograd"), x)
     with pytest.raises(TypeError, match="module is a Conv2d"):

@@ -111,12 +111,14 @@ class Conv1d(nn.Module):
         """Convolve.
 
         Args:
-            input: `[B, T, F]`, or `[B, F, T]` with `channels_first`, in any memory layout.
+            input: `[B, T, F]`, or `[B, F, T]` with `channels_first`, in any memory layout; without B a single sequence.
             lengths: `[B]` integers in 0..T. Sample b is its first `lengths[b]` steps: padding starts at its own end.
 
         Returns:
-            `[B, T', C]`, contiguous, zero past each sample's `output_lengths`.
+            `[B, T', C]`, contiguous, zero past each sample's `output_lengths`; `[T', C]` of a single sequence.
         """
+        if isinstance(input, Tensor) and input.ndim == 2 and lengths is None:
+            return self.convolve(input.unsqueeze(0), None, self.padding).squeeze(0)
         return self.convolve(input, lengths, self.padding)
 
     def convolve(self, input: Tensor, lengths: Tensor | None, padding: int | str) -> Tensor:

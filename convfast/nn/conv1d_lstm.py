@@ -1,6 +1,7 @@
 """Conv1d → LSTM without permutes or copies between the layers: whole sequences, or chunk by chunk."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from ..ops.checks import autocast_dtype, autocast_to, check_count, check_integers
 from .conv1d import Conv1d
-from .handoff import convolve_into_lstm
-from .lstm import LSTM
+from .handoff import call_lstm, convolve_into_lstm
+from .lstm import LSTM, takes
 from .options import check_dropout, counts, kind, per_layer, shown
 from .pool1d import Pool, Pool1d
 from .scripted_lstm import ScriptedCNNLSTM, ScriptedConv1dLSTM
@@ -139,7 +140,7 @@ class Conv1dLSTM(nn.Module):
             `(h, c)` after each sample's last step, shaped as `state`.
         """
         x = self._batch_first(input)
-        if state is not None:
+        if state is not None and isinstance(self.lstm, LSTM):
             self.lstm.check_state(state, (x.shape[0],), f"{type(self).__name__}: state")
         if lengths is not None:
             check_integers(type(self).__name__, lengths)
@@ -152,8 +153,9 @@ class Conv1dLSTM(nn.Module):
             if lengths is not None:
                 lengths = pool.output_lengths(conv.output_lengths(lengths))
         if pooled < len(layers):
-            return convolve_into_lstm([conv for conv, _ in layers[pooled:]], self.lstm, x, state, lengths)
-        return self.lstm(x if self.batch_first else x.transpose(0, 1), state, lengths)
+            convs = [conv for conv, _ in layers[pooled:]]
+            return convolve_into_lstm(convs, self.lstm, x, state, lengths, self.batch_first)
+        return call_lstm(self.lstm, x if self.batch_first else x.transpose(0, 1), state, lengths)
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Steps of the output for each number of steps of the input."""
@@ -325,10 +327,8 @@ class CNN_LSTM(nn.Module):
         """
         if lengths is not None:
             check_integers(type(self).__name__, lengths)
-        first, second = self.cnn.values()
-        if not self.lstm.takes(self.fc):
-            return self.fc(convolve_into_lstm((first, second), self.lstm, input, None, lengths)[0])
-        return convolve_into_lstm((first, second), self.lstm, input, None, lengths, self.fc)[0]
+        run = partial(convolve_into_lstm, tuple(self.cnn.values()), self.lstm, input, None, lengths, True)
+        return run(self.fc)[0] if takes(self.lstm, self.fc) else self.fc(run()[0])
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptedCNNLSTM(self)
+        return ScriptedCNNLSTM(self, takes(self.lstm, self.fc))

@@ -215,8 +215,10 @@ class ConvLSTM(ConvLSTMLayers):
             raise TypeError(
                 f"{owner}: state is a {type(state).__name__}, expected (h, c), or a list with one of them per layer"
             )
+        hint = ""
         if isinstance(state, ConvLSTMState) and self.num_layers > 1:
             state = state.layers
+            hint = "; code that takes a state apart, as FSDP's, keeps its last layer: use return_all_layers=True"
         if len(state) == 2 and isinstance(state[0], Tensor):
             if self.num_layers > 1:
                 raise ValueError(
@@ -225,7 +227,9 @@ class ConvLSTM(ConvLSTMLayers):
                 )
             state = [state]
         if len(state) != self.num_layers:
-            raise ValueError(f"{owner}: state has {len(state)} entries, expected {self.num_layers}, one per layer")
+            raise ValueError(
+                f"{owner}: state has {len(state)} entries, expected {self.num_layers}, one per layer{hint}"
+            )
         for index, pair in enumerate(state):
             ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
             if pair is not None and not ok:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backends
-from ..ops.checks import autocast_dtype, autocast_state, autocast_to, check_tensors, forward_mode, needs_function
+from ..ops.checks import autocast_dtype, autocast_state, autocast_to, check_tensors, needs_function, needs_reference
 from ..ops.conv1d import check_conv1d
 from ..ops.conv1d_lstm import backend_of_all, conv1d_lstm_layers
 from ..triton import runtime
@@ -19,13 +19,15 @@ from .state import Pair
 
 def convolve_into_lstm(
     convs: Sequence[Conv1d],
-    rnn: LSTM,
+    rnn: nn.Module,
     x: Tensor,
     state: Pair | None,
     lengths: Tensor | None,
+    batch_first: bool,
     head: nn.Linear | None = None,
 ) -> tuple[Tensor, Pair]:
-    """x `[B, T, F]` → what `rnn` gives on what `convs` give one after another, its output sent through `head`."""
+    """x `[B, T, F]` → what `rnn`, an LSTM or what stands in its place, gives on what `convs` give one after another,
+    its output sent through a `head` that it takes."""
     if lengths is None and (found := _in_one_op(convs, rnn, x, state, head)) is not None:
         return found
     *below, conv = convs
@@ -35,25 +37,33 @@ def convolve_into_lstm(
     if _fuses(conv, rnn, x, state):
         return rnn.run(x, state, ends, partial(_gates_into_lstm, conv, lengths), head)
     x = conv(x, lengths)
-    x = x if rnn.batch_first else x.transpose(0, 1)
-    return rnn(x, state, ends) if head is None else rnn.under(head, x, state, ends)
+    x = x if batch_first else x.transpose(0, 1)
+    return call_lstm(rnn, x, state, ends) if head is None else rnn.under(head, x, state, ends)
+
+
+def call_lstm(rnn: nn.Module, x: Tensor, state: Pair | None, lengths: Tensor | None) -> tuple[Tensor, Pair]:
+    """`rnn(x, state, lengths)`; what stands in the place of an LSTM may take less."""
+    if lengths is not None:
+        return rnn(x, state, lengths)
+    return rnn(x) if state is None else rnn(x, state)
 
 
 def _in_one_op(
-    convs: Sequence[Conv1d], rnn: LSTM, x: Tensor, state: Pair | None, head: nn.Linear | None
+    convs: Sequence[Conv1d], rnn: nn.Module, x: Tensor, state: Pair | None, head: nn.Linear | None
 ) -> tuple[Tensor, Pair] | None:
     """`convolve_into_lstm` without gradients and compiled, where nobody watches the layers; else None."""
     first = convs[0]
-    if torch.compiler.is_compiling() or needs_function(first.weight):
+    if torch.compiler.is_compiling() or not plain(first, Conv1d) or needs_function(first.weight):
         return None
     if not isinstance(x, Tensor) or not plain(rnn, LSTM) or (rnn.dropout > 0 and rnn.training):
         return None
     common = (first.bias is None, first.padding_mode, first.activation, rnn.backend, False)
     convolutions, pads = [], []
     for conv in convs:
+        if not plain(conv, Conv1d):
+            return None
         weight, bias = conv.weight, conv.bias
-        own = (bias is None, conv.padding_mode, conv.activation, conv.backend, conv.channels_first)
-        if own != common or not plain(conv, Conv1d):
+        if (bias is None, conv.padding_mode, conv.activation, conv.backend, conv.channels_first) != common:
             return None
         convolutions += [weight] if bias is None else [weight, bias]
         pads += conv.pads()
@@ -74,10 +84,12 @@ def _in_one_op(
     return y if rnn.batch_first else y.transpose(0, 1), state
 
 
-def _fuses(conv: Conv1d, rnn: LSTM, x: Tensor, state: Pair | None) -> bool:
+def _fuses(conv: Conv1d, rnn: nn.Module, x: Tensor, state: Pair | None) -> bool:
     """For inference with Triton, where the tile between the two and the LSTM's weights fit on the chip."""
+    if not plain(conv, Conv1d) or not plain(rnn, LSTM):
+        return False
     weight = conv.weight
-    if weight.device.type not in runtime.devices() or conv.groups > 1 or forward_mode():
+    if weight.device.type not in runtime.devices() or conv.groups > 1 or needs_reference():
         return False
     dtype = autocast_dtype(weight) or weight.dtype
     for op, name in (("conv1d", conv.backend), ("lstm", rnn.backend)):

@@ -13,4 +13,9 @@ def watched(module: nn.Module) -> bool:
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module is the forward of `kind` and no more."""
-    return type(module).forward is kind.forward and not watched(module) and not _has_any_global_hook()
+    return (
+        type(module).forward is kind.forward
+        and not watched(module)
+        and module._compiled_call_impl is None
+        and not _has_any_global_hook()
+    )

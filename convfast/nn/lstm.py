@@ -122,10 +122,6 @@ class LSTM(nn.RNNBase):
             return output.squeeze(0), (h.squeeze(1), c.squeeze(1))
         return self.run(input if self.batch_first else input.transpose(0, 1), hx, lengths, head=head)
 
-    def takes(self, head: nn.Module) -> bool:
-        """Whether `under` may stand for the calls of the two modules: nobody watches them or has replaced them."""
-        return plain(self, LSTM) and type(head) is nn.Linear and plain(head, nn.Linear)
-
     def run(
         self,
         x: Tensor,
@@ -272,6 +268,11 @@ class LSTM(nn.RNNBase):
         return super().extra_repr() + more + (f", backend={self.backend!r}" if self.backend else "")
 
 
+def takes(rnn: nn.Module, head: nn.Module) -> bool:
+    """Whether `under` may stand for the calls of the two modules: nobody watches them or has replaced them."""
+    return plain(rnn, LSTM) and type(head) is nn.Linear and plain(head, nn.Linear)
+
+
 class RegLSTM(nn.Module):
     """An LSTM and a linear regression to one number at every step.
 
@@ -299,9 +300,9 @@ class RegLSTM(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """input `[T, B, I]` → `[T, B, 1]`."""
-        if not self.rnn.takes(self.reg):
+        if not takes(self.rnn, self.reg):
             return self.reg(self.rnn(input)[0])
         return self.rnn.under(self.reg, input, None, None)[0]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return ScriptedRegLSTM(self)
+        return ScriptedRegLSTM(self, takes(self.rnn, self.reg))

@@ -29,16 +29,18 @@ class ScriptedConv1d(Twin):
         self.pads = list(module.pads())
 
     def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
-        if input.dim() != 3:
-            raise ValueError(f"Conv1d: input has {input.dim()} dims, expected 3")
-        x = input.transpose(1, 2) if self.channels_first else input
+        single = input.dim() == 2 and lengths is None
+        if input.dim() != 3 and not single:
+            raise ValueError(f"Conv1d: input has {input.dim()} dims, expected 3, or 2 for a single sequence")
+        x = input.unsqueeze(0) if single else input
+        x = x.transpose(1, 2) if self.channels_first else x
         if lengths is not None:
             lengths = integers("Conv1d", lengths)
         y, _ = torch.ops.convfast.conv1d_forward(
             x, self.weight, self.bias, lengths, self.stride, self.pads, self.dilation, self.groups, self.padding_mode,
             self.activation, False, False,
         )  # fmt: skip
-        return y
+        return y.squeeze(0) if single else y
 
     @torch.jit.export
     def output_lengths(self, lengths: Tensor) -> Tensor:
@@ -159,11 +161,11 @@ class ScriptedConv1dLSTM(Twin):
 class ScriptedCNNLSTM(Twin):
     linear: Final[bool]
 
-    def __init__(self, module: "CNN_LSTM") -> None:
+    def __init__(self, module: "CNN_LSTM", linear: bool) -> None:
         super().__init__(module)
         self.cnn = _relisted(module.cnn)
         self.lstm, self.fc = module.lstm, module.fc
-        self.linear = module.lstm.takes(module.fc)
+        self.linear = linear
 
     def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
         x = input
@@ -179,10 +181,10 @@ class ScriptedCNNLSTM(Twin):
 class ScriptedRegLSTM(Twin):
     linear: Final[bool]
 
-    def __init__(self, module: "RegLSTM") -> None:
+    def __init__(self, module: "RegLSTM", linear: bool) -> None:
         super().__init__(module)
         self.rnn, self.reg = module.rnn, module.reg
-        self.linear = module.rnn.takes(module.reg)
+        self.linear = linear
 
     def forward(self, input: Tensor) -> Tensor:
         if self.linear:

@@ -43,6 +43,7 @@ _pytree.register_pytree_node(
     ConvLSTMState,
     lambda state: ([list(state.layers)], None),
     lambda children, _: ConvLSTMState(children[0]),
+    flatten_with_keys_fn=lambda state: ([(_pytree.GetAttrKey("layers"), list(state.layers))], None),
     serialized_type_name="convfast.nn.ConvLSTMState",
 )
 

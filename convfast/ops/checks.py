@@ -192,21 +192,33 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if autocast_dtype(like) is None else torch.autocast(like.device.type, enabled=False)
 
 
-def forward_mode() -> bool:
-    """Whether tensors may carry tangents (torch.func.jvp, forward_ad.dual_level)."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+def needs_reference() -> bool:
+    """Whether the call has to be plain torch."""
+    if torch.compiler.is_compiling():
+        # Of a Function within torch.func, torch.compile traces a wrong backward, and no vmap and jvp at all.
+        return torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0  # tensors may carry tangents (torch.func.jvp, forward_ad.dual_level)
+
+
+def exporting() -> bool:
+    """Whether the call becomes a part of a program of torch.export or torch.jit.trace."""
+    if torch.jit.is_tracing():
+        return True
+    # is_exporting() is true of whatever is compiled in torch 2.11, and the flag of what other threads do.
+    if not torch.compiler._is_exporting_flag:
+        return False
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether the call has to go through the autograd.Function."""
     # A program that is exported or traced has no backward: nothing is to be kept for one.
-    if torch.compiler._is_exporting_flag:  # is_exporting() is true of whatever is compiled in torch 2.11
+    if exporting():
         return False
     # Under vmap a tensor hides that a level further out differentiates it.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return wanted and not torch.jit.is_tracing()
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def apply(function: type[Function], *inputs: Any) -> Any:

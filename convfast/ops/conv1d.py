@@ -23,10 +23,10 @@ from .checks import (
     check_shape,
     check_tensors,
     empty_sequence,
-    forward_mode,
     integer,
     most_padding,
     needs_function,
+    needs_reference,
     output_size,
     values_at_hand,
     without_autocast,
@@ -91,7 +91,7 @@ def conv1d(
     name = backends.select(_OP, backend, weight.device.type, weight.dtype)
 
     operands, options = (input, weight, bias), (stride, pads, dilation, groups, padding_mode, activation, time_major)
-    if forward_mode():
+    if needs_reference():
         return reference.conv1d_forward(*operands, lengths, *options, False)[0]
     if needs_function(*operands):
         return apply(_Conv1d, *operands, lengths, *options, name)[0]
@@ -229,7 +229,7 @@ class _Conv1d(torch.autograd.Function):
         needs = [int(n) for n in ctx.needs_input_grad[:3]]
         backward = backends.function(ctx.backend, "conv1d_backward")
         with without_autocast(dy):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or needs_reference():
                 # A second derivative may follow: the reference is differentiable, the kernels are not.
                 y, pre = reference.conv1d_forward(*inputs, *ctx.options, True)
                 backward = reference.conv1d_backward

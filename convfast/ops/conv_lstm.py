@@ -23,9 +23,10 @@ from .checks import (
     check_shape,
     check_tensors,
     empty_channels_last,
-    forward_mode,
+    exporting,
     integer,
     needs_function,
+    needs_reference,
     output_size,
     unpack_state,
     without_autocast,
@@ -135,7 +136,7 @@ def conv_lstm(
     if input is not None and weight_ih is not None:
         # The gradient of an expanded frame, unlike its result, has T parts; only a frame that is given once has one.
         repeated = input.stride(1) == 0 and input.shape[1] > 1 and not needs_function(input)
-        if repeated:
+        if repeated and not exporting():  # other inputs of the program need not be
             input = input[:, :1]
         if groups > 1 or input.shape[1] < time:
             input = _input_convolution(input, weight_ih, stride, pads, dilation, padding_mode, groups)
@@ -145,7 +146,7 @@ def conv_lstm(
 
     operands = (input, weight_ih, weight_hh, bias, peephole, h0, c0)
     options = (time, stride, pads, dilation, padding_mode, reverse, algorithm)
-    if forward_mode():
+    if needs_reference():
         outputs = reference.conv_lstm_forward(*operands, lengths, *options, "none")
     elif needs_function(*operands):
         outputs = apply(_ConvLSTM, *operands, lengths, *options, memory, name)
@@ -290,7 +291,7 @@ class _ConvLSTM(torch.autograd.Function):
         needs = [int(n) for n in ctx.needs_input_grad[:7]]
         backward = backends.function(ctx.backend, "conv_lstm_backward")
         with without_autocast(h):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or needs_reference():
                 # A second derivative may follow: the reference is differentiable, the kernels are not.
                 h, _, _, c, gates = reference.conv_lstm_forward(*inputs, *ctx.options, "fast")
                 backward = reference.conv_lstm_backward
@@ -300,9 +301,11 @@ class _ConvLSTM(torch.autograd.Function):
 
 def algorithm_of(
     backend: str,
-    input: Tensor,
+    input: Tensor | None,
     weight_ih: Tensor | None,
     weight_hh: Tensor,
+    h0: Tensor | None,
+    steps: int,
     stride: tuple[int, ...],
     pads: tuple[int, ...],
     dilation: tuple[int, ...],
@@ -316,7 +319,7 @@ def algorithm_of(
     if backend == "triton":
         return "direct: implicit GEMM and cell in one launch a step"
     return backends.function(backend, "conv_lstm_algorithm")(
-        input, weight_ih, weight_hh, None, None, input.shape[1], stride, pads, dilation, padding_mode, algorithm
+        input, weight_ih, weight_hh, h0, None, steps, stride, pads, dilation, padding_mode, algorithm
     )
 
 

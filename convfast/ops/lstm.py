@@ -20,8 +20,8 @@ from .checks import (
     check_shape,
     check_tensors,
     empty_sequence,
-    forward_mode,
     needs_function,
+    needs_reference,
     unpack_state,
     without_autocast,
 )
@@ -114,7 +114,7 @@ def lstm(
     name = backends.select(_OP, backend, weight_hh.device.type, weight_hh.dtype)
 
     operands = (input, *weights, *weights_r, h0, c0)
-    if forward_mode():
+    if needs_reference():
         outputs = reference.lstm_forward(*operands, lengths, time_major, False)
     elif needs_function(*operands):
         outputs = apply(_LSTM, *operands, lengths, time_major, name)
@@ -127,7 +127,7 @@ def backend_of_layers(
     input: Tensor, weights: Mapping[str, Tensor], others: Iterable[Tensor], backend: str | None
 ) -> str | None:
     """That of `lstm_layers` where it can take the place of `lstm` for each layer: without gradients, compiled."""
-    if torch.compiler.is_compiling() or forward_mode() or needs_function(input, *weights.values(), *others):
+    if torch.compiler.is_compiling() or needs_reference() or needs_function(input, *weights.values(), *others):
         return None
     weight = next(iter(weights.values()))
     if autocast_dtype(weight) is not None:
@@ -257,7 +257,7 @@ class _LSTM(torch.autograd.Function):
         needs = [int(n) for n in ctx.needs_input_grad[:13]]
         backward = backends.function(ctx.backend, "lstm_backward")
         with without_autocast(y):
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() or needs_reference():
                 # A second derivative may follow: the reference is differentiable, the kernels are not.
                 y, _, _, c, gates = reference.lstm_forward(*inputs, ctx.time_major, True)
                 backward = reference.lstm_backward

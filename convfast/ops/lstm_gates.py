@@ -16,8 +16,8 @@ from .checks import (
     check_shape,
     check_tensors,
     empty_channels_last,
-    forward_mode,
     needs_function,
+    needs_reference,
 )
 
 _OP = "lstm_gates"
@@ -62,7 +62,7 @@ def lstm_gates(
     check_shape(_OP, "c", c, (batch, channels, *space), "[B, C, *S]")
     check_shape(_OP, "peephole", peephole, (3, channels, *space), "[3, C, *S]")
     name = backends.select(_OP, backend, gates.device.type, gates.dtype)
-    if forward_mode():
+    if needs_reference():
         return reference.lstm_gates_forward(gates, c, peephole, False)[:2]
     if needs_function(gates, c, peephole):
         return apply(_LSTMGates, gates, c, peephole, name)[:2]
@@ -94,7 +94,7 @@ class _LSTMGates(torch.autograd.Function):
             return None, None, None, None
         c, peephole, c_out, activated = ctx.saved_tensors
         needs = [int(n) for n in ctx.needs_input_grad[:3]]
-        if torch.is_grad_enabled() or dactivated is not None:
+        if torch.is_grad_enabled() or dactivated is not None or needs_reference():
             # A second derivative: the reference is differentiable, also through the saved outputs; kernels are not.
             grads = reference.lstm_gates_backward(activated, c, c_out, peephole, dh, dc_out, needs, dactivated)
         else:

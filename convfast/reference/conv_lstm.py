@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .lstm_gates import cell_backward, cell_forward, peephole_backward, state_dtype
 from .padded_conv import conv, conv_backward, same_padding
-from .sequence import active_frames, keep, order, previous
+from .sequence import active_frames, keep, order, previous, rows
 
 
 def channels_last(x: Tensor, channel_dim: int) -> Tensor:
@@ -36,7 +36,7 @@ def _input_gates(
     x = keep(x, active)
     if w_ih is None:
         return x
-    return conv(x.flatten(0, 1), w_ih, None, stride, padding, dilation, padding_mode).unflatten(0, x.shape[:2])
+    return conv(rows(x), w_ih, None, stride, padding, dilation, padding_mode).unflatten(0, x.shape[:2])
 
 
 def conv_lstm_forward(
@@ -136,12 +136,12 @@ def conv_lstm_backward(
     c_before = previous(c, c0, active, reverse)
     if gates.numel() == 0:
         gates_x = _input_gates(x, w_ih, active, stride, padding, dilation, padding_mode)
-        pre = conv(h_before.flatten(0, 1), w_hh, None, *recurrent).to(dtype)
+        pre = conv(rows(h_before), w_hh, None, *recurrent).to(dtype)
         if gates_x is not None:
-            pre = pre + gates_x.to(dtype).flatten(0, 1)
+            pre = pre + rows(gates_x.to(dtype))
         if bias is not None:
             pre = pre + bias.to(dtype).view(-1, *[1] * dims)
-        gates = cell_forward(pre, c_before.flatten(0, 1), peephole)[2].unflatten(0, batch_time)
+        gates = cell_forward(pre, rows(c_before), peephole)[2].unflatten(0, batch_time)
 
     dgates: list[Tensor] = [c] * time
     dh_step = torch.zeros_like(h[:, 0]) if dh_n is None else dh_n
@@ -162,8 +162,8 @@ def conv_lstm_backward(
         dx = dpre
     elif x is not None:
         dx, dw_ih = conv_backward(
-            dpre.flatten(0, 1),
-            keep(x, active).flatten(0, 1),
+            rows(dpre),
+            rows(keep(x, active)),
             w_ih,
             stride,
             padding,
@@ -171,13 +171,13 @@ def conv_lstm_backward(
             padding_mode,
             needs=(bool(needs[0]), bool(needs[1])),
         )
-        dx = None if dx is None else dx.unflatten(0, batch_time)
+        dx = None if dx is None else dx.reshape(x.shape)
     if needs[2]:
-        _, dw_hh = conv_backward(dpre.flatten(0, 1), h_before.flatten(0, 1), w_hh, *recurrent, needs=(False, True))
+        _, dw_hh = conv_backward(rows(dpre), rows(h_before), w_hh, *recurrent, needs=(False, True))
     if needs[3]:
-        dbias = dgates_wide.transpose(0, 2).flatten(1).sum(1).to(bias.dtype)
+        dbias = dgates_wide.sum((0, 1, *range(3, dgates_wide.ndim))).to(bias.dtype)
     if needs[4]:
-        flat = (dgates_wide.flatten(0, 1), c_before.flatten(0, 1), c.flatten(0, 1))
+        flat = (rows(dgates_wide), rows(c_before), rows(c))
         dpeephole = peephole_backward(*flat).to(peephole.dtype)
     return (
         dx if needs[0] else None,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .lstm_gates import cell_backward, cell_forward, peephole_backward, state_dtype
-from .sequence import active_frames, keep, order, ordered, previous
+from .sequence import active_frames, keep, order, ordered, previous, rows
 
 Weights = Sequence[Tensor | None]  # w_ih, w_hh, bias, peephole, w_hr of one direction
 
@@ -121,23 +121,23 @@ def _backward(
         dh_step = dh_before if step is None else torch.where(step, dh_before, dh_step)
         dc_step = dc_before if step is None else torch.where(step, dc_before, dc_step)
 
-    wide = torch.stack(dgates, 1).flatten(0, 1)
+    wide = rows(torch.stack(dgates, 1))
     dpre = wide.to(w_hh.dtype)
     dx = dw_ih = dw_hh = dbias = dpeephole = dw_hr = None
     if needs[0]:
-        dx = (dpre @ w_ih).unflatten(0, x.shape[:2])
+        dx = (dpre @ w_ih).reshape(x.shape)
     if needs[1]:
-        dw_ih = dpre.T @ keep(x, active).flatten(0, 1)
+        dw_ih = dpre.T @ rows(keep(x, active))
     if needs[2]:
-        dw_hh = dpre.T @ h_before.flatten(0, 1)
+        dw_hh = dpre.T @ rows(h_before)
     if needs[3]:
         dbias = wide.sum(0).to(w_hh.dtype)
     if needs[4]:
-        dpeephole = peephole_backward(wide, c_before.flatten(0, 1), c.flatten(0, 1)).to(w_hh.dtype)
+        dpeephole = peephole_backward(wide, rows(c_before), rows(c)).to(w_hh.dtype)
     if needs[5]:
         o = keep(gates.chunk(4, dim=2)[3], active)
-        projected = (o * c.tanh()).to(w_hr.dtype).flatten(0, 1)
-        dw_hr = torch.stack(dhs, 1).flatten(0, 1).to(w_hr.dtype).T @ projected
+        projected = rows((o * c.tanh()).to(w_hr.dtype))
+        dw_hr = rows(torch.stack(dhs, 1)).to(w_hr.dtype).T @ projected
     return dx, dw_ih, dw_hh, dbias, dpeephole, dw_hr, dh_step, dc_step
 
 
@@ -171,9 +171,11 @@ def lstm_backward(
     count, size = c.shape[0], w_hh.shape[1]
     dx, dweights, dh0, dc0 = [], [], [], []
     for d, weights in enumerate(directions[:count]):
+        # All of it is no slice: that would be an alias, which vmap has no rule for.
         columns = slice(d * size, (d + 1) * size)
+        dy_d, y_d = (t if t is None or count == 1 else t[..., columns] for t in (dy, y))
         dx_d, *found, dh0_d, dc0_d = _backward(
-            None if dy is None else dy[..., columns],
+            dy_d,
             _of(dh_n, d),
             _of(dc_n, d),
             x,
@@ -181,7 +183,7 @@ def lstm_backward(
             _of(h0, d),
             _of(c0, d),
             active,
-            y[..., columns],
+            y_d,
             c[d],
             gates[d],
             reverse=d == 1,

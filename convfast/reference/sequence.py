@@ -20,6 +20,11 @@ def keep(x: Tensor, active: Tensor | None) -> Tensor:
     return x if active is None else torch.where(active, x, x.new_zeros(()))
 
 
+def rows(x: Tensor) -> Tensor:
+    """[B, T, ...] → [B·T, ...]; flatten has no rule for batches of gradients."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
 def order(time: int, reverse: bool) -> Iterable[int]:
     return range(time - 1, -1, -1) if reverse else range(time)
 

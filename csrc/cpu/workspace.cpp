@@ -8,9 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <new>
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
 
 namespace convfast {
 namespace cpu {
@@ -58,7 +58,7 @@ std::pair<void*, size_t> borrow(size_t bytes) {
     }
   }
   if (!buffer.first) {
-    if (posix_memalign(&buffer.first, unit, bytes) != 0) throw std::bad_alloc();
+    STD_TORCH_CHECK(posix_memalign(&buffer.first, unit, bytes) == 0, "convfast: cannot allocate ", bytes, " bytes of workspace");
     if (unit == kHugePage) madvise(buffer.first, bytes, MADV_HUGEPAGE);  // a hint: failure is no error
   }
   if (poison_requested()) poison(buffer.first, buffer.second);
