@@ -212,13 +212,12 @@ def exporting() -> bool:
 
 def needs_function(*tensors: Tensor | None) -> bool:
     """Whether the call has to go through the autograd.Function."""
-    # A program that is exported or traced has no backward: nothing is to be kept for one.
-    if exporting():
-        return False
     # Under vmap a tensor hides that a level further out differentiates it.
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # A program that is exported or traced has no backward: nothing is to be kept for one.
+    return wanted and not exporting()
 
 
 def apply(function: type[Function], *inputs: Any) -> Any:
