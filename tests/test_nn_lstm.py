@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -615,6 +616,22 @@ def test_training_while_another_thread_exports(native_ops) -> None:
             assert_same(torch.autograd.grad(model(x)[0].sum(), [*model.parameters()]), expected)
             steps += 1
     assert all(job.result() for job in exported)
+
+
+STARVES = """
+import resource, torch, convfast
+model, x = convfast.LSTM(2, 256), torch.zeros(1, 1, 2)
+with torch.no_grad():
+    model(x)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+    model(x.expand(2000, 2000, 2))
+"""
+
+
+def test_too_little_memory_is_an_error_with_the_size(native_ops) -> None:
+    done = subprocess.run([sys.executable, "-c", STARVES], capture_output=True, text=True, timeout=120)
+    assert re.search(r"^RuntimeError: .*convfast: cannot allocate \d{9,} bytes of memory", done.stderr, re.MULTILINE)
 
 
 LOADS = """

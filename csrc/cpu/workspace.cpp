@@ -58,7 +58,7 @@ std::pair<void*, size_t> borrow(size_t bytes) {
     }
   }
   if (!buffer.first) {
-    STD_TORCH_CHECK(posix_memalign(&buffer.first, unit, bytes) == 0, "convfast: cannot allocate ", bytes, " bytes of workspace");
+    STD_TORCH_CHECK(posix_memalign(&buffer.first, unit, bytes) == 0, "convfast: cannot allocate ", bytes, " bytes of memory");
     if (unit == kHugePage) madvise(buffer.first, bytes, MADV_HUGEPAGE);  // a hint: failure is no error
   }
   if (poison_requested()) poison(buffer.first, buffer.second);
