@@ -103,12 +103,9 @@ def _line(
     where: str, op: str, module: ConvLSTM | ConvLSTMCell | LSTM | Conv1d, weight: Tensor, how: str = ""
 ) -> str:
     """The backend, how it computes, and why no other was chosen."""
-    name, reasons = _backend(op, module, weight), []
-    if module.backend is None:
-        device, dtype = weight.device.type, weight.dtype
-        for other in list(backends.BACKENDS)[: list(backends.BACKENDS).index(name)]:
-            if why := backends.why_not(op, other, device, dtype):
-                reasons.append(f"{other}: {why}")
-        if device == "cuda" and name == "triton":
-            reasons.append(f"cuda: {backends.GPU_ORDER[op]}")
+    device = weight.device.type
+    name, passed = backends.choose(op, module.backend, device, weight.dtype)
+    reasons = [f"{other}: {why}" for other, why in zip(backends.BACKENDS, passed)]
+    if module.backend is None and device == "cuda" and name == "triton":
+        reasons.append(f"cuda: {backends.GPU_ORDER[op]}")
     return f"{where}: backend {name}{how}" + "".join(f" ({reason})" for reason in reasons)

@@ -242,19 +242,16 @@ def _load_cached(build: Build) -> str:
     except NativeUnavailable:
         # The compiler may be gone since, as in the second stage of a container.
         for folder in sorted(cache_dir().glob(f"{made_for}-*")):
-            if library := _cached_library(folder):
-                _dlopen(library)
-                return f"{library} (cache)"
+            if found := _open_cached(folder):
+                return found
         raise
     try:
-        if library := _cached_library(folder):
-            _dlopen(library)
-            return f"{library} (cache)"
+        if found := _open_cached(folder):
+            return found
         folder.mkdir(parents=True, exist_ok=True)
         with _exclusive(folder / "flock"):
-            if library := _cached_library(folder):
-                _dlopen(library)
-                return f"{library} (cache)"
+            if found := _open_cached(folder):
+                return found
             for left in folder.glob("build-*"):  # by processes that died: whoever builds holds the lock
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as scratch:
@@ -385,6 +382,14 @@ def _cached_library(folder: Path) -> Path | None:
     for path in sorted(folder.glob("convfast-*.so")) if folder.is_dir() else ():
         if path.name == _library_name(path):
             return path
+    return None
+
+
+def _open_cached(folder: Path) -> str | None:
+    """Load the library in a folder of the cache, if there is one. → where it came from"""
+    if library := _cached_library(folder):
+        _dlopen(library)
+        return f"{library} (cache)"
     return None
 
 

@@ -52,16 +52,14 @@ def _in_one_op(
     convs: Sequence[Conv1d], rnn: nn.Module, x: Tensor, state: Pair | None, head: nn.Linear | None
 ) -> tuple[Tensor, Pair] | None:
     """`convolve_into_lstm` without gradients and compiled, where nobody watches the layers; else None."""
-    first = convs[0]
-    if torch.compiler.is_compiling() or not plain(first, Conv1d) or needs_function(first.weight):
+    if torch.compiler.is_compiling() or not plain(rnn, LSTM) or not all(plain(conv, Conv1d) for conv in convs):
         return None
-    if not isinstance(x, Tensor) or not plain(rnn, LSTM) or (rnn.dropout > 0 and rnn.training):
+    first = convs[0]
+    if not isinstance(x, Tensor) or needs_function(first.weight) or (rnn.dropout > 0 and rnn.training):
         return None
     common = (first.bias is None, first.padding_mode, first.activation, rnn.backend, False)
     convolutions, pads = [], []
     for conv in convs:
-        if not plain(conv, Conv1d):
-            return None
         weight, bias = conv.weight, conv.bias
         if (bias is None, conv.padding_mode, conv.activation, conv.backend, conv.channels_first) != common:
             return None

@@ -11,6 +11,7 @@ from torch.nn.parameter import Parameter, UninitializedParameter
 
 from ..compat import automan000, ndrplz
 from ..ops import conv_lstm
+from ..ops.checks import check_choice
 from ..ops.conv_lstm import ALGORITHMS
 from .options import Layer, check_dtype
 from .state import Pair
@@ -46,8 +47,7 @@ class ConvLSTMLayers(nn.Module):
         owner = type(self).__name__
         if memory not in ("fast", "lean"):
             raise ValueError(f"{owner}: memory is {memory!r}, expected 'fast' or 'lean'")
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"{owner}: algorithm is {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
+        check_choice(owner, "algorithm", algorithm, ALGORITHMS)
         if unit_forget_bias and not bias:
             raise ValueError(f"{owner}: unit_forget_bias is True with bias=False, expected bias=True")
         check_dtype(owner, dtype)

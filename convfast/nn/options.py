@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.checks import PADDING_MODES, check_choice, check_count, integer
+from ..ops.checks import PADDING_MODES, check_choice, check_count, integer, kind  # noqa: F401
+from ..reference.conv1d import output_length
 from ..reference.padded_conv import same_padding
 
 Numbers = int | tuple[int, ...]
@@ -32,9 +33,7 @@ class Layer:
     def state_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the state for frames of `size`."""
         return tuple(
-            (n + self.pads[2 * i] + self.pads[2 * i + 1] - self.dilation[i] * (self.kernel[i] - 1) - 1)
-            // self.stride[i]
-            + 1
+            output_length(n, self.kernel[i], self.stride[i], self.pads[2 * i : 2 * i + 2], self.dilation[i])
             for i, n in enumerate(size)
         )
 
@@ -73,11 +72,6 @@ def per_layer(owner: str, name: str, value: Any, layers: int, hint: str = "") ->
     if len(value) != layers:
         raise ValueError(f"{owner}: {name} is {value}, expected {layers} entries, one per layer{hint}")
     return value
-
-
-def kind(value: Any) -> str:
-    """What a value of the wrong type is, for messages."""
-    return f"{len(value)} items" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
 
 
 def shown(module: nn.Module, constructor: Callable[..., None]) -> str:

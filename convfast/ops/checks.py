@@ -27,6 +27,11 @@ def integer(value: Any) -> int | None:
         return None
 
 
+def kind(value: Any) -> str:
+    """What a value of the wrong type is, for messages."""
+    return f"{len(value)} items" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+
+
 def check_count(op: str, name: str, value: Any, least: int) -> int:
     found = integer(value)
     if found is None or found < least:
@@ -154,8 +159,7 @@ def unpack_state(op: str, state: tuple[Tensor | None, Tensor | None] | None) -> 
     if state is None:
         return None, None
     if not isinstance(state, (tuple, list)) or len(state) != 2:
-        got = f"{len(state)} items" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
-        raise TypeError(f"{op}: state has {got}, expected a pair (h, c)")
+        raise TypeError(f"{op}: state has {kind(state)}, expected a pair (h, c)")
     return state[0], state[1]
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, library
 
 from .. import backends, reference
+from ..reference.conv1d import output_length
 from ..reference.conv_lstm import channels_last
 from ..reference.lstm_gates import state_dtype
 from ..reference.padded_conv import conv, same_padding
@@ -349,8 +350,7 @@ def register_fakes(namespace: str) -> None:
         space = list(source.shape[3 if x is not None else 2 :])
         if x is not None and w_ih is not None:
             space = [
-                (size + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (w_ih.shape[2 + d] - 1) - 1) // stride[d]
-                + 1
+                output_length(size, w_ih.shape[2 + d], stride[d], padding[2 * d : 2 * d + 2], dilation[d])
                 for d, size in enumerate(space)
             ]
         batch, channels, dtype = source.shape[0], w_hh.shape[1], state_dtype(w_hh.dtype)

@@ -20,6 +20,7 @@ from .checks import (
     check_shape,
     check_tensors,
     empty_sequence,
+    kind,
     needs_function,
     needs_reference,
     unpack_state,
@@ -179,8 +180,7 @@ def _unpack_reverse(
     if reverse is None:
         return (None,) * len(_WEIGHTS)
     if not isinstance(reverse, (tuple, list)) or len(reverse) != len(_WEIGHTS):
-        got = f"{len(reverse)} items" if isinstance(reverse, (tuple, list)) else f"a {type(reverse).__name__}"
-        raise TypeError(f"{_OP}: reverse has {got}, expected ({', '.join(_WEIGHTS)})")
+        raise TypeError(f"{_OP}: reverse has {kind(reverse)}, expected ({', '.join(_WEIGHTS)})")
     for name, t, other in zip(_WEIGHTS, reverse, weights):
         if (t is None) != (other is None):
             wanted = "None" if other is None else "a Tensor"
