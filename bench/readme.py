@@ -40,9 +40,10 @@ def shown(text: str) -> Path:
 def rewritten(text: str, path: Path) -> str:
     """`text` with its blocks as the report at `path` has them."""
     report = Report.load(path)
-    source = path.with_name("report.md").relative_to(ROOT).as_posix()
-    results = [f"{report.machine_line(command=False)} [Commands, commits and all contestants]({source})."]
-    results.append(report.summary())
+    line, whole = report.machine_line(command=False), path.with_name("report.md")
+    if whole.is_relative_to(ROOT):
+        line += f" [Commands, commits and all contestants]({whole.relative_to(ROOT).as_posix()})."
+    results = [line, report.summary()]
     for op, module in DRAWN.items():
         picture = path.with_name(f"{op}.png")
         if picture.exists() and picture.is_relative_to(ROOT):

@@ -152,7 +152,7 @@ def function(backend: str, name: str) -> Callable[..., Any]:
     return BACKENDS[backend].function(name)
 
 
-def load_ops(device: str = "cpu") -> None:
+def load_ops(device: str | torch.device = "cpu") -> None:
     """Make the ops for tensors of a device type exist; may build the native library.
 
     The first call of a layer does it by itself. A process that has not made one needs it before `torch.jit.load`,
@@ -162,10 +162,11 @@ def load_ops(device: str = "cpu") -> None:
         ValueError: no backend has ops for `device`.
         RuntimeError: none that has can be had; the message gives the reasons.
     """
-    reasons = {n: b.reason() for n, b in BACKENDS.items() if b.devices is not None and device in b.devices}
+    kind = torch.device(device).type
+    reasons = {n: b.reason() for n, b in BACKENDS.items() if b.devices is not None and kind in b.devices}
     if not reasons:
         devices = sorted({d for b in BACKENDS.values() for d in b.devices or ()})
-        raise ValueError(f"load_ops: device is {device!r}, expected {' or '.join(devices)}")
+        raise ValueError(f"load_ops: device is {str(device)!r}, expected {' or '.join(devices)}")
     if all(reasons.values()):
         raise RuntimeError("load_ops: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 

@@ -22,7 +22,7 @@ def explain(module: Explained, input: Tensor | None, state: State | None = None)
 
     Raises:
         TypeError: `module` or `input` is of another type.
-        ValueError: `input` does not fit the module.
+        ValueError: `input` does not fit a ConvLSTM or its cell; of other modules only the weights are looked at.
         RuntimeError: the backend or the algorithm asked for cannot be had.
     """
     of_frames = isinstance(module, ConvLSTM | ConvLSTMCell)
@@ -54,13 +54,18 @@ def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor | None, state: Sta
         module._check(input, h, c)
         frames, steps = None if input is None else input.unsqueeze(1), 1
         first = module._first_state_size(input, h, c)
-        like = h if frames is None else input
+        pair = None if frames is not None else (h, c)
     else:
         frames, steps, _ = module._frames(input)
         steps = frames.shape[1] if steps is None else steps
         first = module._first_state_size(input, state)
-        like = module._states(state)[0][0] if frames is None else frames[:, 0]
-    batch = like.shape[-2 - module.dims]
+        pair = None if frames is not None else module._states(state)[0]
+    if pair is None:
+        batch = frames.shape[:1]
+    else:
+        both = len(module._suffixes[0]) == 2
+        batch = pair[0].shape[both:][:1]
+        module._check_state(0, pair, (2, *batch) if both else tuple(batch), None)
     size = first if frames is None else frames.shape[3:]
     sizes = module._state_sizes(first, f"{'state' if frames is None else 'input'} with frames of {list(size)}")
     for index, (layer, suffixes, state_size) in enumerate(zip(module._layers, module._suffixes, sizes)):
@@ -68,12 +73,12 @@ def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor | None, state: Sta
             weight_ih, weight_hh = (getattr(module, f"weight_{name}{suffix}") for name in ("ih", "hh"))
             # One element, seen in the shape of the frames: the choice depends on nothing else.
             one = weight_hh.detach().new_empty(1)
-            x, h0, note = one.expand(batch, steps, layer.input_channels, *size), None, ""
+            x, h0, note = one.expand(*batch, steps, layer.input_channels, *size), None, ""
             if index == 0 and frames is None:
-                x, weight_ih, h0 = None, None, one.expand(batch, weight_hh.shape[1], *state_size)
+                x, weight_ih, h0 = None, None, one.expand(*batch, weight_hh.shape[1], *state_size)
                 note = ", without input"
             elif layer.groups > 1 or (index == 0 and frames.shape[1] < steps):
-                x, weight_ih = one.expand(batch, steps, weight_hh.shape[0], *state_size), None
+                x, weight_ih = one.expand(*batch, steps, weight_hh.shape[0], *state_size), None
                 note = ", input convolution by the library"
             options = (layer.stride, layer.pads, layer.dilation, layer.padding_mode, module.algorithm)
             how = algorithm_of(_backend("conv_lstm", module, weight_hh), x, weight_ih, weight_hh, h0, steps, *options)

@@ -128,10 +128,10 @@ def load(name: str = "cpu") -> None:
     Raises:
         NativeUnavailable: with the reason. It is found once per process and then repeated.
     """
-    if name in _origins:
-        return
     if name == "cuda":
         load("cpu")  # it has the schemas
+    if name in _origins:
+        return
     with _lock:
         if name in _origins:
             return
@@ -151,13 +151,16 @@ def load(name: str = "cpu") -> None:
 
 
 def build(name: str) -> str:
-    """Put a library into the cache, where `load` finds it: in the making of an image, or of two libraries side by side.
-    → where it is.
+    """`load` one library alone, so that two can be built side by side. → where it came from. One for CUDA is found in
+    the cache where TORCH_CUDA_ARCH_LIST is the same, or the same GPUs are there.
 
     Raises:
         NativeUnavailable: with the reason.
     """
-    return _load_cached(read_build(BUILD_FILE, name))
+    with _lock:
+        if name not in _origins:
+            _origins[name] = _load(name)
+        return _origins[name]
 
 
 def load_for(tensor: Tensor) -> None:
@@ -222,7 +225,8 @@ def _registered(name: str) -> bool:
     import torch
 
     if name == "cuda":
-        return torch._C._dispatch_has_kernel_for_dispatch_key("convfast::lstm_gates_forward", "CUDA")
+        kernel = "convfast::lstm_gates_forward", "CUDA"
+        return _registered("cpu") and torch._C._dispatch_has_kernel_for_dispatch_key(*kernel)
     return hasattr(torch.ops.convfast if name == "cpu" else torch.ops.convfast_emulated, "cpu_capability")
 
 

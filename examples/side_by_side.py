@@ -77,7 +77,7 @@ def time_inference(models: dict[str, nn.Module], input: Tensor, rounds: int) -> 
 def speed_up(seconds: Series) -> str:
     ratio = statistics.median(a / b for a, b in zip(seconds[NN], seconds[OURS], strict=True))
     plain_ms, ours_ms = (1e3 * statistics.median(seconds[name]) for name in (NN, OURS))
-    return f"{ratio:.2f}x ({plain_ms:.1f} ms -> {ours_ms:.1f} ms)"
+    return f"{ratio:.2f}x, the median of pairs (medians {plain_ms:.1f} ms -> {ours_ms:.1f} ms)"
 
 
 def check_equal(when: str, losses: Series, bound: float) -> None:

@@ -479,6 +479,22 @@ def test_architectures_of_a_cuda_build(cuda_torch: Path, monkeypatch: pytest.Mon
         native.architectures((13, 0))
 
 
+BUILDS = """
+from convfast import native
+native.load()
+assert native.build("cpu") == native.build("cpu") == native.origin("cpu")
+print(native.reason())
+"""
+
+
+@needs_compiler
+def test_library_that_is_there_is_not_built_again(tmp_path: Path) -> None:
+    if why := native.reason():
+        pytest.skip(f"native library: {why}")
+    done = subprocess.run([sys.executable, "-c", BUILDS], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == "None", done.stderr
+
+
 def test_key_of_a_cuda_library_has_its_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     build, keys = native.read_build(native.BUILD_FILE, "cuda"), set()
     for asked in ("8.0", "9.0"):

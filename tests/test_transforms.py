@@ -1,6 +1,7 @@
 """Transforms of torch.func under torch.compile, and tangents and batches of gradients."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -79,6 +80,23 @@ def test_compiled_gradient_of_parameters(name: str, native_ops) -> None:
     expected = grad(loss)(parameters)
     assert all(g.any() for g in expected.values())
     torch.testing.assert_close(torch.compile(grad(loss), backend="eager", fullgraph=True)(parameters), expected)
+
+
+@every
+@pytest.mark.parametrize("inside", [False, True])
+def test_compiled_tangent(inside: bool, name: str, native_ops) -> None:
+    torch._dynamo.reset()
+    f, module, x = build(name)
+    module.requires_grad_(False)
+    _, expected = jvp(f, (x,), (torch.ones_like(x),))
+
+    def tangent(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    compile_it = partial(torch.compile, backend="eager")
+    found = compile_it(partial(tangent, f))(x) if inside else tangent(compile_it(f), x)
+    torch.testing.assert_close(found, expected)
 
 
 @every

@@ -386,6 +386,9 @@ def test_explain_names_engine_and_reason() -> None:
     assert convfast.explain(convfast.ConvLSTMCell(0, 64, 3), None, (h, h)) == found
     with pytest.raises(ValueError, match="state is None, expected one where input is None"):
         convfast.explain(convfast.ConvLSTM(0, 64, 3), None)
+    for unbatched in ((h[0], h[0]), (h[0, 0, 0, 0], h[0, 0, 0, 0])):
+        with pytest.raises(ValueError, match=r"state h of layer 0 has shape \["):
+            convfast.explain(convfast.ConvLSTM(0, 64, 3), None, unbatched)
     with pytest.raises(RuntimeError, match="algorithm"):
         convfast.explain(convfast.ConvLSTM(16, 64, 1, algorithm="winograd"), x)
     with pytest.raises(TypeError, match="module is a Conv2d"):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import autocast_dtype, autocast_to, check_count, check_integers
+from ..ops.checks import autocast_dtype, autocast_to, check_count, check_integers, kind
 from .conv1d import Conv1d
-from .handoff import call_lstm, convolve_into_lstm
+from .handoff import call_conv, call_lstm, convolve_into_lstm
 from .lstm import LSTM, takes
-from .options import check_dropout, counts, kind, per_layer, shown
+from .options import check_dropout, counts, per_layer, shown
 from .pool1d import Pool, Pool1d
 from .scripted_lstm import ScriptedCNNLSTM, ScriptedConv1dLSTM
 from .state import Conv1dLSTMState, ConvTail, Pair
@@ -149,7 +149,7 @@ class Conv1dLSTM(nn.Module):
         while pooled and layers[pooled - 1][1].kind == "none":
             pooled -= 1
         for conv, pool in layers[:pooled]:
-            x = pool(conv(x, lengths))
+            x = pool(call_conv(conv, x, lengths))
             if lengths is not None:
                 lengths = pool.output_lengths(conv.output_lengths(lengths))
         if pooled < len(layers):
@@ -193,7 +193,7 @@ class Conv1dLSTM(nn.Module):
         if x.numel() == 0:
             output = x.new_zeros(*x.shape[:2], self.proj_size or self.hidden_size)
         else:
-            output, hx = self.lstm(x, hx)
+            output, hx = call_lstm(self.lstm, x, hx, None)
         return output, Conv1dLSTMState(tails, hx)
 
     def _batch_first(self, input: Tensor) -> Tensor:
@@ -325,8 +325,13 @@ class CNN_LSTM(nn.Module):
 
         With `lengths` every sample gives what it gives alone; outputs past its end are the bias of `fc`.
         """
+        owner = type(self).__name__
+        if isinstance(input, Tensor) and input.ndim != 3:
+            raise ValueError(
+                f"{owner}: input has {input.ndim} dims, expected 3 (input shape {list(input.shape)}, layout [B, T, F])"
+            )
         if lengths is not None:
-            check_integers(type(self).__name__, lengths)
+            check_integers(owner, lengths)
         run = partial(convolve_into_lstm, tuple(self.cnn.values()), self.lstm, input, None, lengths, True)
         return run(self.fc)[0] if takes(self.lstm, self.fc) else self.fc(run()[0])
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import check_count, check_dense, integer
+from ..ops.checks import check_count, check_dense, integer, kind
 from .layers import ConvLSTMLayers
-from .options import Numbers, check_dropout, counts, kind, make_layers, numbers, shown
+from .options import Numbers, check_dropout, counts, make_layers, numbers, shown
 from .scripted import ScriptedConvLSTM, ScriptedConvLSTMAllLayers, ScriptedConvLSTMCell, pick_steps
 from .state import ConvLSTMState, Pair
 

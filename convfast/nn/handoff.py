@@ -32,13 +32,18 @@ def convolve_into_lstm(
         return found
     *below, conv = convs
     for layer in below:
-        x, lengths = layer(x, lengths), None if lengths is None else layer.output_lengths(lengths)
+        x, lengths = call_conv(layer, x, lengths), None if lengths is None else layer.output_lengths(lengths)
     ends = None if lengths is None else conv.output_lengths(lengths)
     if _fuses(conv, rnn, x, state):
         return rnn.run(x, state, ends, partial(_gates_into_lstm, conv, lengths), head)
-    x = conv(x, lengths)
+    x = call_conv(conv, x, lengths)
     x = x if batch_first else x.transpose(0, 1)
     return call_lstm(rnn, x, state, ends) if head is None else rnn.under(head, x, state, ends)
+
+
+def call_conv(conv: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
+    """`conv(x, lengths)`; what stands in the place of a Conv1d may take less."""
+    return conv(x) if lengths is None else conv(x, lengths)
 
 
 def call_lstm(rnn: nn.Module, x: Tensor, state: Pair | None, lengths: Tensor | None) -> tuple[Tensor, Pair]:

@@ -15,6 +15,7 @@ def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module is the forward of `kind` and no more."""
     return (
         type(module).forward is kind.forward
+        and type(module).__call__ is nn.Module.__call__
         and not watched(module)
         and module._compiled_call_impl is None
         and not _has_any_global_hook()

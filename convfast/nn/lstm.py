@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..ops import lstm
-from ..ops.checks import check_count, needs_function
+from ..ops.checks import check_count, kind, needs_function
 from ..ops.lstm import backend_of_layers, lstm_layers
 from .hooks import plain
-from .options import check_dropout, check_dtype, kind
+from .options import check_dropout, check_dtype
 from .scripted_lstm import ScriptedLSTM, ScriptedRegLSTM
 from .state import Pair
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.checks import PADDING_MODES, check_choice, check_count, integer, kind  # noqa: F401
+from ..ops.checks import PADDING_MODES, check_choice, check_count, integer
 from ..reference.conv1d import output_length
 from ..reference.padded_conv import same_padding
 

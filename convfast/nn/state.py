@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from .options import kind
+from ..ops.checks import kind
 
 Pair = tuple[Tensor, Tensor]
 

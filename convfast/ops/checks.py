@@ -14,6 +14,7 @@ from ..reference.lstm_gates import state_dtype
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -198,10 +199,10 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
 
 def needs_reference() -> bool:
     """Whether the call has to be plain torch."""
-    if torch.compiler.is_compiling():
-        # Of a Function within torch.func, torch.compile traces a wrong backward, and no vmap and jvp at all.
-        return torch._C._are_functorch_transforms_active()
-    return forward_ad._current_level >= 0  # tensors may carry tangents (torch.func.jvp, forward_ad.dual_level)
+    if forward_ad._current_level >= 0:  # tensors may carry tangents (torch.func.jvp, forward_ad.dual_level)
+        return True
+    # Of a Function within torch.func, torch.compile traces a wrong backward, and no vmap at all.
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def exporting() -> bool:
@@ -211,7 +212,7 @@ def exporting() -> bool:
     # is_exporting() is true of whatever is compiled in torch 2.11, and the flag of what other threads do.
     if not torch.compiler._is_exporting_flag:
         return False
-    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return torch.compiler.is_dynamo_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None
 
 
 def needs_function(*tensors: Tensor | None) -> bool:

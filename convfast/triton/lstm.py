@@ -294,7 +294,7 @@ def fits(hidden: int, size: int, projected: bool, dtype: torch.dtype, precision:
     """Whether the persistent kernels can hold the weights of a recurrence: [4H, P], and [P, H] with a projection.
 
     Without one up to H = 128 for 16 bits and 64 for float32; 32 for float32 without TF32 on NVIDIA, whose weights then
-    are in registers; with the 64 KiB of AMD 64 and 32.
+    are in registers; with the 64 KiB of AMD 64 and 32. The widest with a projection are short of registers, and spill.
     """
     rows, columns = _padded(hidden), _padded(size)
     weights = 4 * rows * columns + (columns * rows if projected else 0)

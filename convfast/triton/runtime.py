@@ -42,7 +42,7 @@ def reason() -> str | None:
 
 @functools.cache
 def gpu_reason() -> str | None:
-    """Why there is no GPU that kernels can run on, None where there is one."""
+    """Why there is no GPU that kernels can run on, None where there is one among those here."""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     major, minor = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
