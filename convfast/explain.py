@@ -28,6 +28,8 @@ def explain(module: Explained, input: Tensor | None, state: State | None = None)
     of_frames = isinstance(module, ConvLSTM | ConvLSTMCell)
     if not isinstance(input, Tensor) and not (of_frames and input is None):
         raise TypeError(f"explain: input is a {type(input).__name__}, expected a Tensor")
+    if state is not None and not of_frames:
+        raise TypeError(f"explain: state is a {type(state).__name__}, expected None with a {type(module).__name__}")
     if of_frames:
         lines = _conv_lstm(module, input, state)
     elif isinstance(module, Conv1d):
@@ -88,6 +90,9 @@ def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor | None, state: Sta
 
 
 def _lstm(module: LSTM) -> Iterator[str]:
+    if not isinstance(module, LSTM):
+        found = f"{type(module).__module__}.{type(module).__name__}"
+        raise TypeError(f"explain: in the place of an LSTM is a {found}, expected a convfast.LSTM")
     for layer in range(module.num_layers):
         for direction in module._directions():
             weight = getattr(module, f"weight_hh_l{layer}{direction}")

@@ -98,6 +98,15 @@ def test_explain_of_layers_on_the_cpu() -> None:
     assert convfast.explain(module, torch.empty(9, 1, 4)) == "layer 0: backend reference"
 
 
+def test_explain_of_what_it_does_not_know() -> None:
+    module, x = convfast.CNN_LSTM(4, 2), torch.empty(1, 9, 4)
+    with pytest.raises(TypeError, match=r"^explain: state is a tuple, expected None with a CNN_LSTM$"):
+        convfast.explain(module, x, (x, x))
+    module.lstm = torch.nn.LSTM(128, 128)
+    with pytest.raises(TypeError, match=r"^explain: in the place of an LSTM is a torch.nn.modules.rnn.LSTM, expected"):
+        convfast.explain(module, x)
+
+
 def test_explain_of_frames_that_do_not_fit() -> None:
     module = convfast.ConvLSTM(3, 4, 3, padding="valid")
     with pytest.raises(ValueError, match=r"^ConvLSTM: input with frames of \[2, 2\] gives layer 0 a state of size \[0"):

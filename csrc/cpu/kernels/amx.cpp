@@ -1,5 +1,5 @@
 // GEMM by matrix tiles of bfloat16 (AMX), exact enough for float32: a number is the sum of three bfloat16 (8 of its 24 bits each), and
-// of the nine products of parts six are taken; what the others hold is below 2^-24 of the product. Six products of 1024 operations a
+// of the nine products of parts six are taken; what the others hold is below 2^-22 of the product. Six products of 1024 operations a
 // cycle each are 2.7 times what FMAs do. Activations that are narrower themselves need two parts (float16) or one (bfloat16).
 //
 // A tile of A is 16 rows by 32 of k, of B 16 pairs of k by 16 columns; two by two tiles of the result stay in registers over all of k,
