@@ -24,7 +24,7 @@ part() {  # NAME SECONDS COMMAND...: an interrupt at the limit, so that pytest s
   # What runs in the background starts with interrupts ignored.
   timeout -k 10 -s INT "$limit" env --default-signal=INT "$@" >"$said" 2>&1
   status=$?
-  [[ $status -eq 0 || $status -eq 124 && $name == bench && -s $out/report.json || $status -eq 124 && $name == bench-compiled ]] ||
+  [[ $status -eq 0 || $status -eq 124 && $name == bench* && -s ${!#}/report.json ]] ||
     echo "$name ($([ $status -eq 124 ] && echo "stopped after $limit s" || echo "exit status $status"))" >>"$failed"
   {  # parts that run side by side do not mix
     flock 9

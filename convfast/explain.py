@@ -55,32 +55,26 @@ def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor | None, state: Sta
         h, c = state or (None, None)
         module._check(input, h, c)
         frames, steps = None if input is None else input.unsqueeze(1), 1
-        first = module._first_state_size(input, h, c)
-        pair = None if frames is not None else (h, c)
+        first, pair = module._first_state_size(input, h, c), (h, c)
     else:
         frames, steps, _ = module._frames(input)
         steps = frames.shape[1] if steps is None else steps
-        first = module._first_state_size(input, state)
-        pair = None if frames is not None else module._states(state)[0]
-    if pair is None:
-        batch = frames.shape[:1]
-    else:
-        both = len(module._suffixes[0]) == 2
-        batch = pair[0].shape[both:][:1]
-        module._check_state(0, pair, (2, *batch) if both else tuple(batch), None)
+        first, pair = module._first_state_size(input, state), module._states(state)[0]
+    if frames is None:
+        module._check_state(0, pair, None)
     size = first if frames is None else frames.shape[3:]
     sizes = module._state_sizes(first, f"{'state' if frames is None else 'input'} with frames of {list(size)}")
     for index, (layer, suffixes, state_size) in enumerate(zip(module._layers, module._suffixes, sizes)):
         for suffix in suffixes:
             weight_ih, weight_hh = (getattr(module, f"weight_{name}{suffix}") for name in ("ih", "hh"))
-            # One element, seen in the shape of the frames: the choice depends on nothing else.
+            # One element, seen in the shape of the frames: the choice depends on nothing else, nor on the batch.
             one = weight_hh.detach().new_empty(1)
-            x, h0, note = one.expand(*batch, steps, layer.input_channels, *size), None, ""
+            x, h0, note = one.expand(1, steps, layer.input_channels, *size), None, ""
             if index == 0 and frames is None:
-                x, weight_ih, h0 = None, None, one.expand(*batch, weight_hh.shape[1], *state_size)
+                x, weight_ih, h0 = None, None, one.expand(1, weight_hh.shape[1], *state_size)
                 note = ", without input"
             elif layer.groups > 1 or (index == 0 and frames.shape[1] < steps):
-                x, weight_ih = one.expand(*batch, steps, weight_hh.shape[0], *state_size), None
+                x, weight_ih = one.expand(1, steps, weight_hh.shape[0], *state_size), None
                 note = ", input convolution by the library"
             options = (layer.stride, layer.pads, layer.dilation, layer.padding_mode, module.algorithm)
             how = algorithm_of(_backend("conv_lstm", module, weight_hh), x, weight_ih, weight_hh, h0, steps, *options)

@@ -242,9 +242,7 @@ class ConvLSTM(ConvLSTMLayers):
         self, index: int, frames: Tensor | None, steps: int | None, state: Pair | None, lengths: Tensor | None
     ) -> tuple[Tensor, Pair]:
         if state is not None:
-            batch = state[0].shape[self.bidirectional :][:1] if frames is None else frames.shape[:1]
-            leading = (2, *batch) if self.bidirectional else tuple(batch)
-            self._check_state(index, state, leading, None if frames is None else frames.shape[3:])
+            self._check_state(index, state, frames)
         if not self.bidirectional:
             return self._run(index, 0, frames, steps, state, lengths)
         outputs, pairs = [], []
@@ -360,10 +358,9 @@ class ConvLSTMCell(ConvLSTMLayers):
             `(h, c)` after the step; c is float32 for bfloat16 and float16.
         """
         self._check(input, h, c)
-        if h is not None:
-            leading = h.shape[:1] if input is None else input.shape[:1]
-            self._check_state(0, (h, c), tuple(leading), None if input is None else input.shape[2:])
         frames = None if input is None else input.unsqueeze(1)
+        if h is not None:
+            self._check_state(0, (h, c), frames)
         _, pair = self._run(0, 0, frames, 1, None if h is None else (h, c), None)
         return pair
 

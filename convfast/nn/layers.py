@@ -158,10 +158,12 @@ class ConvLSTMLayers(nn.Module):
                 f"{owner}: input has {input.shape[channel_dim]} channels, expected input_channels={expected} ({legend})"
             )
 
-    def _check_state(self, index: int, state: Pair, leading: tuple[int, ...], frame_size: Sequence[int] | None) -> None:
-        """`leading` is what comes before the channels, `frame_size` the spatial size of the layer's input."""
-        layer = self._layers[index]
-        size = tuple(state[0].shape[len(leading) + 1 :]) if frame_size is None else layer.state_size(frame_size)
+    def _check_state(self, index: int, state: Pair, frames: Tensor | None) -> None:
+        """`frames` `[B, T, Cin, *S]` are the layer's input, None for steps without."""
+        layer, both = self._layers[index], len(self._suffixes[index]) == 2
+        batch = state[0].shape[both:][:1] if frames is None else frames.shape[:1]
+        leading = (2, *batch) if both else tuple(batch)  # what comes before the channels
+        size = tuple(state[0].shape[len(leading) + 1 :]) if frames is None else layer.state_size(frames.shape[3:])
         expected = (*leading, layer.channels, *size)
         for name, part in zip("hc", state):
             if tuple(part.shape) != expected or len(size) != len(layer.kernel):
