@@ -20,6 +20,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -98,7 +99,8 @@ def read_build(path: Path, name: str = "cpu") -> Build:
         if not file.is_file():
             raise NativeUnavailable(f"source file {file} is missing")
         digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
-    flags = tuple(listed["cflags"]), tuple(listed["ldflags"])
+    unknown = {"-Wl,--as-needed"} if sys.platform == "darwin" else set()  # to Apple's linker
+    flags = tuple(listed["cflags"]), tuple(flag for flag in listed["ldflags"] if flag not in unknown)
     return Build(name, tuple(map(str, sources)), files, *flags, digest.hexdigest()[:16])
 
 
@@ -323,7 +325,8 @@ def cuda_folders() -> list[str]:
     link or a script named nvcc."""
     shown = subprocess.run([nvcc()[0], "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.+)$", shown, re.MULTILINE)
-    folders = [Path(top[1], name).resolve() for name in ("lib64", "lib", "targets/x86_64-linux/lib")] if top else []
+    names = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
+    folders = [Path(top[1], name).resolve() for name in names] if top else []
     return list(dict.fromkeys(f"-L{folder}" for folder in folders if (folder / "libcudart.so").exists()))
 
 

@@ -1,8 +1,10 @@
 """The calls of `conv_lstm`, `conv1d` and `lstm` that their tests run on: one line an option, tensors made on demand."""
 
+import platform
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,6 +24,15 @@ NAMESPACES = {
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def instruction_set(asked: str) -> str:
+    """What `cpu_capability` says where ATEN_CPU_CAPABILITY is `asked`; skips where such processors never have it."""
+    if platform.machine() == "x86_64":
+        return {"default": "baseline"}.get(asked, asked)
+    if asked != "default":
+        pytest.skip(f"{platform.machine()} has no {asked}")
+    return "neon" if platform.machine() == "aarch64" else "baseline"
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

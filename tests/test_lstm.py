@@ -32,6 +32,7 @@ from tests.cases import (
     LSTMCase,
     arrange,
     exactly,
+    instruction_set,
     name_of,
     normal,
 )
@@ -647,10 +648,11 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
     for case in cases.CONV1D_CASES:
         test_conv1d.check(case, dtype, "cpu")
 """
+    expected = instruction_set(capability)
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [{"default": "baseline"}.get(capability, capability)]
+    assert done.stdout.split() == [expected]
 
 
 # Few samples: the threads take every step together.

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 import convfast
 from convfast import backends, native
+from tests.cases import instruction_set
 
 ROOT = Path(native.PACKAGE).parent
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
@@ -509,8 +511,21 @@ def test_cuda_library_without_cuda_in_torch(monkeypatch: pytest.MonkeyPatch) -> 
         native._load("cuda")
 
 
-@pytest.mark.parametrize("asked, name", [("default", "baseline"), ("avx2", "avx2"), ("avx512", "avx512")])
-def test_forced_instruction_set_gives_the_same_numbers(asked: str, name: str) -> None:
+@pytest.mark.parametrize("source", native.read_build(native.BUILD_FILE).sources, ids=lambda source: Path(source).stem)
+@pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])
+def test_other_compilers_take_the_sources(compiler: str, source: str) -> None:
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    includes = (f"-I{path}" for path in cpp_extension.include_paths())
+    flags = [flag for flag in native.read_build(native.BUILD_FILE).cflags if flag != "-O3"]
+    command = [compiler, "-fsyntax-only", *flags, *includes, source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("asked", ["default", "avx2", "avx512"])
+def test_forced_instruction_set_gives_the_same_numbers(asked: str) -> None:
+    expected = instruction_set(asked)
     if why := native.reason():
         pytest.skip(f"native library: {why}")
     code = """
@@ -535,7 +550,7 @@ print(torch.backends.cpu.get_cpu_capability(), torch.ops.convfast.cpu_capability
     torchs, ours, single, double = done.stdout.split()
     if torchs != asked.upper():
         pytest.skip(f"this machine has no {asked}: torch itself takes {torchs}")
-    assert ours == name
+    assert ours == expected
     assert float(single) < 1e-5 and float(double) < 1e-13
 
 

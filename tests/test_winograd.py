@@ -16,7 +16,7 @@ from torch import Tensor
 
 import convfast
 from convfast import conv_lstm
-from tests.cases import BY_ID, EVERYTHING, LAYOUTS, WITH_STATE, Case
+from tests.cases import BY_ID, EVERYTHING, LAYOUTS, WITH_STATE, Case, instruction_set
 from tests.oracle import FLOOR_EPS, assert_close_to_oracle, relative_errors
 from tests.test_conv_lstm import expected, name_of, results
 
@@ -117,10 +117,11 @@ for case in test_winograd.CASES:
     for memory in ("fast", "lean"):
         test_winograd.check(case, memory=memory)
 """
+    expected = instruction_set(capability)
     env = os.environ | {"ATEN_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [{"default": "baseline"}.get(capability, capability)]
+    assert done.stdout.split() == [expected]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

@@ -63,7 +63,7 @@ Problem make_problem(const char* op, const Tensor& x, const Tensor& weight, cons
   p.dilation = dilation;
   p.before = padding[0];
   p.behind = padding[1];
-  p.stride = std::min(stride, p.before + p.time + p.behind);  // a second step would be past the end
+  p.stride = std::min<long>(stride, p.before + p.time + p.behind);  // a second step would be past the end
   p.groups = groups;
   p.padding_mode = padding_mode;
   p.activation = activation;

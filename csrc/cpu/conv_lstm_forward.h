@@ -335,17 +335,18 @@ struct Engine {
       if constexpr (kNarrow) round_rows(active, h_frames[(step + 1) % 2], h_all, out_sample);
     }
 
+    A* const h_last = out_data(h_n);
     parallel(p.batch, [&](long begin, long end) {
       for (long b = begin; b < end; ++b) {
         const long n = p.lengths[b];
-        A* last = out_data(h_n) + b * state;
+        A* last = h_last + b * state;
         if (n > 0) std::memcpy(static_cast<void*>(last), h_all + (b * p.time + p.frame_of(b, n - 1)) * state, state * sizeof(A));
         if (n > 0 && keep_c) std::memcpy(static_cast<void*>(c_last + b * state), c_all + (b * p.time + n - 1) * state, state * sizeof(T));
         std::memset(static_cast<void*>(h_all + (b * p.time + n) * state), 0, (p.time - n) * state * sizeof(A));
       }
     });
     for (long b = 0; b < p.batch; ++b)
-      if (p.lengths[b] == 0) copy_initial(b, out_data(h_n) + b * state);
+      if (p.lengths[b] == 0) copy_initial(b, h_last + b * state);
   }
 
   void copy_initial(long sample, A* dst) {

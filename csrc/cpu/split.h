@@ -1,10 +1,14 @@
-// GEMMs of numbers split into bfloat16, by matrix tiles (kernels/amx.cpp) or dot products (kernels/avx512_bf16.cpp): what there is here,
+// GEMMs of numbers split into bfloat16, by matrix tiles (kernels/amx.cpp) or dot products (kernels/avx512_bf16.cpp, neon_bf16.cpp): what there is here,
 // and their packed operand.
 #pragma once
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "frames.h"
@@ -26,6 +30,13 @@ inline bool has_bfloat16() {
   constexpr unsigned kOfBfloat16 = 1u << 5;
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kOfBfloat16);
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kOfBfloat16 = 1ul << 14;  // HWCAP2_BF16
+  return getauxval(AT_HWCAP2) & kOfBfloat16;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
 #else
   return false;
 #endif
@@ -56,8 +67,9 @@ const SplitKernels* split_kernels() {
   static const SplitKernels* const chosen = []() -> const SplitKernels* {
     if (std::is_same_v<A, double>) return nullptr;
     if (tile_kernels()) return tile_kernels();
-    if (kSplitParts<A> > 1 || std::getenv("ATEN_CPU_CAPABILITY") || std::strcmp(kernels<float>().name, "avx512") != 0) return nullptr;
-    return has_bfloat16() ? dot_kernels() : nullptr;
+    if (kSplitParts<A> > 1 || std::getenv("ATEN_CPU_CAPABILITY") || !has_bfloat16()) return nullptr;
+    const char* const name = kernels<float>().name;
+    return std::strcmp(name, "avx512") == 0 || std::strcmp(name, "neon") == 0 ? dot_kernels() : nullptr;
   }();
   return chosen;
 }

@@ -17,6 +17,8 @@ namespace cpu {
 inline void pause() {
 #if defined(__SSE2__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // some tens of cycles; `yield` takes none on most processors
 #else
   std::this_thread::yield();
 #endif

@@ -59,7 +59,9 @@ std::pair<void*, size_t> borrow(size_t bytes) {
   }
   if (!buffer.first) {
     STD_TORCH_CHECK(posix_memalign(&buffer.first, unit, bytes) == 0, "convfast: cannot allocate ", bytes, " bytes of memory");
+#if defined(MADV_HUGEPAGE)
     if (unit == kHugePage) madvise(buffer.first, bytes, MADV_HUGEPAGE);  // a hint: failure is no error
+#endif
   }
   if (poison_requested()) poison(buffer.first, buffer.second);
   return buffer;

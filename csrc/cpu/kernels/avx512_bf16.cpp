@@ -70,35 +70,13 @@ static void tile(const SplitGemm& g, long row, long n) {
     for (int v = 0; v < NV; ++v) _mm512_storeu_ps(out + m * g.ldo + 16 * v, acc[m][v]);
 }
 
-// Columns [begin, end), whole slabs.
-static void columns(const SplitGemm& g, long begin, long end) {
-  typedef void (*TileOf)(const SplitGemm&, long, long);
-#define CONVFAST_PAIR(M) tile<M, 2>
-  static const TileOf fours[] = {tile<1, 4>, tile<2, 4>, tile<3, 4>, tile<4, 4>, tile<5, 4>, tile<6, 4>}, pairs[] = {CONVFAST_TILES(CONVFAST_PAIR)};
-#undef CONVFAST_PAIR
-  const bool few = g.rows <= 6;
-  const long width = few ? 64 : 32;
-  const Cut cut(g.rows, Tile<float>::kPixels);
-  for (long n = begin; n < end; n += width)  // its weights stay in L1 while the rows pass by
-    for (long i = 0; i < cut.tiles; ++i) (few ? fours : pairs)[cut.at(i + 1) - cut.at(i) - 1](g, cut.at(i), n);
-}
-
-static void gemm(const SplitGemm& g) { columns(g, 0, g.columns); }
-
-static void lstm_step(const SplitGemm& g, const LstmCells<float>& p) {
-  for (long block = p.begin; block < p.end; ++block) {
-    columns(g, block * kSlab, (block + 1) * kSlab);
-    lstm_cells_forward(p, block, block + 1);
-  }
-}
+#define CONVFAST_FEW(f) f(1), f(2), f(3), f(4), f(5), f(6)
+#include "dots.inc"
 
 }  // namespace
 }  // namespace CONVFAST_ISA
 
-const SplitKernels* dot_kernels() {
-  static const SplitKernels kernels = {avx512_bf16::round_rows, avx512_bf16::gemm, avx512_bf16::lstm_step};
-  return &kernels;
-}
+const SplitKernels* dot_kernels() { return &avx512_bf16::kDots; }
 
 }  // namespace cpu
 }  // namespace convfast
@@ -106,7 +84,7 @@ const SplitKernels* dot_kernels() {
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
-#else
+#elif !defined(__aarch64__)
 #include "kernels.h"
 
 namespace convfast {

@@ -369,7 +369,26 @@ static void transpose(long rows, long columns, const T* src, long ld_src, T* dst
   transpose_scalars(rows, columns, src, ld_src, dst, ld_dst);
 }
 
+#if defined(__SSE2__) || defined(CONVFAST_NEON)
 #if defined(__SSE2__)
+typedef __m128 Four;
+static INLINE Four load_four(const float* p) { return _mm_loadu_ps(p); }
+static INLINE void store_four(float* p, Four v) { _mm_storeu_ps(p, v); }
+static INLINE void transpose_square(Four& a, Four& b, Four& c, Four& d) { _MM_TRANSPOSE4_PS(a, b, c, d); }
+#else
+typedef float32x4_t Four;
+static INLINE Four load_four(const float* p) { return vld1q_f32(p); }
+static INLINE void store_four(float* p, Four v) { vst1q_f32(p, v); }
+static INLINE void transpose_square(Four& a, Four& b, Four& c, Four& d) {
+  const float64x2_t even_ab = (float64x2_t)vtrn1q_f32(a, b), odd_ab = (float64x2_t)vtrn2q_f32(a, b);
+  const float64x2_t even_cd = (float64x2_t)vtrn1q_f32(c, d), odd_cd = (float64x2_t)vtrn2q_f32(c, d);
+  a = (Four)vtrn1q_f64(even_ab, even_cd);
+  b = (Four)vtrn1q_f64(odd_ab, odd_cd);
+  c = (Four)vtrn2q_f64(even_ab, even_cd);
+  d = (Four)vtrn2q_f64(odd_ab, odd_cd);
+}
+#endif
+
 template <>
 void transpose<float>(long rows, long columns, const float* src, long ld_src, float* dst, long ld_dst) {
   const long i4 = rows & ~3l, j4 = columns & ~3l;
@@ -377,13 +396,13 @@ void transpose<float>(long rows, long columns, const float* src, long ld_src, fl
     for (long j = 0; j < j4; j += 4)
       for (long i = i0; i < i4 && i < i0 + 16; i += 4) {
         const float* s = src + i * ld_src + j;
-        __m128 a = _mm_loadu_ps(s), b = _mm_loadu_ps(s + ld_src), c = _mm_loadu_ps(s + 2 * ld_src), d = _mm_loadu_ps(s + 3 * ld_src);
-        _MM_TRANSPOSE4_PS(a, b, c, d);
+        Four a = load_four(s), b = load_four(s + ld_src), c = load_four(s + 2 * ld_src), d = load_four(s + 3 * ld_src);
+        transpose_square(a, b, c, d);
         float* t = dst + j * ld_dst + i;
-        _mm_storeu_ps(t, a);
-        _mm_storeu_ps(t + ld_dst, b);
-        _mm_storeu_ps(t + 2 * ld_dst, c);
-        _mm_storeu_ps(t + 3 * ld_dst, d);
+        store_four(t, a);
+        store_four(t + ld_dst, b);
+        store_four(t + 2 * ld_dst, c);
+        store_four(t + 3 * ld_dst, d);
       }
   transpose_scalars(rows - i4, j4, src + i4 * ld_src, ld_src, dst + i4, ld_dst);
   transpose_scalars(rows, columns - j4, src + j4, ld_src, dst + j4 * ld_dst, ld_dst);

@@ -4,8 +4,13 @@
 
 template <class T>
 struct Tile {
-  // 28 accumulators + 2 of B + 1 of A fill 32 registers; 12 + 2 + 1 fit in 16.
-  enum { kVectors = 2, kPixels = CONVFAST_BYTES == 64 ? 14 : 6, W = Simd<T>::W, kPanel = kVectors * W };
+  // 28 accumulators + 2 of B + 1 of A fill 32 registers; 12 + 2 + 1 fit in 16; 18 + 2 + 9, one for each row of A, in NEON's 32.
+#if defined(CONVFAST_NEON)
+  enum { kPixels = 9 };
+#else
+  enum { kPixels = CONVFAST_BYTES == 64 ? 14 : 6 };
+#endif
+  enum { kVectors = 2, W = Simd<T>::W, kPanel = kVectors * W };
   // So many rows of three vectors, 27 + 3 + 1: fewer loads and broadcasts to an FMA than in a low tile of two. 0: no such tiles.
   enum { kTriple = CONVFAST_BYTES == 64 ? 9 : 0, kLeastTriple = CONVFAST_BYTES == 64 ? 6 : 1 };
 };
@@ -14,6 +19,9 @@ struct Tile {
 #if CONVFAST_BYTES == 64
 #define CONVFAST_TILES(f) f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14)
 #define CONVFAST_TRIPLES(f) f(6), f(7), f(8), f(9)
+#elif defined(CONVFAST_NEON)
+#define CONVFAST_TILES(f) f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9)
+#define CONVFAST_TRIPLES(f) 0
 #else
 #define CONVFAST_TILES(f) f(1), f(2), f(3), f(4), f(5), f(6)
 #define CONVFAST_TRIPLES(f) 0
@@ -49,6 +57,38 @@ struct LinesAhead {
   }
 };
 
+#if defined(CONVFAST_NEON)
+// As many whole vectors of k as there are, each row's by one load. b, ldb apart from one k to the next, has its NV vectors
+// at apart[]; p: one pointer for three rows, as in tile_gemm.
+template <class T, int M, int NV>
+static INLINE void turns_by_lane(typename Simd<T>::V (&acc)[M][NV], const T* (&p)[(M + 2) / 3], long stride, const T*& b, const T* end,
+                                 long ldb, const long* apart) {
+  typedef Simd<T> S;
+  typedef typename S::V V;
+  enum { kAhead = 12 };
+  if (end - b < S::W * ldb) return;
+  do {
+    V av[M];
+    for (int m = 0; m < M; ++m) av[m] = S::load(p[m / 3] + (m % 3) * stride);
+    for (int j = 0; j < (M + 2) / 3; ++j) p[j] += S::W;
+#pragma GCC unroll 4
+    for (int lane = 0; lane < S::W; ++lane) {
+      V bv[NV];
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) {
+        bv[n] = S::load(b + apart[n]);
+        if (n % 2 == 0) __builtin_prefetch(b + kAhead * ldb + apart[n]);
+      }
+#pragma GCC unroll 9
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+        for (int n = 0; n < NV; ++n) acc[m][n] += bv[n] * av[m][lane];
+      b += ldb;
+    }
+  } while (end - b >= S::W * ldb);
+}
+#endif
+
 // out[m, :] = init + sum over both operands' runs of a[m, k] b[k, :]; one of them at least is there, and no run is empty. kNext: a holds
 // the next tile right behind this one, in lines that are not in L1 yet.
 template <class T, int M, int NV, bool kNext>
@@ -71,6 +111,11 @@ static void tile_gemm(const T* const* a, const Runs* const* runs, const T* b, co
     for (int j = 0; j < (M + 2) / 3; ++j) p[j] = a[o] + run.offset[i] + 3 * j * stride;
     const T* next = a[o] + run.offset[i] + M * stride;
     const T* const end = b + run.length * NV * S::W;
+#if defined(CONVFAST_NEON)
+    const long apart[] = {0, S::W};
+    turns_by_lane<T, M, NV>(acc, p, stride, b, end, NV * S::W, apart);
+    if (b != end)
+#endif
     do {
       V bv[NV];
       for (int n = 0; n < NV; ++n) bv[n] = S::load(b + n * S::W);
@@ -117,8 +162,18 @@ static void tile_weight_grad(long segments, const T* const* a, long a_stride, co
       for (int n = 0; n < NV; ++n) gv[n] = S::load(q + n * S::W);
       __builtin_prefetch(p + kAhead * a_stride);
       if (M > 1) __builtin_prefetch(p + kAhead * a_stride + M - 1);
+#if defined(CONVFAST_NEON)
+      enum { kFirst = M / S::W * S::W };  // before it rows by lanes
+#pragma GCC unroll 9
+      for (int m = 0; m < kFirst; ++m) {
+        const V av = S::load(p + m / S::W * S::W);
+        for (int n = 0; n < NV; ++n) acc[m][n] += gv[n] * av[m % S::W];
+      }
+#else
+      enum { kFirst = 0 };
+#endif
 #pragma GCC unroll 14
-      for (int m = 0; m < M; ++m) {
+      for (int m = kFirst; m < M; ++m) {
         const V av = S::set1(p[m]);
         for (int n = 0; n < NV; ++n) acc[m][n] += av * gv[n];
       }
@@ -184,6 +239,8 @@ template <class T>
 constexpr int vectors_for(int m) {
 #if CONVFAST_BYTES == 64
   return m <= 2 ? 8 : m <= 6 ? 4 : m <= Tile<T>::kTriple ? 3 : 2;
+#elif defined(CONVFAST_NEON)
+  return m <= 2 ? 8 : m <= 4 ? 4 : 2;
 #else
   return m == 1 ? 8 : m == 2 ? 4 : 2;
 #endif
@@ -243,6 +300,10 @@ CONVFAST_NO_VECTOR_SPILLS static void few_rows_gemm(const Gemm<T>& g, long row, 
         const long part = (g.k + M - 1) / M * ldb;
         if (last - b > part) end = b + part;
       }
+#if defined(CONVFAST_NEON)
+      turns_by_lane<T, M, NV>(acc, p, stride, b, end, ldb, apart);
+      if (b != end)
+#endif
       do {
         V bv[NV];
 #pragma GCC unroll 8

@@ -1,6 +1,10 @@
 // The few vector operations that the kernels use, for the instruction set of the including file
-// (CONVFAST_BYTES = 64, 32 or 16). Compiler vector types carry + - *; only what they lack is an intrinsic.
+// (CONVFAST_BYTES = 64, 32 or 16; CONVFAST_NEON: 16, on Arm). Compiler vector types carry + - *; only what they lack is an intrinsic.
 // min and max keep a NaN in the second argument, as x86 does.
+
+#if CONVFAST_BYTES == 16 && defined(__aarch64__)
+#define CONVFAST_NEON
+#endif
 
 template <class T>
 struct Simd;
@@ -67,7 +71,9 @@ struct Simd<float> {
   }
   static INLINE Halves narrow(V v, Format format) {
     if (format == kHalf) return narrow_half(v);
-#if defined(CONVFAST_BFLOAT16)
+#if defined(CONVFAST_BFLOAT16) && defined(CONVFAST_NEON)
+    return (Halves)vcvt_bf16_f32((float32x4_t)v);
+#elif defined(CONVFAST_BFLOAT16)
     return (Halves)_mm512_cvtneps_pbh((__m512)v);
 #else
     const Bits b = (Bits)v, rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
@@ -79,6 +85,10 @@ struct Simd<float> {
   static INLINE Halves narrow_half(V v) { return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static INLINE Halves loadn(const unsigned short* p, long n) { return (Halves)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p); }
   static INLINE void storen(unsigned short* p, Halves h, long n) { _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)h); }
+#else
+#if defined(CONVFAST_NEON)
+  static INLINE V widen_half(Halves h) { return (V)vcvt_f32_f16((float16x4_t)h); }
+  static INLINE Halves narrow_half(V v) { return (Halves)vcvt_f16_f32((float32x4_t)v); }
 #else
   // Both after torch (c10/util/Half.h). The exponent moves by a product with a power of two; numbers below its range by a sum with one
   // that has the last bit where they have it.
@@ -94,6 +104,7 @@ struct Simd<float> {
     const Bits finite = (sum >> 13 & 0x7c00u) + (sum & 0xfffu);
     return lower(sign >> 16 | (twice > 0xff000000u ? Bits{} + 0x7e00u : finite));
   }
+#endif
   static INLINE Halves loadn(const unsigned short* p, long n) {
     if (n >= W) return load(p);
     Halves h = {};
@@ -123,6 +134,11 @@ struct Simd<float> {
   static INLINE V fma(V a, V b, V c) { return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   static INLINE V min(V a, V b) { return (V)_mm256_min_ps((__m256)a, (__m256)b); }
   static INLINE V max(V a, V b) { return (V)_mm256_max_ps((__m256)a, (__m256)b); }
+#elif defined(CONVFAST_NEON)
+  static INLINE V set1(float x) { return (V)vdupq_n_f32(x); }
+  static INLINE V fma(V a, V b, V c) { return (V)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+  static INLINE V min(V a, V b) { return (V)vminq_f32((float32x4_t)a, (float32x4_t)b); }
+  static INLINE V max(V a, V b) { return (V)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
 #else
   static INLINE V set1(float x) { return V{x, x, x, x}; }
   static INLINE V fma(V a, V b, V c) { return a * b + c; }
@@ -139,7 +155,16 @@ struct Simd<float> {
     if (n >= W) return store(p, v);
     for (long i = 0; i < n; ++i) p[i] = v[i];
   }
+#if defined(CONVFAST_NEON)
+  // To 2 ulp, as above, from a reciprocal of 8 bits.
+  static INLINE V divide(V n, V d) {
+    const float32x4_t rough = vrecpeq_f32((float32x4_t)d);
+    const V y = (V)vmulq_f32(rough, vrecpsq_f32((float32x4_t)d, rough)), q = n * y;
+    return q + y * (n - d * q);
+  }
+#else
   static INLINE V divide(V n, V d) { return n / d; }
+#endif
 #endif
 };
 
