@@ -17,6 +17,7 @@ CASES = [
     Case("channels_16_kernel_5", hidden=16, kernel=(5, 5), time=2, given=EVERYTHING),
     Case("channels_24_lengths", hidden=24, **LENGTHS),
     Case("channels_24_lengths_reverse", hidden=24, options={"reverse": True}, **LENGTHS),
+    Case("channels_32", hidden=32, kernel=(3, 3), space=(9, 5), time=2, given=EVERYTHING),
     Case("channels_40_kernel_even", hidden=40, kernel=(2, 4), space=(9, 17), time=2),
     Case("channels_72", hidden=72, space=(7, 11), time=2, given=EVERYTHING),
     Case("frame_1d", hidden=16, space=(70,), kernel=(3,)),

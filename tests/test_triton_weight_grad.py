@@ -34,6 +34,7 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, int], dict[s
     "plain": ((2, 3, 6, 5, 8), (2, 3, 6, 5, 4), (3, 3), {"padding": (1, 1)}),
     "one_tap_a_block": ((1, 2, 5, 7, 20), (1, 2, 5, 7, 128), (2, 3), {"padding": (0, 1)}),
     "several_blocks": ((2, 2, 9, 8, 140), (2, 2, 9, 8, 17), (3, 3), {"padding": (1, 1)}),
+    "blocks_of_256_rows": ((1, 2, 9, 11, 300), (1, 2, 9, 11, 24), (3, 3), {"padding": (1, 1)}),
     "frame_1d": ((3, 4, 1, 70, 8), (3, 4, 1, 70, 5), (1, 5), {"padding": (0, 2)}),
     "stride_and_dilation": (
         (2, 2, 3, 3, 8), (2, 2, 6, 9, 3), (3, 2), {"stride": (2, 3), "padding": (2, 0), "dilation": (2, 3)},
@@ -82,3 +83,15 @@ def test_sums_do_not_depend_on_luck() -> None:
     grad, source = (made((2, 3, 6, 5, n), torch.float32, "contiguous") for n in (8, 4))
     first, second = (weight_grad(grad, source, (3, 3), padding=(1, 1)) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("d", [*range(1, 70), 127, 128, 129, 1000, 4095, 65537, 2**30 - 1, 2**30, 2**31 - 1])
+def test_a_product_takes_the_place_of_a_division(d: int) -> None:
+    from convfast.triton.weight_grad import _reciprocal
+
+    magic, shift = _reciprocal(d)
+    assert 2**31 < magic < 2**32  # one type of argument, whatever the divisor
+    largest = (2**31 - 1) // d
+    multiples = {q * d for q in (1, 2, 3, largest // 3, largest // 2, largest - 1, largest) if 0 < q <= largest}
+    for n in {0, 1, 2**31 - 1, *multiples, *(n - 1 for n in multiples)}:
+        assert (2 * n * magic >> 32) >> shift == n // d

@@ -18,15 +18,28 @@ from torch import Tensor
 from . import runtime, tune
 
 
+@triton.jit
+def _quotient(n, magic, shift):
+    """n // d of 0 <= n < 2³¹, for (magic, shift) = `_reciprocal(d)`: a division takes some twenty instructions."""
+    return (tl.umulhi(n.to(tl.uint32) * 2, magic.to(tl.uint32)) >> shift).to(tl.int32)
+
+
+def _reciprocal(d: int) -> tuple[int, int]:
+    """Granlund & Montgomery 1994, "Division by invariant integers using multiplication": magic d is in
+    (2^(31 + shift), 2^(31 + shift) + 2^shift], so that n magic / 2^(31 + shift) is n / d, and less than 1 / d more."""
+    shift = (d - 1).bit_length()
+    return (1 << (31 + shift)) // d + 1, shift
+
+
 @triton.jit(
     do_not_specialize=(
-        "time", "height", "width", "grad_b", "grad_t", "source_b", "source_t", "source_height", "source_width",
-        "blocks", "share",
+        "time", "height", "width", "magic", "shift", "grad_b", "grad_t", "source_b", "source_t", "source_height",
+        "source_width", "blocks", "share",
     )
 )  # fmt: skip
 def _partial_sums(
-    grad, source, sums, time, height, width, grad_b, grad_t, grad_y, grad_x, source_height, source_width, source_b,
-    source_t, source_y, source_x, blocks, share,
+    grad, source, sums, time, height, width, magic, shift, grad_b, grad_t, grad_y, grad_x, source_height, source_width,
+    source_b, source_t, source_y, source_x, blocks, share,
     N: tl.constexpr, C: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, STRIDE_Y: tl.constexpr,
     STRIDE_X: tl.constexpr, PAD_Y: tl.constexpr, PAD_X: tl.constexpr, DILATION_Y: tl.constexpr,
     DILATION_X: tl.constexpr, GRAD_UNIT: tl.constexpr, SOURCE_UNIT: tl.constexpr, WIDE: tl.constexpr,
@@ -58,8 +71,8 @@ def _partial_sums(
         b = (frame // time).to(tl.int64)
         t = (frame % time).to(tl.int64)
         p = block % blocks_per_frame * PIXELS + tl.arange(0, PIXELS)
-        y = p // width
-        x = p % width
+        y = _quotient(p, magic, shift)
+        x = p - y * width
         if WIDE:
             y = y.to(tl.int64)
             x = x.to(tl.int64)
@@ -101,6 +114,9 @@ def candidates(rows: int, channels: int, taps: int, dtype: torch.dtype, chip: ru
     narrow = wide or chip.backend == "hip" or (channels > 1 and channels % 8 != 0)
     pixels, stages = (32, 2) if chip.backend == "hip" else (32, 3) if wide else (64, 3)
     found = []
+    # From sm_90 on products outrun L2, of which a tile of more rows reads less; its sums take 128 registers a thread.
+    if not narrow and chip.arch >= 90 and min(rows // 2, taps * channels) >= 128:
+        found.append(Tile(256, 128, pixels, 8, stages))
     for most in (64, 32) if narrow else (128, 64):
         tile_rows, tile_columns = (min(most, max(16, triton.next_power_of_2(n))) for n in (rows, taps * channels))
         # From sm_100 on sums lie in tensor memory, in 128 rows, and pass through the registers of all warps at the end.
@@ -160,8 +176,8 @@ def weight_grad(
         splits = triton.cdiv(blocks, share)
         partial = grad.new_empty((splits, rows, taps, channels), dtype=torch.float32)
         _partial_sums[(tiles, splits)](
-            grad, source, partial, time, height, width, grad_b, grad_t, *grad.stride()[2:4], *source.shape[2:4],
-            source_b, source_t, *source.stride()[2:4], blocks, share,
+            grad, source, partial, time, height, width, *_reciprocal(width), grad_b, grad_t, *grad.stride()[2:4],
+            *source.shape[2:4], source_b, source_t, *source.stride()[2:4], blocks, share,
             rows, channels, *kernel, *stride, *padding, *dilation,
             GRAD_UNIT=grad_unit, SOURCE_UNIT=source_unit, WIDE=wide, PRECISION=precision,
             BN=tile.rows, BK=tile.columns, PIXELS=tile.pixels,

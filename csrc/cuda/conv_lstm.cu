@@ -232,7 +232,7 @@ Convolution step_convolution(const Problem& p, bool backward) {
   const Extent kernel = extent(from(shape_of(p.of_h.weight), 2));
   const int sign = backward ? -1 : 1, channels = int(p.channels * (backward ? 4 : 1));
   const Extent origin{-sign * ((kernel.d - 1) / 2), -sign * ((kernel.h - 1) / 2), -sign * ((kernel.w - 1) / 2)};
-  return {extent(p.space), kernel, origin, sign, channels, int((p.taps() * channels + 31) / 32), 0};
+  return {extent(p.space), kernel, origin, sign, channels, int((p.taps() * channels + 31) / 32), channels % 32 == 0, 0};
 }
 
 template <class Tiles>
@@ -263,7 +263,7 @@ Tensor packed_weights(const Problem& p, const Tensor& w_hh, cudaStream_t stream)
   const int64_t width = channels_of<T>(kBackward), total = (p.channels + width - 1) / width * conv.k_blocks * T::kColumns * T::kDepth;
   Tensor packed = empty(w_hh, {total}, scalar_type<A>());
   const Tensor w = torch::stable::contiguous(w_hh);
-  const PackWeights<A> s{pointer<A>(w), writable<A>(packed), total, int(p.channels), int(p.taps()), conv.k_blocks};
+  const PackWeights<A> s{pointer<A>(w), writable<A>(packed), total, int(p.channels), int(p.taps()), conv.k_blocks, conv.taps_inner};
   launch(pack_weights<A, T, kBackward>, blocks(total, 256), 256, 0, stream, s);
   return packed;
 }

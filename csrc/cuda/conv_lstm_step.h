@@ -1,8 +1,9 @@
 // The kernels of one ConvLSTM step: implicit GEMM with the cell in its epilogue, or the cell alone.
 //
 // A block owns BM pixels x BC channels with all four gates of one step (backward: the dh of BC channels), so that gates reach
-// memory only to be saved. K runs over (tap, channel) in steps of 32: cp.async brings BM rows of the frame before, each tap shifted,
-// zero outside the frame, and the packed weights; kStages steps are in flight; mma adds up in float. Weights' columns are ordered
+// memory only to be saved. K runs over taps and channels in steps of 32: cp.async brings BM rows of the frame before, each tap shifted,
+// zero outside the frame, and the packed weights; where channels are whole steps, all taps of some of them follow each other, and L1 has
+// the rows of all but the first; kStages steps are in flight; mma adds up in float. Weights' columns are ordered
 // so that the accumulators of a thread hold 2G neighbouring channels of a pixel, of every gate: the epilogue runs the cell in
 // registers and moves 16 bytes at a time. Nothing that a launch reads is written by it but c, dc, carry and dpeephole, whose
 // elements belong to one thread each. The launch before, on the same stream, is what orders a step after the one before.
@@ -46,6 +47,7 @@ inline __host__ __device__ int swizzled(int r, int j) { return r * 64 + ((j ^ (r
 struct Convolution {
   Extent space, kernel, origin;
   int sign, channels, k_blocks;  // channels of the source
+  bool taps_inner;               // order of K: (32 channels, tap, channel), else (tap, channel)
   int64_t sample;                // elements from one sample's frame to the next
 };
 
@@ -76,12 +78,16 @@ struct Loader {
       at[i] = b * c.sample + ((int64_t(z[i]) * c.space.h + y[i]) * c.space.w + x[i]) * c.channels;
       if (m >= pixels) z[i] = -0x40000000;  // outside whatever the tap
     }
-    while (chunk >= c.channels / 8) next_tap(c);
+    skip_channels(c);
     place(c);
   }
 
+  // To the tap that has the chunk, where a step of K goes on into the next.
+  __device__ __forceinline__ void skip_channels(const Convolution& c) {
+    for (; chunk >= c.channels / 8; chunk -= c.channels / 8) next_tap(c);
+  }
+
   __device__ __forceinline__ void next_tap(const Convolution& c) {
-    chunk -= c.channels / 8;
     if (++tap_x < c.kernel.w) return;
     tap_x = 0;
     if (++tap_y < c.kernel.h) return;
@@ -110,11 +116,15 @@ struct Loader {
   __device__ __forceinline__ void load_rows(const Convolution& c, char* rows) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-      cp_async16(rows + to + i * kRowStep * 64, source + (at[i] + offset + chunk * 8), inside >> i & 1);
-    chunk += T::kChunks;
-    if (chunk < c.channels / 8) return;
-    do next_tap(c);
-    while (chunk >= c.channels / 8);
+      cp_async16_again(rows + to + i * kRowStep * 64, source + (at[i] + offset + chunk * 8), inside >> i & 1);
+    if (c.taps_inner) {
+      next_tap(c);
+      if (tap_z == c.kernel.d) tap_z = 0, chunk += T::kChunks;
+    } else {
+      chunk += T::kChunks;
+      if (chunk < c.channels / 8) return;
+      skip_channels(c);
+    }
     place(c);
   }
 };
@@ -488,13 +498,15 @@ __global__ void __launch_bounds__(256) backward_cell(BackwardStep<A> s) {
 }
 
 // w_hh [4C, C, taps] as the GEMM reads it: [block of columns][K step][column][32], zero where there is nothing.
-// Forward, columns are gates of output channels and k is (tap, input channel); backward, columns are input channels, k (tap, row).
+// Forward, columns are gates of output channels and k is of taps and input channels; backward, columns are input channels, k is of taps and
+// rows.
 template <class A>
 struct PackWeights {
   const A* w;
   A* packed;
   int64_t total;
   int channels, taps, k_blocks;
+  bool taps_inner;
 };
 
 template <class A, class T, bool kBackward>
@@ -502,8 +514,9 @@ __global__ void __launch_bounds__(256) pack_weights(PackWeights<A> s) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= s.total) return;
   const int n = i / T::kDepth % T::kColumns, source = kBackward ? 4 * s.channels : s.channels;
-  const int64_t step = i / (T::kDepth * T::kColumns), block = step / s.k_blocks, k = step % s.k_blocks * T::kDepth + i % T::kDepth;
-  const int64_t tap = k / source, from = k % source;
+  const int64_t steps = i / (T::kDepth * T::kColumns), block = steps / s.k_blocks, step = steps % s.k_blocks, within = i % T::kDepth;
+  const int64_t k = step * T::kDepth + within;
+  const int64_t tap = s.taps_inner ? step % s.taps : k / source, from = s.taps_inner ? step / s.taps * T::kDepth + within : k % source;
   const Column column = column_at<T::P, T::G>(n);
   const int64_t channel = block * (kBackward ? T::kColumns : T::WN * 8 * T::G) + column.channel +
                           (kBackward ? column.warp * T::kWarpColumns + column.part * 8 * T::G : column.warp * 8 * T::G);

@@ -13,6 +13,7 @@ namespace cuda {
 #ifdef CONVFAST_EMULATE
 
 inline void cp_async16(void* shared, const void* global, bool valid = true) { simt::copy_async(shared, global, 16, valid); }
+inline void cp_async16_again(void* shared, const void* global, bool valid = true) { simt::copy_async(shared, global, 16, valid); }
 inline void cp_async8(void* shared, const void* global, bool valid = true) { simt::copy_async(shared, global, 8, valid); }
 inline void cp_async4(void* shared, const void* global, bool valid = true) { simt::copy_async(shared, global, 4, valid); }
 inline void cp_async_commit() { simt::copy_commit(); }
@@ -61,6 +62,10 @@ CONVFAST_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint
 // a pointer aligned like any other). Both pointers are aligned to the size.
 CONVFAST_DEVICE void cp_async16(void* shared, const void* global, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+// By way of L1: what the block reads again soon.
+CONVFAST_DEVICE void cp_async16_again(void* shared, const void* global, bool valid = true) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 CONVFAST_DEVICE void cp_async8(void* shared, const void* global, bool valid = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid ? 8 : 0) : "memory");
