@@ -48,7 +48,7 @@ ENVIRONMENT = {
     "CONVFAST_EMULATE_TILES": "1: build the cpu backend with matrix tiles (AMX) emulated, for tests",
     "CXX": "C++ compiler of a just-in-time build (else c++)",
     "CUDA_HOME": "CUDA toolkit of a just-in-time build (else that of the nvcc on PATH, else /usr/local/cuda)",
-    "TORCH_CUDA_ARCH_LIST": "architectures of a CUDA build, as 8.0;9.0+PTX (else those of the GPUs here)",
+    "TORCH_CUDA_ARCH_LIST": "architectures of a CUDA build, as 8.0+PTX;9.0a (else those of the GPUs here)",
 }
 PACKAGE = Path(__file__).resolve().parent
 # The sources are in the package where it is installed, beside it in a checkout.
@@ -332,8 +332,8 @@ def cuda_folders() -> list[str]:
 
 def architectures(version: tuple[int, int]) -> str:
     """What a CUDA build is for, as torch reads it: what TORCH_CUDA_ARCH_LIST says, else the GPUs that are here, else a
-    GPU of each generation that nvcc of that version knows; with PTX of the newest for those to come. Without GPUs that
-    are too old: a list may be there for other libraries."""
+    GPU of each generation that nvcc of that version knows; with PTX of the newest, if not of 9.0, for those to come.
+    Without GPUs that are too old: a list may be there for other libraries."""
     import torch
 
     if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -344,7 +344,10 @@ def architectures(version: tuple[int, int]) -> str:
         )
     here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     taken = sorted(a for a in here if a >= OLDEST_GPU) or [(8, 0), (9, 0), *[(10, 0)] * (version >= (12, 8))]
-    return ";".join(map(_dotted, taken)) + "+PTX"
+    # Only 9.0a has products of warpgroups, and its PTX runs nowhere else.
+    names = {a: "9.0a" if a == (9, 0) else _dotted(a) for a in taken}
+    newest = max((a for a in taken if a != (9, 0)), default=None)
+    return ";".join(name + "+PTX" * (a == newest) for a, name in names.items())
 
 
 def _too_old(architecture: str) -> bool:

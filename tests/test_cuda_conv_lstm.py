@@ -18,6 +18,7 @@ CASES = [
     Case("channels_24_lengths", hidden=24, **LENGTHS),
     Case("channels_24_lengths_reverse", hidden=24, options={"reverse": True}, **LENGTHS),
     Case("channels_32", hidden=32, kernel=(3, 3), space=(9, 5), time=2, given=EVERYTHING),
+    Case("channels_40_kernel_1", hidden=40, kernel=(1, 1), time=2, given=EVERYTHING),
     Case("channels_40_kernel_even", hidden=40, kernel=(2, 4), space=(9, 17), time=2),
     Case("channels_72", hidden=72, space=(7, 11), time=2, given=EVERYTHING),
     Case("frame_1d", hidden=16, space=(70,), kernel=(3,)),
@@ -27,12 +28,17 @@ CASES = [
     Case("input_convolved_before", hidden=16, given=("input", "bias", "h0", "c0")),
 ]
 
+BY_ID = {case.id: case for case in CASES}
 
-@pytest.mark.parametrize("processors", [1, 132])
+
+# Few processors get large tiles; those of compute capability 9.0 are multiplied by warpgroups.
+@pytest.mark.parametrize("processors, capability", [(1, 90), (1, 80), (132, 90)], ids=["warpgroups", "large", "small"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_tiles_match_oracle(case: Case, processors: int, cuda_ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Few processors get large tiles.
+def test_tiles_match_oracle(
+    case: Case, processors: int, capability: int, cuda_ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CONVFAST_CUDA_SM_COUNT", str(processors))
+    monkeypatch.setenv("CONVFAST_CUDA_CAPABILITY", str(capability))
     check(case, torch.bfloat16, "cuda")
 
 
@@ -43,16 +49,26 @@ def test_dtypes_and_recomputed_gates_match_oracle(case: Case, memory: str, dtype
     check(case, dtype, "cuda", memory=memory)
 
 
+def test_warpgroups_in_float16_match_oracle(cuda_ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVFAST_CUDA_SM_COUNT", "1")
+    check(BY_ID["channels_72"], torch.float16, "cuda", memory="lean")
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_order_of_threads_does_not_matter(seed: int, cuda_ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processors, name", [(132, "channels_16_kernel_5"), (1, "channels_40_kernel_even")])
+def test_order_of_threads_does_not_matter(
+    processors: int, name: str, seed: int, cuda_ops: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVFAST_CUDA_SM_COUNT", str(processors))
     monkeypatch.setenv("CONVFAST_EMULATE_SEED", str(seed))
-    check(CASES[1], torch.bfloat16, "cuda")
+    check(BY_ID[name], torch.bfloat16, "cuda")
 
 
 def test_says_which_kernels_run_a_step(cuda_ops: Any) -> None:
     for dtype, hidden, size, expected in (
         (torch.bfloat16, 16, 4, "one launch for all steps"),
-        (torch.bfloat16, 16, 400, "one launch a step"),
+        (torch.bfloat16, 16, 400, "implicit GEMM and cell, one launch a step"),
+        (torch.bfloat16, 64, 160, "implicit GEMM of warpgroups and cell, one launch a step"),
         (torch.float16, 12, 4, "library"),
         (torch.float32, 16, 4, "library"),
     ):

@@ -13,7 +13,8 @@ CHECKS = (
     "barrier", "barrier_left", "cluster", "cluster_left_early", "cluster_without_barrier", "copy",
     "copy_over_what_others_read", "copy_without_barrier", "copy_without_commit", "copy_without_wait", "device_math",
     "grid", "grid_without_barrier", "lanes_apart", "misaligned_copy", "missing_barrier", "mma_bfloat16", "mma_float16",
-    "mma_tf32", "no_such_block", "shared_overrun", "shuffles",
+    "mma_tf32", "no_such_block", "shared_overrun", "shuffles", "wgmma_bfloat16", "wgmma_float16", "wgmma_left",
+    "wgmma_over_what_is_read", "wgmma_without_wait",
 )  # fmt: skip
 
 

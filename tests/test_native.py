@@ -468,10 +468,12 @@ def test_architectures_of_a_cuda_build(cuda_torch: Path, monkeypatch: pytest.Mon
     here = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: here[index])
-    assert native.architectures((12, 0)) == "8.0;9.0+PTX"
-    assert native.architectures((13, 0)) == "8.0;9.0;10.0+PTX"
-    here += [(9, 0), (7, 5), (8, 6), (9, 0)]
-    assert native.toolchain("cuda") == f"{native.compiler()}, {nvcc}: 13.0 for 8.6;9.0+PTX"
+    assert native.architectures((12, 0)) == "8.0+PTX;9.0a"
+    assert native.architectures((13, 0)) == "8.0;9.0a;10.0+PTX"
+    here += [(9, 0)]
+    assert native.architectures((13, 0)) == "9.0a"
+    here += [(7, 5), (8, 6), (9, 0)]
+    assert native.toolchain("cuda") == f"{native.compiler()}, {nvcc}: 13.0 for 8.6+PTX;9.0a"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;10.0+PTX")
     assert native.toolchain("cuda").endswith(" for 8.0;10.0+PTX")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "5.2 7.5+PTX Turing 8.0 Hopper 12.0+PTX")

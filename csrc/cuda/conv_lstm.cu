@@ -24,8 +24,9 @@ constexpr const char* kBackward = "conv_lstm_backward";
 constexpr int64_t kChunkBytes = int64_t(256) << 20;  // of gates that await their steps
 
 // Best first; `channels` of a block each.
-using ForwardTiles = std::tuple<Tile<2, 4, 4, 4, 2, 1>, Tile<1, 4, 4, 4, 1, 3>, Tile<1, 4, 2, 4, 1, 4>>;
-using BackwardTiles = std::tuple<Tile<2, 2, 4, 4, 1, 2>, Tile<1, 1, 4, 4, 1, 3>, Tile<2, 1, 2, 2, 1, 4>>;
+using ForwardTiles = std::tuple<Tile<1, 4, 4, 8, 2, 1, true>, Tile<2, 4, 4, 4, 2, 1>, Tile<1, 4, 4, 4, 1, 3>, Tile<1, 4, 2, 4, 1, 4>>;
+using BackwardTiles = std::tuple<Tile<1, 2, 4, 8, 2, 1, true>, Tile<1, 2, 4, 8, 1, 2, true>, Tile<2, 2, 4, 4, 1, 2>, Tile<1, 1, 4, 4, 1, 3>,
+                                 Tile<2, 1, 2, 2, 1, 4>>;
 
 template <class A>
 constexpr ScalarType scalar_type() {
@@ -210,13 +211,14 @@ constexpr int channels_of(bool backward) {
   return backward ? T::kColumns : T::kColumns / 4;
 }
 
-// Calls f with the first tile that is no more than twice as wide as the channels and gives every processor a block; else the last.
+// Calls f with the first tile that the GPU can run, that is no more than twice as wide as the channels and gives every processor a block;
+// else the last.
 template <class Tiles, size_t I = 0, class F>
 void with_tile(const Problem& p, bool backward, const F& f) {
   using T = std::tuple_element_t<I, Tiles>;
   if constexpr (I + 1 < std::tuple_size_v<Tiles>) {
     const int64_t width = channels_of<T>(backward), across = (p.channels + width - 1) / width;
-    if (width >= 2 * p.channels || (p.pixels() + T::kPixels - 1) / T::kPixels * across < sm_count())
+    if ((T::kWarpgroups && !warpgroups()) || width >= 2 * p.channels || (p.pixels() + T::kPixels - 1) / T::kPixels * across < sm_count())
       return with_tile<Tiles, I + 1>(p, backward, f);
   }
   f(T());
@@ -653,7 +655,10 @@ std::string conv_lstm_algorithm(OptionalTensor x, OptionalTensor w_ih, Tensor w_
   if (engine(p, w_hh.scalar_type()) == Engine::kLibrary) return "direct: the library's convolution and one launch of the cell a step";
   const Device device(w_hh);
   const bool at_once = w_hh.scalar_type() == ScalarType::Half ? one_launch<Half>(p, in) : one_launch<BFloat16>(p, in);
-  return std::string("direct: implicit GEMM and cell, one launch ") + (at_once ? "for all steps" : "a step");
+  bool by_warpgroups = false;
+  with_tile<ForwardTiles>(p, false, [&](auto tile) { by_warpgroups = decltype(tile)::kWarpgroups; });
+  return std::string("direct: implicit GEMM") + (by_warpgroups ? " of warpgroups" : "") + " and cell, one launch " +
+         (at_once ? "for all steps" : "a step");
 }
 
 }  // namespace

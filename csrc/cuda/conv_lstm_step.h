@@ -18,12 +18,17 @@ namespace convfast {
 namespace cuda {
 namespace conv_lstm {  // short names: other ops have theirs
 
-// WM x WN warps; a warp owns 16 MT pixels and P parts of 8G columns: forward, the gates of its channels; backward, channels.
-template <int MT_, int P_, int G_, int WM_, int WN_, int kBlocks_>
+// WM x WN warps; a warp owns 16 MT pixels and P parts of 8G columns: forward, the gates of its channels; backward, channels. Warpgroups
+// (sm_90a) are WM warps, of which each owns 16 pixels and all WN times P parts.
+template <int MT_, int P_, int G_, int WM_, int WN_, int kBlocks_, bool kWarpgroups_ = false>
 struct Tile {
   static constexpr int MT = MT_, P = P_, G = G_, WM = WM_, WN = WN_, kMinBlocks = kBlocks_;
-  static constexpr int kThreads = 32 * WM * WN, kPixels = 16 * MT * WM, kWarpColumns = 8 * G * P, kColumns = kWarpColumns * WN;
-  static constexpr int kDepth = 32, kStages = 4;          // of K, in elements
+  static constexpr bool kWarpgroups = kWarpgroups_;
+  static_assert(!kWarpgroups || (MT == 1 && WM % 4 == 0), "four warps of 16 pixels are a warpgroup");
+  static constexpr int kThreads = 32 * WM * (kWarpgroups ? 1 : WN), kMost = kWarpgroups && !kHasWarpgroups ? 32 : kThreads;
+  static constexpr int kPixels = 16 * MT * WM, kWarpColumns = 8 * G * P, kColumns = kWarpColumns * WN;
+  static constexpr int kTiles = kWarpgroups ? WN : MT;    // of P parts, that a warp owns
+  static constexpr int kDepth = 32, kStages = kWarpgroups ? 6 : 4;  // of K, in elements
   static constexpr int kChunks = kDepth / 8;              // 16 bytes each
   static constexpr int kRows = kPixels * kDepth * 2, kWeights = kColumns * kDepth * 2;  // bytes of a K step
   static constexpr int kShared = kStages * (kRows + kWeights);
@@ -129,11 +134,23 @@ struct Loader {
   }
 };
 
-// acc[m16 tile][part * G + n8 tile][of mma's four] += the convolution of `source` at the block's pixels and columns. kResident: all
+template <class T>
+using Sums = float[T::kTiles][T::P * T::G][4];
+
+// Rows and channel, relative to the block's, of which a thread has sums in its tile-th tile.
+template <class T>
+__device__ __forceinline__ int row_of_tile(int tile) {
+  return (threadIdx.x / 32 % T::WM * T::MT + (T::kWarpgroups ? 0 : tile)) * 16 + threadIdx.x % 32 / 4;
+}
+template <class T>
+__device__ __forceinline__ int group_of_tile(int tile) {
+  return T::kWarpgroups ? tile : int(threadIdx.x / 32 / T::WM);
+}
+
+// acc[tile][part * G + n8 tile][of mma's four] += the convolution of `source` at the block's pixels and columns. kResident: all
 // K steps of the weights lie in shared memory, behind the stages.
 template <class A, class T, bool kResident>
-__device__ __forceinline__ void implicit_gemm(const Convolution& c, const A* source, const A* weights, int m0, int pixels,
-                                              float (&acc)[T::MT][T::P * T::G][4]) {
+__device__ __forceinline__ void implicit_gemm(const Convolution& c, const A* source, const A* weights, int m0, int pixels, Sums<T>& acc) {
   constexpr int kStage = kResident ? T::kRows : T::kRows + T::kWeights;
   char* shared = shared_memory();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -175,6 +192,44 @@ __device__ __forceinline__ void implicit_gemm(const Convolution& c, const A* sou
       }
     }
   }
+}
+
+// The same by warpgroups: a step of K is multiplied while the next is waited for and the one kStages - 2 on is fetched.
+template <class A, class T>
+__device__ __forceinline__ void implicit_gemm_async(const Convolution& c, const A* source, const A* weights, int m0, int pixels, Sums<T>& acc) {
+  constexpr int kStage = T::kRows + T::kWeights;
+  char* shared = shared_memory();
+  Loader<A, T> loader(c, source, weights, m0, pixels);
+  const auto load = [&](int k) {
+    char* stage = shared + k % T::kStages * kStage;
+    loader.load_rows(c, stage);
+    loader.load_weights(stage + T::kRows);
+  };
+  for (int k = 0; k < T::kStages - 2; ++k) {
+    if (k < c.k_blocks) load(k);
+    cp_async_commit();
+  }
+  wgmma_fence();
+  for (int k = 0; k < c.k_blocks; ++k) {
+    cp_async_wait<T::kStages - 3>();
+    fence_async_proxy();
+    __syncthreads();  // step k has come for all, and all are done with step k - 2, whose place is filled next
+    const char* stage = shared + k % T::kStages * kStage;
+    const char* rows = stage + threadIdx.x / 128 * 64 * 64;
+#pragma unroll
+    for (int half = 0; half < T::kDepth / 16; ++half) wgmma<A>(acc, matrix_at(rows + half * 32), matrix_at(stage + T::kRows + half * 32));
+    wgmma_commit();
+    if (k + T::kStages - 2 < c.k_blocks) load(k + T::kStages - 2);
+    cp_async_commit();
+    wgmma_wait<1>();
+  }
+  wgmma_wait<0>();
+}
+
+template <class A, class T>
+__device__ __forceinline__ void convolve(const Convolution& c, const A* source, const A* weights, int m0, int pixels, Sums<T>& acc) {
+  if constexpr (T::kWarpgroups) implicit_gemm_async<A, T>(c, source, weights, m0, pixels, acc);
+  else implicit_gemm<A, T, false>(c, source, weights, m0, pixels, acc);
 }
 
 // One step forward. Frames are channels-last; `.._sample` are elements from one sample's frame to the next.
@@ -267,31 +322,30 @@ template <class T>
 constexpr int kForwardChannels = T::kColumns / 4;
 
 template <class A, class T>
-__device__ __forceinline__ void forward_epilogue(const ForwardStep<A>& s, int block, int m0, const float (&acc)[T::MT][T::P * T::G][4]) {
+__device__ __forceinline__ void forward_epilogue(const ForwardStep<A>& s, int block, int m0, const Sums<T>& acc) {
   constexpr int N = T::kNeighbours;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int channel = block * kForwardChannels<T> + warp / T::WM * 8 * T::G + lane % 4 * N;
-  if (channel >= s.channels) return;
 #pragma unroll
-  for (int tile = 0; tile < T::MT; ++tile)
+  for (int tile = 0; tile < T::kTiles; ++tile)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int m = m0 + (warp % T::WM * T::MT + tile) * 16 + lane / 4 + 8 * half;
+      const int m = m0 + row_of_tile<T>(tile) + 8 * half;
+      const int channel = block * kForwardChannels<T> + group_of_tile<T>(tile) * 8 * T::G + threadIdx.x % 4 * N;
       float z[4][N];
 #pragma unroll
       for (int g = 0; g < 4; ++g)
 #pragma unroll
         for (int i = 0; i < N; ++i) z[g][i] = acc[tile][g * T::G + i / 2][2 * half + i % 2];
-      if (m < s.pixels) forward_cells<A, N>(s, m / s.area, m % s.area, channel, z);
+      if (m < s.pixels && channel < s.channels) forward_cells<A, N>(s, m / s.area, m % s.area, channel, z);
     }
 }
 
 template <class A, class T>
-__global__ void __launch_bounds__(T::kThreads, T::kMinBlocks) forward_step(ForwardStep<A> s) {
+__global__ void __launch_bounds__(T::kMost, T::kMinBlocks) forward_step(ForwardStep<A> s) {
+  if constexpr (T::kWarpgroups && !kHasWarpgroups) return;
   const int across = (s.channels + kForwardChannels<T> - 1) / kForwardChannels<T>;
   const int block = blockIdx.x % across, m0 = blockIdx.x / across * T::kPixels;
-  float acc[T::MT][T::P * T::G][4] = {};
-  implicit_gemm<A, T, false>(s.conv, s.h_before, s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth, m0, int(s.pixels), acc);
+  Sums<T> acc = {};
+  convolve<A, T>(s.conv, s.h_before, s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth, m0, int(s.pixels), acc);
   forward_epilogue<A, T>(s, block, m0, acc);
 }
 
@@ -325,7 +379,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) forward_sequence(ForwardSequen
   const A* weights = s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth;
   load_resident<A, T>(s.conv, weights, m0, int(s.pixels));
   for (int64_t i = 0; i < p.steps; ++i) {
-    float acc[T::MT][T::P * T::G][4] = {};
+    Sums<T> acc = {};
     if (s.h_before) implicit_gemm<A, T, true>(s.conv, s.h_before, weights, m0, int(s.pixels), acc);
     forward_epilogue<A, T>(s, block, m0, acc);
     s.t += p.direction;
@@ -425,17 +479,16 @@ __device__ __forceinline__ void backward_cells(const BackwardStep<A>& s, int64_t
 }
 
 template <class A, class T>
-__device__ __forceinline__ void backward_epilogue(const BackwardStep<A>& s, int block, int m0, const float (&acc)[T::MT][T::P * T::G][4]) {
+__device__ __forceinline__ void backward_epilogue(const BackwardStep<A>& s, int block, int m0, const Sums<T>& acc) {
   constexpr int N = T::kNeighbours;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-  for (int tile = 0; tile < T::MT; ++tile)
+  for (int tile = 0; tile < T::kTiles; ++tile)
 #pragma unroll
     for (int part = 0; part < T::P; ++part)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int m = m0 + (warp % T::WM * T::MT + tile) * 16 + lane / 4 + 8 * half;
-        const int channel = block * T::kColumns + warp / T::WM * T::kWarpColumns + part * 8 * T::G + lane % 4 * N;
+        const int m = m0 + row_of_tile<T>(tile) + 8 * half;
+        const int channel = block * T::kColumns + group_of_tile<T>(tile) * T::kWarpColumns + part * 8 * T::G + threadIdx.x % 4 * N;
         float dh[N];
 #pragma unroll
         for (int i = 0; i < N; ++i) dh[i] = acc[tile][part * T::G + i / 2][2 * half + i % 2];
@@ -444,11 +497,12 @@ __device__ __forceinline__ void backward_epilogue(const BackwardStep<A>& s, int 
 }
 
 template <class A, class T>
-__global__ void __launch_bounds__(T::kThreads, T::kMinBlocks) backward_step(BackwardStep<A> s) {
+__global__ void __launch_bounds__(T::kMost, T::kMinBlocks) backward_step(BackwardStep<A> s) {
+  if constexpr (T::kWarpgroups && !kHasWarpgroups) return;
   const int across = (s.channels + T::kColumns - 1) / T::kColumns;
   const int block = blockIdx.x % across, m0 = blockIdx.x / across * T::kPixels;
-  float acc[T::MT][T::P * T::G][4] = {};
-  implicit_gemm<A, T, false>(s.conv, s.dgates_after, s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth, m0, int(s.pixels), acc);
+  Sums<T> acc = {};
+  convolve<A, T>(s.conv, s.dgates_after, s.weights + int64_t(block) * s.conv.k_blocks * T::kColumns * T::kDepth, m0, int(s.pixels), acc);
   backward_epilogue<A, T>(s, block, m0, acc);
 }
 
@@ -473,7 +527,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) backward_sequence(BackwardSequ
   for (int64_t i = 0; i < turns; ++i) {
     if (i == p.steps - 1) s.c_before = p.c0, s.c_before_sample = int64_t(s.area) * s.channels;
     if (i == p.steps) s.dh0 = p.dh0;
-    float acc[T::MT][T::P * T::G][4] = {};
+    Sums<T> acc = {};
     if (i > 0) implicit_gemm<A, T, true>(s.conv, s.dgates_after, weights, m0, int(s.pixels), acc);
     backward_epilogue<A, T>(s, block, m0, acc);
     s.t_after = s.t;

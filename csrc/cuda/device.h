@@ -40,25 +40,36 @@ namespace cuda {
 using BFloat16 = torch::headeronly::BFloat16;
 using Half = torch::headeronly::Half;
 
-// 128-byte aligned dynamic shared memory of the block.
+// Dynamic shared memory of the block, aligned to 1 KiB: what swizzles by address needs 512 bytes.
 #ifdef CONVFAST_EMULATE
 inline char* shared_memory() { return simt::self().block->memory.get(); }
 #else
 CONVFAST_DEVICE char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
+#endif
+
+// Whether what is compiled may use instructions of warpgroups: sm_90a alone has them, neither older nor newer architectures.
+#if defined(CONVFAST_EMULATE) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasWarpgroups = true;
+#else
+constexpr bool kHasWarpgroups = false;
 #endif
 
 // The device: what a launch has to know of it.
 
 struct DeviceLimits {
   int sm_count = 0, shared = 0, major = 0, minor = 0;
+  bool warpgroups = false;  // and the library is compiled for them
 };
 
 #ifdef CONVFAST_EMULATE
-inline DeviceLimits device_limits() { return {132, 227 * 1024, 9, 0}; }  // an H200's
+inline DeviceLimits device_limits() { return {132, 227 * 1024, 9, 0, true}; }  // an H200's
 #else
+// Never launched: its limit says for which architecture the device has it.
+static __global__ void __launch_bounds__(kHasWarpgroups ? 64 : 32) warpgroup_probe() {}
+
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) cudaGetLastError();  // told here, and not again by whoever asks next
   STD_TORCH_CHECK(error == cudaSuccess, "convfast: ", what, ": ", cudaGetErrorString(error));
@@ -73,6 +84,9 @@ inline const DeviceLimits& device_limits() {
       check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
       check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device attribute");
       check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device attribute");
+      cudaFuncAttributes probe{};
+      check_cuda(cudaFuncGetAttributes(&probe, warpgroup_probe), "kernel attributes");
+      warpgroups = probe.maxThreadsPerBlock > 32;
     }
   };
   int device = 0;
@@ -94,6 +108,8 @@ inline int sm_count() { return at_most("CONVFAST_CUDA_SM_COUNT", device_limits()
 inline size_t shared_limit() { return at_most("CONVFAST_CUDA_SHARED", device_limits().shared); }
 // 90 for 9.0.
 inline int compute_capability() { return at_most("CONVFAST_CUDA_CAPABILITY", 10 * device_limits().major + device_limits().minor); }
+
+inline bool warpgroups() { return device_limits().warpgroups && compute_capability() == 90; }
 
 // Inside an op there is nothing to differentiate, also where it is called without an autograd of ours around it.
 struct NoGrad {

@@ -1,4 +1,5 @@
-// Tensor cores, asynchronous copies into shared memory, clusters and the barrier of a cooperative grid, for sm_80 on (clusters: sm_90).
+// Tensor cores, asynchronous copies into shared memory, clusters and the barrier of a cooperative grid, for sm_80 on (clusters: sm_90;
+// products of warpgroups: sm_90a).
 //
 // Fragments of mma, g = lane / 4 and q = lane % 4 (PTX ISA, "Matrix fragments for mma.m16n8k16"): a[0] holds row g, columns 2q and
 // 2q + 1; a[1] row g + 8; a[2], a[3] the same 8 columns on. b[0] holds rows 2q, 2q + 1 of column g; b[1] 8 rows on. d[0], d[1] are
@@ -36,6 +37,20 @@ inline void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
   simt::multiply<8, 4>("mma.m16n8k8", d, a, b, [](uint32_t word, int) { return __uint_as_float(word & 0xffffe000u); });
 }
 inline uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000) & 0xffffe000u; }
+
+using Matrix = const char*;
+inline Matrix matrix_at(const void* shared) { return static_cast<const char*>(shared); }
+template <class A, int WN, int PG>
+void wgmma(float (&d)[WN][PG][4], Matrix a, Matrix b) {
+  simt::multiply_async(&d[0][0][0], WN * PG * 8, a, b, [](uint16_t bits) { return to_float(A(bits, A::from_bits())); });
+}
+inline void wgmma_fence() {}
+inline void wgmma_commit() { simt::multiply_commit(); }
+template <int N>
+void wgmma_wait() {
+  simt::multiply_wait(N);
+}
+inline void fence_async_proxy() {}
 
 inline unsigned cluster_rank() { return simt::self().block->rank; }
 inline unsigned cluster_size() { return unsigned(simt::self().block->group->blocks.size()); }
@@ -126,6 +141,65 @@ CONVFAST_DEVICE uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
   return r;
 }
+
+// A warpgroup is four neighbouring warps from a multiple of four on, and all its threads come here. d [64, 8 WN PG] += a [64, 16] bᵀ, b
+// [8 WN PG, 16], in float; the tensor cores read both from shared memory while the threads go on. The w-th warp has rows 16 w ... 16 w + 15,
+// d[i][j] is the 16 x 8 tile of columns 8 (i PG + j) on, as mma_16816 has it.
+//
+// Operands are 64 bytes a row, chunks of 16 bytes where `swizzled` (conv_lstm_step.h) has them, from a multiple of 512 bytes on, or 32 bytes
+// (16 of K) behind it. Descriptor: PTX ISA, "Matrix descriptor format": address and strides in units of 16 bytes, 8 rows to the next 8 512
+// bytes; 2 is the swizzle of 64 bytes.
+using Matrix = uint64_t;
+CONVFAST_DEVICE Matrix matrix_at(const void* shared) {
+  return uint64_t(shared_address(shared) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(512 >> 4) << 32 | uint64_t(2) << 62;
+}
+// Before the first product, and wherever threads wrote the sums.
+CONVFAST_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+CONVFAST_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most N of the last committed groups are under way. Sums may be looked at when none is.
+template <int N>
+CONVFAST_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// What this thread wrote to shared memory, or waited for, wgmma sees after a barrier behind this.
+CONVFAST_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+#define CONVFAST_FOUR(i, j) "+f"(d[i][j][0]), "+f"(d[i][j][1]), "+f"(d[i][j][2]), "+f"(d[i][j][3])
+#define CONVFAST_32(i, j)                                                                                                          \
+  CONVFAST_FOUR(i, j), CONVFAST_FOUR(i, j + 1), CONVFAST_FOUR(i, j + 2), CONVFAST_FOUR(i, j + 3), CONVFAST_FOUR(i, j + 4),        \
+      CONVFAST_FOUR(i, j + 5), CONVFAST_FOUR(i, j + 6), CONVFAST_FOUR(i, j + 7)
+#define CONVFAST_WGMMA(shape, type, registers, a_at, b_at)                                                                         \
+  "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" registers "}, " a_at  \
+  ", " b_at ", p, 1, 1, 0, 0;\n}\n"
+#define CONVFAST_R32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define CONVFAST_R64 CONVFAST_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define CONVFAST_R128 CONVFAST_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define CONVFAST_BY_TYPE(shape, registers, a_at, b_at, ...)                                                          \
+  if constexpr (std::is_same_v<A, Half>)                                                                             \
+    asm volatile(CONVFAST_WGMMA(shape, "f16", registers, a_at, b_at) : __VA_ARGS__ : "l"(a), "l"(b) : "memory");     \
+  else                                                                                                               \
+    asm volatile(CONVFAST_WGMMA(shape, "bf16", registers, a_at, b_at) : __VA_ARGS__ : "l"(a), "l"(b) : "memory")
+
+template <class A, int WN, int PG>
+CONVFAST_DEVICE void wgmma(float (&d)[WN][PG][4], Matrix a, Matrix b) {
+  static_assert((WN <= 2 && PG == 8) || (WN == 2 && PG == 16), "64, 128 or 256 columns");
+  if constexpr (kHasWarpgroups) {
+    if constexpr (PG == 16) {
+      CONVFAST_BY_TYPE("m64n256k16", CONVFAST_R128, "%128", "%129", CONVFAST_32(0, 0), CONVFAST_32(0, 8), CONVFAST_32(1, 0), CONVFAST_32(1, 8));
+    } else if constexpr (WN == 2) {
+      CONVFAST_BY_TYPE("m64n128k16", CONVFAST_R64, "%64", "%65", CONVFAST_32(0, 0), CONVFAST_32(1, 0));
+    } else {
+      CONVFAST_BY_TYPE("m64n64k16", CONVFAST_R32, "%32", "%33", CONVFAST_32(0, 0));
+    }
+  }
+}
+#undef CONVFAST_FOUR
+#undef CONVFAST_32
+#undef CONVFAST_WGMMA
+#undef CONVFAST_R32
+#undef CONVFAST_R64
+#undef CONVFAST_R128
+#undef CONVFAST_BY_TYPE
 
 // Of blocks launched by launch_cluster. A block's shared memory is there while it runs: a cluster_sync comes before the end where
 // others read it. Arrive releases what was written before it, wait acquires it.

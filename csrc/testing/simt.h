@@ -4,7 +4,8 @@
 // on an order without a barrier gives another result with some seed. The blocks of a cluster or of a cooperative grid run
 // together, others one after another in a drawn order. mma, ldmatrix and shuffles wait for all lanes and follow PTX's layouts.
 // Shared memory starts as NaN and is followed by 1 KiB that nobody may write. What an asynchronous copy writes is NaN until it is
-// waited for. A barrier that some fiber never reaches is an error that names the kernel's parameters, the block and the thread.
+// waited for; products of warpgroups read shared memory and give their sums only when they are waited for. A barrier that some fiber never
+// reaches is an error that names the kernel's parameters, the block and the thread.
 // Global accesses are not checked here: compile with -fsanitize=address and preload libasan for that; it knows of the fibers.
 #pragma once
 #include <cxxabi.h>
@@ -124,7 +125,7 @@ convfast_switch:
 namespace convfast {
 namespace simt {
 
-constexpr size_t kStack = 128 * 1024, kGuard = 1024, kSharedAlignment = 128;
+constexpr size_t kStack = 128 * 1024, kGuard = 1024, kSharedAlignment = 1024;
 constexpr uint64_t kStackMark = 0x5ca1ab1e5ca1ab1e;
 
 struct Group;
@@ -158,6 +159,12 @@ struct Copy {
   bool valid;
 };
 
+// Of a warpgroup: sums [64, columns] += a b^T.
+struct Product {
+  const char *a, *b;
+  float (*value)(uint16_t);
+};
+
 struct Fiber {
   dim3 thread;
   unsigned flat = 0;
@@ -170,6 +177,10 @@ struct Fiber {
   uint64_t cluster_phase = 0;
   std::vector<Copy> copies;     // asynchronous, not yet waited for
   std::vector<size_t> commits;  // ends of groups in `copies`
+  std::vector<Product> products;          // asynchronous, not yet waited for
+  std::vector<size_t> product_commits;
+  std::vector<float> sums;                // of products: what the thread will have in place of
+  float* sums_at = nullptr;               // the NaN there
 
   unsigned lane() const { return flat % 32; }
 };
@@ -282,6 +293,7 @@ inline void fiber_main() {
   enter(nullptr, &g.scheduler_stack, &g.scheduler_size);
   try {
     g.kernel();
+    if (!f->products.empty()) fail(g.name + ": the thread ends before its products are waited for");
   } catch (...) {
     if (!g.error) g.error = std::current_exception();
   }
@@ -500,6 +512,51 @@ void multiply(const char* name, float (&d)[4], const uint32_t (&a)[kWords], cons
     for (int l = 0; l < 32; ++l)
       for (int i = 0; i < 4; ++i) all[l]->d[i] = z[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2];
   });
+}
+
+// d: the thread's part of sums [64, columns], as mma has it of each 16 x 8 tile of its warp's 16 rows, columns after columns. a, b: rows of
+// 64 bytes, of which 32 bytes are read, in a swizzle of 64 bytes.
+inline void multiply_async(float* d, int columns, const char* a, const char* b, float (*value)(uint16_t)) {
+  Fiber& f = self();
+  for (const char* matrix : {a, b}) {
+    check_shared("wgmma", matrix, 16);
+    if (uintptr_t(matrix) % 512 != 0 && uintptr_t(matrix) % 512 != 32) fail("wgmma: a matrix is not aligned to 512 bytes, or 32 behind that");
+  }
+  if (f.products.empty()) {
+    f.sums.assign(d, d + columns / 2);
+    f.sums_at = d;
+  } else if (f.sums_at != d) {
+    fail("wgmma: other sums while products are under way");
+  }
+  std::fill(d, d + columns / 2, NAN);
+  f.products.push_back({a, b, value});
+}
+
+inline void multiply_commit() { self().product_commits.push_back(self().products.size()); }
+
+inline void multiply_wait(size_t outstanding) {
+  Fiber& f = self();
+  if (f.product_commits.size() <= outstanding) return;
+  const size_t groups = f.product_commits.size() - outstanding, n = f.product_commits[groups - 1];
+  const int warp = f.flat / 32 % 4, g = f.lane() / 4, q = f.lane() % 4;
+  for (size_t i = 0; i < n; ++i) {
+    const Product& p = f.products[i];
+    const auto element = [&](const char* matrix, int row, int k) {
+      const uintptr_t at = uintptr_t(matrix) + row * 64 + k * 2, swizzled = at ^ (at >> 7 & 3) << 4;
+      check_shared("wgmma", reinterpret_cast<const void*>(swizzled & ~uintptr_t(15)), 16);
+      uint16_t bits;
+      memcpy(&bits, reinterpret_cast<const void*>(swizzled), 2);
+      return p.value(bits);
+    };
+    for (size_t s = 0; s < f.sums.size(); ++s) {
+      const int row = 16 * warp + g + s / 2 % 2 * 8, column = s / 4 * 8 + 2 * q + s % 2;
+      for (int k = 0; k < 16; ++k) f.sums[s] += element(p.a, row, k) * element(p.b, column, k);
+    }
+  }
+  f.products.erase(f.products.begin(), f.products.begin() + n);
+  f.product_commits.erase(f.product_commits.begin(), f.product_commits.begin() + groups);
+  for (size_t& end : f.product_commits) end -= n;
+  if (f.products.empty()) std::copy(f.sums.begin(), f.sums.end(), f.sums_at);
 }
 
 template <class T>

@@ -92,6 +92,59 @@ void check_product(int depth, void (*kernel)(Product<A>)) {
   require(d == exact, "the product is wrong");
 }
 
+// Where element (row, k) of a matrix with rows of 64 bytes lies for wgmma, in bytes.
+int swizzled_at(int row, int k) { return row * 64 + ((k / 8 ^ (row >> 1 & 3)) << 4) + k % 8 * 2; }
+
+template <class A>
+struct WarpgroupProduct {
+  const A *a, *b;  // [128, 32], [64, 32]
+  float* d;        // [128, 64]
+  int mode;        // 1: sums are taken without a wait, 2: b is written over while it may be read, 3: the thread ends without a wait
+};
+
+// Two warpgroups, 64 rows each; k in two products.
+template <class A>
+void warpgroup_kernel(WarpgroupProduct<A> p) {
+  char *a = shared_memory(), *b = a + 128 * 64;
+  for (int i = threadIdx.x; i < 128 * 32; i += 256) *reinterpret_cast<A*>(a + swizzled_at(i / 32, i % 32)) = p.a[i];
+  for (int i = threadIdx.x; i < 64 * 32; i += 256) *reinterpret_cast<A*>(b + swizzled_at(i / 32, i % 32)) = p.b[i];
+  fence_async_proxy();
+  __syncthreads();
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+  const auto at = [&](int tile, int i) { return (row + 8 * (i / 2)) * 64 + 8 * tile + 2 * (lane % 4) + i % 2; };
+  float d[1][8][4];
+  for (int tile = 0; tile < 8; ++tile)
+    for (int i = 0; i < 4; ++i) d[0][tile][i] = p.d[at(tile, i)];
+  wgmma_fence();
+  for (int half = 0; half < 2; ++half) {
+    wgmma<A>(d, matrix_at(a + threadIdx.x / 128 * 64 * 64 + half * 32), matrix_at(b + half * 32));
+    wgmma_commit();
+  }
+  if (p.mode == 3) return;
+  if (p.mode == 2) b[threadIdx.x] = 0;
+  if (p.mode == 1) wgmma_wait<1>();
+  const float early = d[0][0][0];
+  wgmma_wait<0>();
+  if (p.mode == 1) d[0][0][0] = early;
+  for (int tile = 0; tile < 8; ++tile)
+    for (int i = 0; i < 4; ++i) p.d[at(tile, i)] = d[0][tile][i];
+}
+
+template <class A>
+bool warpgroup_product(int mode) {
+  std::vector<A> a(128 * 32), b(64 * 32);
+  std::vector<float> d(128 * 64), exact(128 * 64);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = A(float(int(i * 7 % 11) - 5));
+  for (size_t i = 0; i < b.size(); ++i) b[i] = A(float(int(i * 5 % 13) - 6));
+  for (int i = 0; i < 128; ++i)
+    for (int j = 0; j < 64; ++j) {
+      exact[i * 64 + j] = d[i * 64 + j] = float(i - j);
+      for (int k = 0; k < 32; ++k) exact[i * 64 + j] += float(a[i * 32 + k]) * float(b[j * 32 + k]);
+    }
+  launch(warpgroup_kernel<A>, dim3(1), 256, 192 * 64, nullptr, WarpgroupProduct<A>{a.data(), b.data(), d.data(), mode});
+  return d == exact;
+}
+
 struct Numbers {
   const float* in;
   float* out;
@@ -220,6 +273,11 @@ const std::map<std::string, void (*)()> kChecks{
     {"misaligned_copy", [] { require_error("global address is not aligned to 16 bytes", [] { misuse(4); }); }},
     {"no_such_block", [] { require_error("cluster_map: no such rank", [] { misuse(5); }); }},
     {"device_math", device_math},
+    {"wgmma_bfloat16", [] { require_over_seeds("always", over_seeds([] { return warpgroup_product<BFloat16>(0); })); }},
+    {"wgmma_float16", [] { require_over_seeds("always", over_seeds([] { return warpgroup_product<Half>(0); })); }},
+    {"wgmma_left", [] { require_error("the thread ends before its products are waited for", [] { warpgroup_product<Half>(3); }); }},
+    {"wgmma_over_what_is_read", [] { require_over_seeds("never", over_seeds([] { return warpgroup_product<Half>(2); })); }},
+    {"wgmma_without_wait", [] { require_over_seeds("never", over_seeds([] { return warpgroup_product<Half>(1); })); }},
 };
 
 }  // namespace
