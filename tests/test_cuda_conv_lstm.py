@@ -31,8 +31,8 @@ CASES = [
 BY_ID = {case.id: case for case in CASES}
 
 
-# Few processors get large tiles; those of compute capability 9.0 are multiplied by warpgroups.
-@pytest.mark.parametrize("processors, capability", [(1, 90), (1, 80), (132, 90)], ids=["warpgroups", "large", "small"])
+# Few processors get large tiles; with compute capability 9.0 those of warpgroups.
+@pytest.mark.parametrize("processors, capability", [(1, 90), (2, 90), (1, 80), (4, 80), (132, 90)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_tiles_match_oracle(
     case: Case, processors: int, capability: int, cuda_ops: Any, monkeypatch: pytest.MonkeyPatch

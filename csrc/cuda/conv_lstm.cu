@@ -7,8 +7,10 @@
 // (`fits_one_launch`). Every sample is at frame t at step t: one past its length keeps its state, which is the same as to start
 // at its own end, and reads no lengths on the host.
 #include <algorithm>
+#include <array>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "aten.h"
 #include "conv_lstm_step.h"
@@ -23,8 +25,9 @@ constexpr const char* kForward = "conv_lstm_forward";
 constexpr const char* kBackward = "conv_lstm_backward";
 constexpr int64_t kChunkBytes = int64_t(256) << 20;  // of gates that await their steps
 
-// Best first; `channels` of a block each.
-using ForwardTiles = std::tuple<Tile<1, 4, 4, 8, 2, 1, true>, Tile<2, 4, 4, 4, 2, 1>, Tile<1, 4, 4, 4, 1, 3>, Tile<1, 4, 2, 4, 1, 4>>;
+// The last, the smallest, is that of one launch for all steps.
+using ForwardTiles = std::tuple<Tile<1, 4, 4, 8, 2, 1, true>, Tile<1, 4, 4, 8, 1, 2, true>, Tile<2, 4, 4, 4, 2, 1>, Tile<1, 4, 4, 4, 1, 3>,
+                                Tile<1, 4, 2, 4, 1, 4>>;
 using BackwardTiles = std::tuple<Tile<1, 2, 4, 8, 2, 1, true>, Tile<1, 2, 4, 8, 1, 2, true>, Tile<2, 2, 4, 4, 1, 2>, Tile<1, 1, 4, 4, 1, 3>,
                                  Tile<2, 1, 2, 2, 1, 4>>;
 
@@ -211,17 +214,26 @@ constexpr int channels_of(bool backward) {
   return backward ? T::kColumns : T::kColumns / 4;
 }
 
-// Calls f with the first tile that the GPU can run, that is no more than twice as wide as the channels and gives every processor a block;
-// else the last.
-template <class Tiles, size_t I = 0, class F>
+// How long a step's GEMM takes by the tile, in cycles a step of K; endless where the GPU cannot run it.
+template <class T>
+int64_t cycles(const Problem& p, bool backward) {
+  if (T::kWarpgroups && !warpgroups()) return INT64_MAX;
+  const int64_t width = channels_of<T>(backward), across = (p.channels + width - 1) / width;
+  const int64_t tiles = (p.pixels() + T::kPixels - 1) / T::kPixels * across;
+  return (tiles + sm_count() - 1) / sm_count() * T::kCycles;
+}
+
+template <class Tiles, size_t... I, class F>
+void with_fastest(const Problem& p, bool backward, const F& f, std::index_sequence<I...>) {
+  const std::array<int64_t, sizeof...(I)> taken{cycles<std::tuple_element_t<I, Tiles>>(p, backward)...};
+  const size_t fastest = std::min_element(taken.begin(), taken.end()) - taken.begin();
+  ((I == fastest ? f(std::tuple_element_t<I, Tiles>()) : void()), ...);
+}
+
+// Calls f with the tile that should be fastest.
+template <class Tiles, class F>
 void with_tile(const Problem& p, bool backward, const F& f) {
-  using T = std::tuple_element_t<I, Tiles>;
-  if constexpr (I + 1 < std::tuple_size_v<Tiles>) {
-    const int64_t width = channels_of<T>(backward), across = (p.channels + width - 1) / width;
-    if ((T::kWarpgroups && !warpgroups()) || width >= 2 * p.channels || (p.pixels() + T::kPixels - 1) / T::kPixels * across < sm_count())
-      return with_tile<Tiles, I + 1>(p, backward, f);
-  }
-  f(T());
+  with_fastest<Tiles>(p, backward, f, std::make_index_sequence<std::tuple_size_v<Tiles>>());
 }
 
 // Frames of the input convolution that are computed together.

@@ -32,6 +32,8 @@ struct Tile {
   static constexpr int kChunks = kDepth / 8;              // 16 bytes each
   static constexpr int kRows = kPixels * kDepth * 2, kWeights = kColumns * kDepth * 2;  // bytes of a K step
   static constexpr int kShared = kStages * (kRows + kWeights);
+  // Of a step of K on an H200, from its data sheet: products, or what L2 gives (rows mostly come from L1, tap after tap).
+  static constexpr int kCycles = std::max(kPixels * kColumns * kDepth * 2 / (kWarpgroups ? 4096 : 2540), (kRows / 4 + kWeights) / 28);
   static constexpr int kNeighbours = 2 * G;               // channels of a thread, of each part
 };
 

@@ -182,10 +182,12 @@ CONVFAST_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.share
 
 template <class A, int WN, int PG>
 CONVFAST_DEVICE void wgmma(float (&d)[WN][PG][4], Matrix a, Matrix b) {
-  static_assert((WN <= 2 && PG == 8) || (WN == 2 && PG == 16), "64, 128 or 256 columns");
+  static_assert(WN <= 2 && (PG == 8 || PG == 16), "64, 128 or 256 columns");
   if constexpr (kHasWarpgroups) {
-    if constexpr (PG == 16) {
+    if constexpr (WN * PG == 32) {
       CONVFAST_BY_TYPE("m64n256k16", CONVFAST_R128, "%128", "%129", CONVFAST_32(0, 0), CONVFAST_32(0, 8), CONVFAST_32(1, 0), CONVFAST_32(1, 8));
+    } else if constexpr (PG == 16) {
+      CONVFAST_BY_TYPE("m64n128k16", CONVFAST_R64, "%64", "%65", CONVFAST_32(0, 0), CONVFAST_32(0, 8));
     } else if constexpr (WN == 2) {
       CONVFAST_BY_TYPE("m64n128k16", CONVFAST_R64, "%64", "%65", CONVFAST_32(0, 0), CONVFAST_32(1, 0));
     } else {
