@@ -32,7 +32,7 @@ def instruction_set(asked: str) -> str:
         return {"default": "baseline"}.get(asked, asked)
     if asked != "default":
         pytest.skip(f"{platform.machine()} has no {asked}")
-    return "neon" if platform.machine() == "aarch64" else "baseline"
+    return "neon" if platform.machine() in ("aarch64", "arm64") else "baseline"
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
