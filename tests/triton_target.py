@@ -25,6 +25,7 @@ CHIPS = {
     "sm_86": runtime.Chip("cuda", 86, 99 * 1024, 84),
     "sm_90": runtime.H200,
     "sm_100": runtime.Chip("cuda", 100, 227 * 1024, 148),
+    "sm_120": runtime.Chip("cuda", 120, 99 * 1024, 170),
     "gfx942": runtime.Chip("hip", "gfx942", 64 * 1024, 304),
 }
 WARP = {"cuda": 32, "hip": 64}

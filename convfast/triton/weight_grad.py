@@ -115,8 +115,10 @@ def candidates(rows: int, channels: int, taps: int, dtype: torch.dtype, chip: ru
     pixels, stages = (32, 2) if chip.backend == "hip" else (32, 3) if wide else (64, 3)
     found = []
     # From sm_90 on products outrun L2, of which a tile of more rows reads less; its sums take 128 registers a thread.
-    if not narrow and chip.arch >= 90 and min(rows // 2, taps * channels) >= 128:
-        found.append(Tile(256, 128, pixels, 8, stages))
+    high = Tile(256, 128, pixels, 8, stages)
+    fits = stages * (high.rows + high.columns) * pixels * dtype.itemsize <= chip.shared
+    if not narrow and chip.arch >= 90 and fits and min(rows // 2, taps * channels) >= 128:
+        found.append(high)
     for most in (64, 32) if narrow else (128, 64):
         tile_rows, tile_columns = (min(most, max(16, triton.next_power_of_2(n))) for n in (rows, taps * channels))
         # From sm_100 on sums lie in tensor memory, in 128 rows, and pass through the registers of all warps at the end.
