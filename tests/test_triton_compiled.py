@@ -122,7 +122,7 @@ GRID = [
     *((call, "sm_90", FP32) for call in ("conv_lstm_64", "lstm_64_given", "conv1d_64_128", "lstm_gates")),
     *((call, "sm_86", FP32) for call in ("conv_lstm_64", "conv1d_gates_64_128")),
     ("conv1d_gates_9_256", "sm_86", BF16),
-    *((call, target, BF16) for target in ("sm_80", "sm_100", "sm_120", "gfx942") for call in ("conv_lstm_64", "lstm_128")),
+    *((call, target, BF16) for call in ("conv_lstm_64", "lstm_128") for target in CHIPS if target not in ("sm_86", "sm_90")),
 ]
 ALL = os.environ.get("CONVFAST_ALL_TARGETS") == "1"  # many minutes
 if ALL:
