@@ -14,9 +14,17 @@ from tests.once import built_once
 NAMES = ("testing/kernels_test", *(f"cpu/kernels/{name}" for name in ("baseline", "avx512_bf16", "neon_bf16")))
 SOURCES = [BUILD_FILE.parent / f"{name}.cpp" for name in NAMES]
 CHECKS = (
-    "dots", "gemm_float32", "gemm_float64", "halves", "outer_sum_float32", "outer_sum_float64", "rows_gemm_float32",
-    "rows_gemm_float64", "sigmoid_and_tanh", "transpose_float32", "transpose_float64",
+    "dots", "gemm_float32", "gemm_float64", "halves", "lstm_step", "outer_sum_float32",
+    "outer_sum_float64", "rows_gemm_float32", "rows_gemm_float64", "sigmoid_and_tanh",
+    "transpose_float32", "transpose_float64",
 )  # fmt: skip
+
+
+def compiles(compiler: list[str]) -> bool:
+    """Whether there is a library with the compiler."""
+    command = [*compiler, "-x", "c++", "-", "-o", os.devnull]
+    program = "#include <vector>\nint main() { return std::vector<int>().size(); }"
+    return subprocess.run(command, input=program, text=True, capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(params=["here", "aarch64"])
@@ -25,8 +33,10 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if request.param == "aarch64":
         compiler = [shutil.which("aarch64-linux-gnu-g++"), "-static"]
         run = [shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")]
-        if not (compiler[0] and run[0]):
+        if not (compiler[0] and run[0] and compiles(compiler)):
             pytest.skip("no compiler and emulator for Arm (on Debian: g++-aarch64-linux-gnu, qemu-user-static)")
+    elif not shutil.which(compiler[0]):
+        pytest.skip("no C++ compiler")
 
     def build(folder: Path) -> None:
         flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno"]

@@ -114,11 +114,9 @@ def candidates(rows: int, channels: int, taps: int, dtype: torch.dtype, chip: ru
     narrow = wide or chip.backend == "hip" or (channels > 1 and channels % 8 != 0)
     pixels, stages = (32, 2) if chip.backend == "hip" else (32, 3) if wide else (64, 3)
     found = []
-    # From sm_90 on products outrun L2, of which a tile of more rows reads less; its sums take 128 registers a thread.
-    high = Tile(256, 128, pixels, 8, stages)
-    fits = stages * (high.rows + high.columns) * pixels * dtype.itemsize <= chip.shared
-    if not narrow and chip.arch >= 90 and fits and min(rows // 2, taps * channels) >= 128:
-        found.append(high)
+    # On sm_90 and sm_100 products outrun L2, of which a tile of more rows reads less; its sums are 128 registers.
+    if not narrow and 90 <= chip.arch < 120 and min(rows // 2, taps * channels) >= 128:
+        found.append(Tile(256, 128, pixels, 8, stages))
     for most in (64, 32) if narrow else (128, 64):
         tile_rows, tile_columns = (min(most, max(16, triton.next_power_of_2(n))) for n in (rows, taps * channels))
         # From sm_100 on sums lie in tensor memory, in 128 rows, and pass through the registers of all warps at the end.
@@ -174,7 +172,8 @@ def weight_grad(
     def sums(tile: Tile) -> Tensor:
         blocks = batch * time * triton.cdiv(height * width, tile.pixels)
         tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(taps * channels, tile.columns)
-        share = triton.cdiv(blocks, min(blocks, max(1, 2 * chip.processors // tiles)))
+        resident = chip.processors * (1 if tile.rows > 128 else 2)
+        share = triton.cdiv(blocks, min(blocks, max(1, resident // tiles)))
         splits = triton.cdiv(blocks, share)
         partial = grad.new_empty((splits, rows, taps, channels), dtype=torch.float32)
         _partial_sums[(tiles, splits)](

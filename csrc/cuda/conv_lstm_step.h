@@ -211,13 +211,14 @@ __device__ __forceinline__ void implicit_gemm_async(const Convolution& c, const 
     if (k < c.k_blocks) load(k);
     cp_async_commit();
   }
-  wgmma_fence();
   for (int k = 0; k < c.k_blocks; ++k) {
     cp_async_wait<T::kStages - 3>();
     fence_async_proxy();
     __syncthreads();  // step k has come for all, and all are done with step k - 2, whose place is filled next
     const char* stage = shared + k % T::kStages * kStage;
     const char* rows = stage + threadIdx.x / 128 * 64 * 64;
+    hold(acc);
+    wgmma_fence();
 #pragma unroll
     for (int half = 0; half < T::kDepth / 16; ++half) wgmma<A>(acc, matrix_at(rows + half * 32), matrix_at(stage + T::kRows + half * 32));
     wgmma_commit();
@@ -226,6 +227,7 @@ __device__ __forceinline__ void implicit_gemm_async(const Convolution& c, const 
     wgmma_wait<1>();
   }
   wgmma_wait<0>();
+  hold(acc);
 }
 
 template <class A, class T>

@@ -44,6 +44,8 @@ template <class A, int WN, int PG>
 void wgmma(float (&d)[WN][PG][4], Matrix a, Matrix b) {
   simt::multiply_async(&d[0][0][0], WN * PG * 8, a, b, [](uint16_t bits) { return to_float(A(bits, A::from_bits())); });
 }
+template <int WN, int PG>
+void hold(float (&)[WN][PG][4]) {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() { simt::multiply_commit(); }
 template <int N>
@@ -153,7 +155,17 @@ using Matrix = uint64_t;
 CONVFAST_DEVICE Matrix matrix_at(const void* shared) {
   return uint64_t(shared_address(shared) >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(512 >> 4) << 32 | uint64_t(2) << 62;
 }
-// Before the first product, and wherever threads wrote the sums.
+// No use of the sums, by which they are waited for, moves past this.
+template <int WN, int PG>
+CONVFAST_DEVICE void hold(float (&d)[WN][PG][4]) {
+#pragma unroll
+  for (int i = 0; i < WN; ++i)
+#pragma unroll
+    for (int j = 0; j < PG; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) asm volatile("" : "+f"(d[i][j][k])::"memory");
+}
+// Between what threads do with the sums and products.
 CONVFAST_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 CONVFAST_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Until at most N of the last committed groups are under way. Sums may be looked at when none is.

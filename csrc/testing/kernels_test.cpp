@@ -1,8 +1,12 @@
 // Checks of the kernels that every processor of an architecture has (kernels/baseline.cpp; NEON's on Arm) and of its dot products, for
 // machines without Python or of another architecture, by an emulator: runs the one that is named and says what is wrong; returns 3 where
 // the processor lacks what is checked; without a name, lists them.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -23,28 +27,67 @@ void require(bool condition, const std::string& what) {
   if (!condition) throw std::runtime_error(what);
 }
 
-// The same numbers everywhere, between -1 and 1 and none of them zero.
-template <class T>
-std::vector<T> numbers(size_t n, unsigned seed) {
-  std::vector<T> x(n);
-  unsigned long long state = seed * 2654435761u + 1;
-  for (T& value : x) {
+// The same everywhere: whole numbers from `least` to `most`.
+struct Draw {
+  unsigned long long state = 1;
+  long operator()(long least, long most) {
     state = state * 6364136223846793005u + 1442695040888963407u;
-    value = T(double(long(state >> 40) - (1 << 23)) / (1 << 23)) + T(1e-6);
+    return least + long((state >> 33) % (unsigned long long)(most - least + 1));
   }
-  return x;
+};
+
+// n numbers between -1 and 1, none of them zero, up to a page that nobody may touch.
+template <class T>
+class Numbers {
+ public:
+  Numbers(size_t n, unsigned seed) : n_(n) {
+    const size_t page = sysconf(_SC_PAGESIZE), before = (n * sizeof(T) + page - 1) / page * page;
+    bytes_ = before + page;
+    void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED || mprotect(static_cast<char*>(p) + before, page, PROT_NONE)) std::abort();
+    memory_ = static_cast<char*>(p);
+    numbers_ = reinterpret_cast<T*>(memory_ + before - n * sizeof(T));
+    Draw draw{seed * 2654435761u + 1};
+    for (size_t i = 0; i < n; ++i) numbers_[i] = T(double(draw(-(1 << 23), 1 << 23)) / (1 << 23)) + T(1e-6);
+  }
+  ~Numbers() { munmap(memory_, bytes_); }
+  Numbers(const Numbers&) = delete;
+  Numbers& operator=(const Numbers&) = delete;
+
+  size_t size() const { return n_; }
+  T* data() { return numbers_; }
+  const T* data() const { return numbers_; }
+  T& operator[](size_t i) { return numbers_[i]; }
+  const T& operator[](size_t i) const { return numbers_[i]; }
+  std::vector<T> copy() const { return {numbers_, numbers_ + n_}; }
+
+ private:
+  char* memory_;
+  size_t n_, bytes_;
+  T* numbers_;
+};
+
+// A panel of the columns from `first` on.
+template <class T>
+long panel_width(const Kernels<T>& table, long first, long columns) {
+  return columns - first > table.lanes ? table.panel : table.lanes;
 }
 
-// b [k, columns], zero past them, as frames.h packs it.
+// How many numbers pack() writes.
 template <class T>
-std::vector<T> packed(const Kernels<T>& table, const std::vector<T>& b, long k, long columns) {
-  std::vector<T> to;
-  for (long first = 0; first < columns; first += table.panel) {
-    const long width = columns - first > table.lanes ? table.panel : table.lanes;
+long packed_size(const Kernels<T>& table, long k, long columns) {
+  long size = 0;
+  for (long first = 0; first < columns; first += table.panel) size += k * panel_width(table, first, columns);
+  return size;
+}
+
+// b [k, ldb], zero from `columns` on, as frames.h packs it.
+template <class T>
+void pack(const Kernels<T>& table, const Numbers<T>& b, long ldb, long k, long columns, Numbers<T>& to) {
+  T* next = to.data();
+  for (long first = 0; first < columns; first += table.panel)
     for (long row = 0; row < k; ++row)
-      for (long n = first; n < first + width; ++n) to.push_back(n < columns ? b[row * columns + n] : T(0));
-  }
-  return to;
+      for (long n = first; n < first + panel_width(table, first, columns); ++n) *next++ = n < columns ? b[row * ldb + n] : T(0);
 }
 
 // Of a sum of `terms` products: at most so many roundings of its size.
@@ -54,32 +97,48 @@ void require_near(T found, double exact, double size, long terms, const std::str
           where + ": " + std::to_string(double(found)) + " in place of " + std::to_string(exact));
 }
 
-// Rows of every height of a tile, K with and without a rest of a vector, in one stretch or two.
+// Rows of every height of a tile, K in stretches of any length, weights packed or as they lie, and what else there is to ask for.
 template <class T>
 void gemm() {
   const Kernels<T>& table = *Table<T>::baseline();
-  for (const long rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 14, 19, 33})
-    for (const long k : {1, 3, 4, 7, 18})
-      for (const long columns : {3, 16, 31, 72})
-        for (const bool split : {false, true}) {
-          const long of[2] = {split ? k / 2 : k, split ? k - k / 2 : 0}, zero = 0, ld = columns + table.panel;
-          if (!of[0]) continue;
-          const std::vector<T> a[2] = {numbers<T>(rows * of[0], 1), numbers<T>(rows * (of[1] + 1), 2)}, b = numbers<T>(k * columns, 3);
-          const std::vector<T> weights = packed(table, b, k, columns), init = numbers<T>(ld, 4);
-          std::vector<T> out(rows * ld, T(NAN));
-          table.gemm({rows, {a[0].data(), split ? a[1].data() : nullptr}, {{&zero, 1, of[0], of[0]}, {&zero, 1, of[1], of[1]}}, weights.data(), k,
-                      columns, init.data(), 0, out.data(), ld, 0, false, split});
-          for (long r = 0; r < rows; ++r)
-            for (long n = 0; n < columns; ++n) {
-              double exact = init[n], size = std::fabs(exact);
-              for (long i = 0; i < k; ++i) {
-                const double term = double(i < of[0] ? a[0][r * of[0] + i] : a[1][r * of[1] + i - of[0]]) * b[i * columns + n];
-                exact += term;
-                size += std::fabs(term);
-              }
-              require_near(out[r * ld + n], exact, size, k, "rows " + std::to_string(rows) + ", k " + std::to_string(k));
+  const long W = table.lanes;
+  Draw draw;
+  for (int turn = 0; turn < 600; ++turn) {
+    const long rows = draw(1, draw(0, 3) ? 12 : 40), columns = draw(1, 19 * W), whole = (columns + W - 1) / W * W, ldo = whole + draw(0, 3);
+    const bool packs = draw(0, 2), relu = !draw(0, 3), far = draw(0, 1), adds = !draw(0, 3);
+    const long count[2] = {draw(1, 3), draw(0, 2)}, length[2] = {draw(1, 11), draw(1, 9)}, k = count[0] * length[0] + count[1] * length[1];
+    long offset[2][3], stride[2], size[2] = {0, 0};
+    for (int o = 0; o < 2; ++o) {
+      stride[o] = draw(1, 14);
+      for (int i = 0; i < count[o]; ++i) {
+        offset[o][i] = draw(0, 20);
+        size[o] = std::max(size[o], offset[o][i] + (rows - 1) * stride[o] + length[o]);
+      }
+    }
+    const long ldb = whole + draw(0, 5);
+    const Numbers<T> a[2] = {{size_t(size[0]), 1}, {size_t(size[1]), 2}}, b((k - 1) * ldb + whole, 3), start(whole, 4);
+    Numbers<T> weights(packed_size(table, k, columns), 5), out((rows - 1) * ldo + whole, 6);
+    pack(table, b, ldb, k, columns, weights);
+    const std::vector<T> before = out.copy();
+    table.gemm({rows, {a[0].data(), count[1] ? a[1].data() : nullptr},
+                {{offset[0], count[0], length[0], stride[0]}, {offset[1], count[1], length[1], stride[1]}}, packs ? weights.data() : b.data(), k,
+                columns, adds ? out.data() : start.data(), adds ? ldo : 0, out.data(), ldo, packs ? 0 : ldb, relu, far});
+    for (long r = 0; r < rows; ++r)
+      for (long n = 0; n < columns; ++n) {
+        double exact = adds ? before[r * ldo + n] : start[n], bound = std::fabs(exact);
+        const T* weight = b.data() + n;
+        for (int o = 0; o < 2; ++o)
+          for (long i = 0; i < count[o]; ++i)
+            for (long j = 0; j < length[o]; ++j, weight += ldb) {
+              const double term = double(a[o][offset[o][i] + r * stride[o] + j]) * *weight;
+              exact += term;
+              bound += std::fabs(term);
             }
-        }
+        require_near(out[r * ldo + n], relu && exact < 0 ? 0 : exact, bound, k + 1, "rows " + std::to_string(rows) + ", k " + std::to_string(k));
+      }
+    for (long i = 0; i < long(out.size()); ++i)
+      require(i % ldo < whole || std::memcmp(&out[i], &before[i], sizeof(T)) == 0, "wrote past the columns");
+  }
 }
 
 // A 2 x 3 convolution of frames with few channels: several stretches of K, which begin anywhere.
@@ -90,8 +149,9 @@ void rows_gemm() {
     for (const long width : {3, 8, 11, 29}) {
       const long samples = 2, height = 4, columns = 20, k = 6 * channels, ld = columns + table.panel, down = height - 1, across = width - 2;
       const long frame = height * width * channels, offset[] = {0, width * channels}, sample[] = {0, 1};
-      const std::vector<T> frames = numbers<T>(samples * frame, 1), b = numbers<T>(k * columns, 2), weights = packed(table, b, k, columns);
-      std::vector<T> out(samples * down * across * ld, T(NAN));
+      const Numbers<T> frames(samples * frame, 1), b(k * columns, 2);
+      Numbers<T> weights(packed_size(table, k, columns), 3), out(samples * down * across * ld, 4);
+      pack(table, b, columns, k, columns, weights);
       RowsGemm<T> p = {};
       p.rows = {sample, samples, down, down, across};
       p.a[0] = {frames.data(), frame, {0, width * channels}, {offset, 2, 3 * channels, channels}};
@@ -122,8 +182,9 @@ void outer_sum() {
     for (const long k : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 20})
       for (const long vectors : {1, 2, 5}) {
         const long columns = vectors * table.lanes, zero = 0;
-        const std::vector<T> a = numbers<T>(rows * k, 1), g = numbers<T>(rows * columns, 2), before = numbers<T>(k * columns, 3);
-        std::vector<T> dw = before;
+        const Numbers<T> a(rows * k, 1), g(rows * columns, 2);
+        Numbers<T> dw(k * columns, 3);
+        const std::vector<T> before = dw.copy();
         table.outer_sum({rows, a.data(), {&zero, 1, k, k}, g.data(), columns, columns, dw.data(), columns, nullptr});
         for (long i = 0; i < k * columns; ++i) {
           double exact = before[i], size = std::fabs(exact);
@@ -141,8 +202,8 @@ template <class T>
 void transpose() {
   for (const long rows : {1, 4, 7, 37})
     for (const long columns : {1, 4, 6, 21}) {
-      const std::vector<T> from = numbers<T>(rows * columns, 1);
-      std::vector<T> to(rows * columns);
+      const Numbers<T> from(rows * columns, 1);
+      Numbers<T> to(rows * columns, 2);
       Table<T>::baseline()->transpose(rows, columns, from.data(), columns, to.data(), rows);
       for (long i = 0; i < rows * columns; ++i)
         require(to[i % columns * rows + i / columns] == from[i], std::to_string(rows) + " x " + std::to_string(columns));
@@ -153,6 +214,49 @@ double ulp(double x) {
   int exponent;
   std::frexp(x, &exponent);
   return std::ldexp(1., exponent - 24);
+}
+
+// One step of a layer whose hidden units fill blocks or a part of one.
+void lstm_step() {
+  const Kernels<float>& table = *Table<float>::baseline();
+  const auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+  for (const long rows : {1, 2, 3, 4, 5, 9, 12})
+    for (const long hidden : {1, 4, 15, 16, 17, 40})
+      for (const bool kept : {false, true}) {
+        const long k = 7, columns = 4 * hidden, ldz = (columns + kSlab - 1) / kSlab * kSlab, zero = 0;
+        const Numbers<float> a(rows * k, 1), b(k * columns, 2), bias(ldz, 3);
+        Numbers<float> weights(packed_size(table, k, columns), 4), z(rows * ldz, 5), c(rows * hidden, 6), h(rows * hidden, 7), gates(rows * columns, 8);
+        pack(table, b, columns, k, columns, weights);
+        const std::vector<float> c_prev = c.copy();
+        LstmCells<float> cells = {};
+        cells.rows = rows;
+        cells.channels = hidden;
+        cells.end = (hidden + kBlock - 1) / kBlock;
+        cells.z = z.data();
+        cells.ldz = ldz;
+        if (kept) cells.gates = {gates.data(), kFull};
+        cells.ldg = columns;
+        cells.c_prev = cells.c = c.data();
+        cells.ldc_prev = cells.ldc = cells.ldh = hidden;
+        cells.h = h.data();
+        table.lstm_step({rows, {a.data(), nullptr}, {{&zero, 1, k, k}, {}}, weights.data(), k, columns, bias.data(), 0, z.data(), ldz, 0, false, false},
+                        cells);
+        for (long r = 0; r < rows; ++r)
+          for (long u = 0; u < hidden; ++u) {
+            const long block = u / kBlock, width = std::min<long>(kBlock, hidden - block * kBlock);
+            double gate[4];
+            for (long g = 0; g < 4; ++g) {
+              const long n = block * kSlab + g * width + u % kBlock;
+              gate[g] = bias[n];
+              for (long i = 0; i < k; ++i) gate[g] += double(a[r * k + i]) * b[i * columns + n];
+              gate[g] = g == 2 ? std::tanh(gate[g]) : sigmoid(gate[g]);
+              if (kept) require(std::fabs(gates[r * columns + n] - gate[g]) < 2e-6, "gate " + std::to_string(g) + " of unit " + std::to_string(u));
+            }
+            const double exact = gate[1] * c_prev[r * hidden + u] + gate[0] * gate[2];
+            require(std::fabs(c[r * hidden + u] - exact) < 4e-6 && std::fabs(h[r * hidden + u] - gate[3] * std::tanh(exact)) < 4e-6,
+                    "rows " + std::to_string(rows) + ", unit " + std::to_string(u) + " of " + std::to_string(hidden));
+          }
+      }
 }
 
 // Bounds of tests/test_kernels.py.
@@ -222,11 +326,11 @@ void dots() {
     for (const long n : {1, 32, 41, 96})
       for (const bool from_out : {false, true}) {
         const long k = (n + 31) / 32 * 32, columns = 2 * kSlab, high = (rows + 15) / 16 * 16;
-        const std::vector<float> a = numbers<float>(rows * n, 1), b = numbers<float>(k * columns, 2), init = numbers<float>(high * columns, 3);
+        const Numbers<float> a(rows * n, 1), b(k * columns, 2), init(high * columns, 3);
         std::vector<unsigned short> parts(high * k), column(k * columns), weights(k * columns);
         dot_kernels()->split({rows, n, 1, a.data(), n, parts.data(), 0, k});
         table.narrow(k * columns, b.data(), kBfloat16, column.data());
-        std::vector<float> x(high * k), w(k * columns), out = init;
+        std::vector<float> x(high * k), w(k * columns), out = init.copy();
         table.widen(high * k, parts.data(), kBfloat16, x.data());
         table.widen(k * columns, column.data(), kBfloat16, w.data());
         for (long r = 0; r < rows; ++r)
@@ -254,6 +358,7 @@ const std::map<std::string, void (*)()> kChecks{
     {"gemm_float32", gemm<float>},
     {"gemm_float64", gemm<double>},
     {"halves", halves},
+    {"lstm_step", lstm_step},
     {"outer_sum_float32", outer_sum<float>},
     {"outer_sum_float64", outer_sum<double>},
     {"rows_gemm_float32", rows_gemm<float>},
