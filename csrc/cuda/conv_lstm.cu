@@ -216,16 +216,18 @@ constexpr int channels_of(bool backward) {
 
 // How long a step's GEMM takes by the tile, in cycles a step of K; endless where the GPU cannot run it.
 template <class T>
-int64_t cycles(const Problem& p, bool backward) {
-  if (T::kWarpgroups && !warpgroups()) return INT64_MAX;
+int64_t cycles(const Problem& p, bool backward, bool has_warpgroups, int processors) {
+  if (T::kWarpgroups && !has_warpgroups) return INT64_MAX;
   const int64_t width = channels_of<T>(backward), across = (p.channels + width - 1) / width;
   const int64_t tiles = (p.pixels() + T::kPixels - 1) / T::kPixels * across;
-  return (tiles + sm_count() - 1) / sm_count() * T::kCycles;
+  return (tiles + processors - 1) / processors * T::kCycles;
 }
 
 template <class Tiles, size_t... I, class F>
 void with_fastest(const Problem& p, bool backward, const F& f, std::index_sequence<I...>) {
-  const std::array<int64_t, sizeof...(I)> taken{cycles<std::tuple_element_t<I, Tiles>>(p, backward)...};
+  const bool has_warpgroups = warpgroups();
+  const int processors = sm_count();
+  const std::array<int64_t, sizeof...(I)> taken{cycles<std::tuple_element_t<I, Tiles>>(p, backward, has_warpgroups, processors)...};
   const size_t fastest = std::min_element(taken.begin(), taken.end()) - taken.begin();
   ((I == fastest ? f(std::tuple_element_t<I, Tiles>()) : void()), ...);
 }

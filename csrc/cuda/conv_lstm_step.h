@@ -25,15 +25,18 @@ struct Tile {
   static constexpr int MT = MT_, P = P_, G = G_, WM = WM_, WN = WN_, kMinBlocks = kBlocks_;
   static constexpr bool kWarpgroups = kWarpgroups_;
   static_assert(!kWarpgroups || (MT == 1 && WM % 4 == 0), "four warps of 16 pixels are a warpgroup");
-  static constexpr int kThreads = 32 * WM * (kWarpgroups ? 1 : WN), kMost = kWarpgroups && !kHasWarpgroups ? 32 : kThreads;
+  static constexpr int kThreads = 32 * WM * (kWarpgroups ? 1 : WN);
+  static constexpr int kBound = kWarpgroups && !kHasWarpgroups ? 32 : kThreads;  // an empty kernel's, too few to be launched by mistake
   static constexpr int kPixels = 16 * MT * WM, kWarpColumns = 8 * G * P, kColumns = kWarpColumns * WN;
   static constexpr int kTiles = kWarpgroups ? WN : MT;    // of P parts, that a warp owns
   static constexpr int kDepth = 32, kStages = kWarpgroups ? 6 : 4;  // of K, in elements
   static constexpr int kChunks = kDepth / 8;              // 16 bytes each
   static constexpr int kRows = kPixels * kDepth * 2, kWeights = kColumns * kDepth * 2;  // bytes of a K step
   static constexpr int kShared = kStages * (kRows + kWeights);
-  // Of a step of K on an H200, from its data sheet: products, or what L2 gives (rows mostly come from L1, tap after tap).
-  static constexpr int kCycles = std::max(kPixels * kColumns * kDepth * 2 / (kWarpgroups ? 4096 : 2540), (kRows / 4 + kWeights) / 28);
+  // Of a step of K on an H200: products, or what L2 gives; most rows come from L1, tap after tap. Operations a cycle are the peak of wgmma
+  // and 62 % of it, which mma.sync is said to reach; bytes a cycle are an estimate. Nothing was measured.
+  static constexpr int kOperations = kWarpgroups ? 4096 : 2540, kBytes = 28;
+  static constexpr int kCycles = std::max(kPixels * kColumns * kDepth * 2 / kOperations, (kRows / 4 + kWeights) / kBytes);
   static constexpr int kNeighbours = 2 * G;               // channels of a thread, of each part
 };
 
@@ -46,9 +49,6 @@ inline __host__ __device__ Column column_at(int n) {
   const int r = n % (8 * G * P), column = r % 8, tile = r / 8;
   return {n / (8 * G * P), tile / G, column / 2 * 2 * G + tile % G * 2 + column % 2};
 }
-
-// Byte offset of 16-byte chunk j of row r in a tile of rows of 64 bytes: eight rows at one j lie in eight groups of banks.
-inline __host__ __device__ int swizzled(int r, int j) { return r * 64 + ((j ^ (r >> 1 & 3)) << 4); }
 
 // The convolution that a step's GEMM computes. Tap (z, y, x) of pixel q reads q + origin + sign * tap.
 struct Convolution {
@@ -344,7 +344,7 @@ __device__ __forceinline__ void forward_epilogue(const ForwardStep<A>& s, int bl
 }
 
 template <class A, class T>
-__global__ void __launch_bounds__(T::kMost, T::kMinBlocks) forward_step(ForwardStep<A> s) {
+__global__ void __launch_bounds__(T::kBound, T::kMinBlocks) forward_step(ForwardStep<A> s) {
   if constexpr (T::kWarpgroups && !kHasWarpgroups) return;
   const int across = (s.channels + kForwardChannels<T> - 1) / kForwardChannels<T>;
   const int block = blockIdx.x % across, m0 = blockIdx.x / across * T::kPixels;
@@ -501,7 +501,7 @@ __device__ __forceinline__ void backward_epilogue(const BackwardStep<A>& s, int 
 }
 
 template <class A, class T>
-__global__ void __launch_bounds__(T::kMost, T::kMinBlocks) backward_step(BackwardStep<A> s) {
+__global__ void __launch_bounds__(T::kBound, T::kMinBlocks) backward_step(BackwardStep<A> s) {
   if constexpr (T::kWarpgroups && !kHasWarpgroups) return;
   const int across = (s.channels + T::kColumns - 1) / T::kColumns;
   const int block = blockIdx.x % across, m0 = blockIdx.x / across * T::kPixels;

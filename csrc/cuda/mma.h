@@ -11,6 +11,9 @@
 namespace convfast {
 namespace cuda {
 
+// Byte offset of 16-byte chunk j of row r in a tile of rows of 64 bytes: eight rows at one j lie in eight groups of banks.
+inline __host__ __device__ int swizzled(int r, int j) { return r * 64 + ((j ^ (r >> 1 & 3)) << 4); }
+
 #ifdef CONVFAST_EMULATE
 
 inline void cp_async16(void* shared, const void* global, bool valid = true) { simt::copy_async(shared, global, 16, valid); }
@@ -148,8 +151,8 @@ CONVFAST_DEVICE uint32_t to_tf32(float x) {
 // [8 WN PG, 16], in float; the tensor cores read both from shared memory while the threads go on. The w-th warp has rows 16 w ... 16 w + 15,
 // d[i][j] is the 16 x 8 tile of columns 8 (i PG + j) on, as mma_16816 has it.
 //
-// Operands are 64 bytes a row, chunks of 16 bytes where `swizzled` (conv_lstm_step.h) has them, from a multiple of 512 bytes on, or 32 bytes
-// (16 of K) behind it. Descriptor: PTX ISA, "Matrix descriptor format": address and strides in units of 16 bytes, 8 rows to the next 8 512
+// Operands are 64 bytes a row, chunks of 16 bytes where `swizzled` has them, from a multiple of 512 bytes on, or 32 bytes (16 of K)
+// behind it. Descriptor: PTX ISA, "Matrix descriptor format": address and strides in units of 16 bytes, 8 rows to the next 8 512
 // bytes; 2 is the swizzle of 64 bytes.
 using Matrix = uint64_t;
 CONVFAST_DEVICE Matrix matrix_at(const void* shared) {

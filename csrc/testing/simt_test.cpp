@@ -93,7 +93,7 @@ void check_product(int depth, void (*kernel)(Product<A>)) {
 }
 
 // Where element (row, k) of a matrix with rows of 64 bytes lies for wgmma, in bytes.
-int swizzled_at(int row, int k) { return row * 64 + ((k / 8 ^ (row >> 1 & 3)) << 4) + k % 8 * 2; }
+int swizzled_at(int row, int k) { return swizzled(row, k / 8) + k % 8 * 2; }
 
 template <class A>
 struct WarpgroupProduct {
