@@ -1,6 +1,8 @@
 """The calls of `conv_lstm`, `conv1d` and `lstm` that their tests run on: one line an option, tensors made on demand."""
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,17 @@ NAMESPACES = {
     "triton": "convfast_triton",
     "cuda": "convfast_emulated" if emulated() else "convfast",
 }
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """With so many threads for torch's operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -68,9 +68,10 @@ def check(
     layout: str = "contiguous",
     memory: str = "fast",
     floor: float = FLOOR_EPS,
+    **more: Any,
 ) -> None:
     exact, eager = expected(case, dtype, layout)
-    actual = results(case, conv_lstm, case.arguments(dtype, layout), memory=memory, backend=backend)
+    actual = results(case, conv_lstm, case.arguments(dtype, layout), memory=memory, backend=backend, **more)
     frames = case.batch * case.time
     pixels = actual["h_n"][0, 0].numel()
     summed = {"weight_ih": frames * pixels, "weight_hh": frames * pixels, "bias": frames * pixels, "peephole": frames}

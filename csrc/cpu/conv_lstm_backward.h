@@ -10,6 +10,7 @@ template <class A>
 struct Backward : Engine<A> {
   using Base = Engine<A>;
   using T = typename Base::T;
+  using Packed = typename Base::Packed;
   using Base::c1;
   using Base::in;
   using Base::k;
@@ -89,18 +90,24 @@ struct Backward : Engine<A> {
     // dh is a GEMM over the taps of dgates. Where the convolutions are alike and Cin fills vectors, or the rest of dh's, dx is more
     // columns of it: [sample][pixel][dh | dx]. Else dx is a GEMM over dgates alone with all taps as columns, and a gather over them.
     bool dx_like_dh;
-    typename Base::Packed packed;
+    Packed packed;
     const T *w_back = nullptr, *w_dx = nullptr;
     Gather gather[3];
-    std::vector<T*> dw[3];  // [operand: x, h, one][block][k][columns rounded up]
-    T* sums = nullptr;      // Winograd: of the transformed gradients of w_ih | w_hh, one of each part of the tiles
-    T* dpeephole = nullptr;
+    std::vector<Phase> phases;
+    // Sums over samples. Of the weights, w_ih's and w_hh's together (Winograd: transformed), each thread's part of the rows has its own, or
+    // where they would crowd its cache each team. Of the bias each part, [block][gate, channel of the block]; of the peepholes each team.
+    T *sums = nullptr, *dbias = nullptr, *dpeephole = nullptr;
+    long sums_size = 0, copies = 0, teams = 1;
+    bool crowded = false;
+    std::vector<long> dw[2];  // where those of w_ih and w_hh are of dw_size numbers, the direct engine's sums: [block][k][columns rounded up]
+    long dw_size = 0;
   };
 
   using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   // Channels of x and h whose weights' gradients are wanted.
-  static long sum_channels(const Plan& plan, const Problem& p) { return (plan.w_ih ? p.x_channels : 0) + (plan.w_hh ? p.channels : 0); }
+  long sum_channels(const Plan& plan) const { return (plan.w_ih ? p.x_channels : 0) + (plan.w_hh ? p.channels : 0); }
+  long ld_bias() const { return round_up(4 * c1, 16); }
 
   long kx() const { return p.convolves_x() ? p.x_conv.taps() * p.x_channels : 0; }
   long kh() const { return p.h_conv.taps() * c1; }
@@ -143,24 +150,41 @@ struct Backward : Engine<A> {
       plan.gather[1] = gather(p.in.h, p.out.h, v.kernel.h, v.stride.h, v.dilation.h, Base::x_maps.h);
       plan.gather[2] = gather(p.in.w, p.out.w, v.kernel.w, v.stride.w, v.dilation.w, Base::x_maps.w);
     }
-    const bool wanted[3] = {plan.w_ih, plan.w_hh, plan.bias};
-    const long k_of[3] = {kx(), kh(), 1};
-    for (int o = 0; o < 3; ++o)
-      for (long b = 0; wanted[o] && b < p.blocks(); ++b) {
-        const long size = k_of[o] * round_up(4 * p.block_channels(b), k.lanes);
-        plan.dw[o].push_back(workspace.template take<T>(size));
-        Base::clear(plan.dw[o].back(), size);
-      }
-    if (tiling && sum_channels(plan, p)) {
-      const long size = tiling.parts(0, sum_channels(plan, p), 4 * c1, true).tiles * tiling.weights_size(sum_channels(plan, p), round_up(4 * c1, k.lanes));
-      plan.sums = workspace.template take<T>(size);
-      Base::clear(plan.sums, size);
-    }
-    if (plan.peephole) {
-      plan.dpeephole = workspace.template take<T>(3 * state);
-      Base::clear(plan.dpeephole, 3 * state);
-    }
+    make_sums(plan);
     return plan;
+  }
+
+  void make_sums(Plan& plan) {
+    constexpr long kMostSums = 1 << 20;
+    const bool wanted[2] = {plan.w_ih, plan.w_hh};
+    const long k_of[2] = {kx(), kh()};
+    for (int o = 0; o < 2; ++o)
+      for (long b = 0; wanted[o] && b < p.blocks(); ++b) {
+        plan.dw[o].push_back(plan.dw_size);
+        plan.dw_size += k_of[o] * round_up(4 * p.block_channels(b), k.lanes);
+      }
+    plan.sums_size = round_up(tiling ? tiling.weights_size(sum_channels(plan), round_up(4 * c1, k.lanes)) : plan.dw_size, 16);
+    const long bytes = plan.sums_size * sizeof(T), most = tiling ? Tiling<T>::kMostSums : kMostSums;
+    plan.crowded = bytes > most;
+    plan.phases = p.phases((bytes + most - 1) / most);
+    for (const Phase& phase : plan.phases) {
+      plan.teams = std::max(plan.teams, phase.teams);
+      plan.copies = std::max(plan.copies, phase.teams * copies(plan, p.threads / phase.teams));
+    }
+    const auto zeros = [&](long n) {
+      T* sums = workspace.template take<T>(n);
+      parallel(n, [&](long begin, long end) { std::memset(static_cast<void*>(sums + begin), 0, (end - begin) * sizeof(T)); }, 1 << 14);
+      return sums;
+    };
+    if (plan.sums_size) plan.sums = zeros(plan.copies * plan.sums_size);
+    if (plan.bias) plan.dbias = zeros(p.threads * ld_bias());
+    if (plan.peephole) plan.dpeephole = zeros(plan.teams * 3 * state);
+  }
+
+  // Of the sums, a team's.
+  long copies(const Plan& plan, long team) const {
+    if (tiling) return tiling.parts(team, 0, sum_channels(plan), 4 * c1, true).tiles;
+    return plan.crowded ? 1 : team;
   }
 
   Gradients backward(const OptionalTensor& dh, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& h, const Tensor& c,
@@ -170,85 +194,109 @@ struct Backward : Engine<A> {
     const Plan plan = make_plan(lean, needs);
     const ScalarType c0_dtype = plan.c0 ? in.c0->scalar_type() : scalar_type<T>();
     Tensor dx = plan.dx ? cpu::empty_like(*in.x) : empty_cpu({0}, narrow);  // in x's own layout
-    const bool all_frames = std::all_of(p.lengths.begin(), p.lengths.end(), [&](long n) { return n == p.time; });
-    if (plan.dx && !all_frames) torch::stable::zero_(dx);
+    if (plan.dx && p.varied()) torch::stable::zero_(dx);
     else if (plan.dx && poison_requested() && dx.numel()) poison(dx.mutable_data_ptr(), dx.numel() * dx.element_size());
     Tensor dh0 = plan.h0 ? Base::new_channels_last(shape_of(*in.h0), narrow) : empty_cpu({0}, narrow);
     Tensor dc0 = plan.c0 ? Base::new_channels_last(shape_of(*in.c0), c0_dtype) : empty_cpu({0}, c0_dtype);
 
-    for (long begin = 0, size = p.group_size(); begin < p.batch; begin += size) {
-      const long n = std::min(size, p.batch - begin);
-      Backward part(p.group(begin, n), in.group(begin, n));
-      part.run_backward(plan, samples(dh, begin, n), samples(dh_n, begin, n), samples(dc_n, begin, n), samples(h, begin, n),
-                        samples(c, begin, n), lean ? gates : samples(gates, begin, n), plan.dx ? samples(dx, begin, n) : dx,
-                        plan.h0 ? samples(dh0, begin, n) : dh0, plan.c0 ? samples(dc0, begin, n) : dc0);
+    const Given given{dh, dh_n, dc_n, h, static_cast<const T*>(c.const_data_ptr()), lean ? nullptr : Base::data(gates),
+                      defined(dh) && !Base::kNarrow && !(p.reverse && p.varied()) && dense_channels_last(*dh, 2)};
+    for (const Phase& phase : plan.phases) {
+      Workspace room;
+      std::vector<Buffers> buffers;
+      for (long i = 0; i < phase.teams; ++i) buffers.push_back(take_buffers(room, plan, given, phase));
+      Base::run(phase, [&](long team, const Group& g, Pieces& pieces) { run_backward(plan, given, g, team, buffers[team], pieces, dx, dh0, dc0); });
     }
 
-    if (plan.sums) finish_winograd_sums(plan);
     Tensor dw_ih = plan.w_ih ? empty_cpu(shape_of(*in.w_ih), narrow) : empty_cpu({0}, narrow);
     Tensor dw_hh = plan.w_hh ? empty_cpu(shape_of(in.w_hh), narrow) : empty_cpu({0}, narrow);
     Tensor dbias = plan.bias ? empty_cpu({4 * c1}, narrow) : empty_cpu({0}, narrow);
-    if (plan.w_ih) unpack_weight_grad(plan.dw[0], p.x_channels, p.x_conv.taps(), Base::out_data(dw_ih));
-    if (plan.w_hh) unpack_weight_grad(plan.dw[1], c1, p.h_conv.taps(), Base::out_data(dw_hh));
-    if (plan.bias) unpack_weight_grad(plan.dw[2], 1, 1, Base::out_data(dbias));
+    const T* dw = plan.sums;
+    if (plan.sums && tiling) dw = winograd_weight_grads(plan);
+    else if (plan.sums) add_copies(plan.sums, plan.copies, plan.sums_size);
+    if (plan.w_ih) unpack_weight_grad(dw, plan.dw[0], p.x_channels, p.x_conv.taps(), Base::out_data(dw_ih));
+    if (plan.w_hh) unpack_weight_grad(dw, plan.dw[1], c1, p.h_conv.taps(), Base::out_data(dw_hh));
+    if (plan.bias) {
+      add_copies(plan.dbias, p.threads, ld_bias());
+      for (long n = 0; n < 4 * c1; ++n) Base::out_data(dbias)[p.weight_row(n)] = static_cast<A>(plan.dbias[n]);
+    }
+    if (plan.peephole) add_copies(plan.dpeephole, plan.teams, 3 * state);
     Tensor dp = plan.peephole ? empty_cpu(p.shape({3, c1}), narrow) : empty_cpu({0}, narrow);
     if (plan.peephole)
       for (long i = 0; i < 3; ++i) unpack_row(k, plan.dpeephole + i * state, c1, pixels, c1, Base::out_data(dp) + i * state, 1, pixels);
     return {dx, dw_ih, dw_hh, dbias, dp, dh0, dc0};
   }
 
-  void run_backward(const Plan& plan, const OptionalTensor& dh, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& h,
-                    const Tensor& c, const Tensor& gates, const Tensor& dx, const Tensor& dh0, const Tensor& dc0) {
-    const long n_rows = p.out.rows();
-    const T* c_all = static_cast<const T*>(c.const_data_ptr());
-    T* dgates = workspace.template take<T>(4 * p.batch * padded_pixels * c1);
-    Base::clear(dgates, 4 * p.batch * padded_pixels * c1);
-    const long dh_ld = round_up(plan.dx_like_dh ? dx_column() + p.x_channels : c1, k.lanes);
-    T* dh_rec = workspace.template take<T>(p.batch * pixels * dh_ld);
-    T* dc = workspace.template take<T>(p.batch * state);
-    if (defined(dh_n)) Base::pack_state(*dh_n, Base::plain_maps(), dh_rec, dh_ld);
-    else Base::clear(dh_rec, p.batch * pixels * dh_ld);
-    if (defined(dc_n)) Base::pack_state(*dc_n, Base::plain_maps(), dc);
-    else Base::clear(dc, p.batch * state);
-    T* c0 = nullptr;
-    if (defined(in.c0)) Base::pack_state(*in.c0, Base::plain_maps(), c0 = workspace.template take<T>(p.batch * state));
-    // dh goes in as it lies where it can.
-    const bool dh_direct = defined(dh) && !Base::kNarrow && p.uniform_frames() && dense_channels_last(*dh, 2);
-    T* dh_packed = defined(dh) && !dh_direct ? workspace.template take<T>(p.batch * state) : nullptr;
-    T* h_frames = plan.w_hh || plan.lean ? workspace.template take<T>(p.batch * h_layout.frame) : nullptr;
-    const bool reads_x = p.has_x && (plan.w_ih || plan.lean);
-    if (reads_x) Base::take_x();
-    tiling.take_scratch(workspace, p.batch, {4 * c1, Base::input_channels(), sum_channels(plan, p)});
+  struct Given {
+    const OptionalTensor &dh, &dh_n, &dc_n;
+    const Tensor& h;
+    const T* c;
+    const A* gates;  // null = to be recomputed
+    bool dh_direct;  // dh goes in as it lies
+  };
+
+  struct Buffers : Base::Buffers {
+    T *dgates, *dh, *dc, *dh_given = nullptr, *c0 = nullptr, *h = nullptr, *dx = nullptr;
+  };
+
+  // Columns of dh, with dx's where that is like dh.
+  long ld_dh(const Plan& plan) const { return round_up(plan.dx_like_dh ? dx_column() + p.x_channels : c1, k.lanes); }
+  bool reads_x(const Plan& plan) const { return p.has_x && (plan.w_ih || plan.lean); }
+
+  Buffers take_buffers(Workspace& room, const Plan& plan, const Given& given, const Phase& phase) const {
+    const long samples = p.most_samples(phase);
+    Buffers b{{p.threads / phase.teams, samples}};
+    b.dgates = room.take<T>(4 * samples * padded_pixels * c1);
+    b.dh = room.take<T>(samples * pixels * ld_dh(plan));
+    b.dc = room.take<T>(samples * state);
+    if (defined(in.c0)) b.c0 = room.take<T>(samples * state);
+    if (defined(given.dh) && !given.dh_direct) b.dh_given = room.take<T>(samples * state);
+    if (plan.w_hh || plan.lean) b.h = room.take<T>(samples * h_layout.frame);
+    if (plan.w_dx) b.dx = room.take<T>(samples * pixels * round_up(kx(), k.lanes));
+    if (reads_x(plan)) Base::take_x(room, b);
+    Base::take_scratch(room, b, {4 * c1, Base::input_channels(), sum_channels(plan)});
+    return b;
+  }
+
+  void run_backward(const Plan& plan, const Given& given, const Group& g, long team, const Buffers& b, Pieces& pieces, const Tensor& dx, const Tensor& dh0,
+                    const Tensor& dc0) const {
+    const long n_rows = p.out.rows(), dh_ld = ld_dh(plan);
+    // Of the group's first sample, and from one to the next.
+    const T* const c_all = given.c + g.first * p.time * state;
+    const long all_frame = g.stride * p.time * state;
+    T* const dgates = b.dgates;
+    if (g.fresh) Base::clear(pieces, dgates, 4 * b.samples * padded_pixels * c1);
+    if (defined(given.dh_n)) Base::pack_state(pieces, g, *given.dh_n, Base::plain_maps, b.dh, dh_ld);
+    else Base::clear(pieces, b.dh, g.samples * pixels * dh_ld);
+    if (defined(given.dc_n)) Base::pack_state(pieces, g, *given.dc_n, Base::plain_maps, b.dc);
+    else Base::clear(pieces, b.dc, g.samples * state);
+    if (b.c0) Base::pack_state(pieces, g, *in.c0, Base::plain_maps, b.c0);
+    pieces.wait();
 
     DgatesOperand back, here;
     if (plan.w_back && !tiling) dgates_operand(dgates, true, back);
     if (plan.w_dx) dgates_operand(dgates, false, here);
     const long dx_padded = round_up(kx(), k.lanes);
-    T* dx_rows = plan.w_dx ? workspace.template take<T>(p.batch * pixels * dx_padded) : nullptr;
-
-    const T one = T(1);
-    const long zero_offset = 0;
-    const Operand<T> operand[3] = {kx() ? x_layout.template operand<T>(Base::x_frames, p.x_conv.stride.w) : Operand<T>{},
-                                   h_layout.template operand<T>(h_frames, 1), {&one, 0, {0, 0}, {&zero_offset, 1, 1, 0}}};
+    const Operand<T> operand[2] = {kx() ? x_layout.template operand<T>(b.x_frames, p.x_conv.stride.w) : Operand<T>{}, h_layout.template operand<T>(b.h, 1)};
     std::vector<WeightGrad<T>> wgrads;
-    for (long b = 0; b < p.blocks(); ++b)
-      for (int o = 0; o < 3; ++o) {
-        if (plan.dw[o].empty() || (tiling && o < 2)) continue;
-        const long n = p.block_channels(b);
-        WeightGrad<T> g{};
-        g.a = operand[o];
-        g.dgates = dgates + 4 * (padded_pixels * b * kBlock + origin * n);
-        g.dgates_frame = 4 * padded_pixels * c1;
-        g.dgates_map = {4 * n * pixel_map.depth, 4 * n * pixel_map.height};
-        g.columns = 4 * n;
-        g.dw = plan.dw[o][b];
-        wgrads.push_back(g);
+    for (long block = 0; block < p.blocks(); ++block)
+      for (int o = 0; o < 2; ++o) {
+        if (plan.dw[o].empty()) continue;
+        const long n = p.block_channels(block);
+        WeightGrad<T> w{};
+        w.a = operand[o];
+        w.dgates = dgates + 4 * (padded_pixels * block * kBlock + origin * n);
+        w.dgates_frame = 4 * padded_pixels * c1;
+        w.dgates_map = {4 * n * pixel_map.depth, 4 * n * pixel_map.height};
+        w.columns = 4 * n;
+        w.dw = plan.sums + team * copies(plan, b.team) * plan.sums_size + plan.dw[o][block];
+        wgrads.push_back(w);
       }
 
     // lean: the activated gates of one step, recomputed to where their gradients will lie.
     ConvLSTMStep<T> again{};
     if (plan.lean) {
-      again = Base::step_arguments(plan.packed);
+      again = Base::step_arguments(plan.packed, b);
       again.blocked_gates = dgates;
       again.gates_frame = 4 * padded_pixels * c1;
       again.gates_pixels = padded_pixels;
@@ -256,112 +304,140 @@ struct Backward : Engine<A> {
       again.gates_map = pixel_map;
     }
 
-    // Two regions a step: what its gates need, with the end of the step before; then what they are for.
-    Region region;
-    const std::vector<long> all = p.active(0);
-    if (reads_x && Base::same_x()) Base::pack_x(region, all, 0);
+    // Two waits a step: for what its gates need, with the end of the step before; then for what they are for.
+    if (reads_x(plan) && Base::same_x()) Base::pack_x(pieces, g, p.active(g, 0), 0, b.x_frames, b.gates_x);
     for (long step = p.time; step-- > 0;) {
-      const std::vector<long> active = p.active(step);
+      const std::vector<long> active = p.active(g, step);
       if (active.empty()) continue;
       const Rows r = Base::rows(active);
       const bool first = step == 0, has_h = !first || defined(in.h0);
-      if (reads_x && !Base::same_x()) Base::pack_x(region, active, step);
-      if (h_frames && has_h) {
-        if (first) Base::pack_state(*in.h0, Base::h_maps, h_frames);
-        else Base::template pack<A>(region, active, h, 2, Base::h_maps, h_frames, [this, step](long s) { return (s * p.time + p.frame_of(s, step - 1)) * state; });
+      if (reads_x(plan) && !Base::same_x()) Base::pack_x(pieces, g, active, step, b.x_frames, b.gates_x);
+      if (b.h && has_h) {
+        if (first) Base::pack_state(pieces, g, *in.h0, Base::h_maps, b.h);
+        else Base::template pack<A>(pieces, active, given.h, 2, Base::h_maps, b.h, [&](long i) { return p.row_of(g, i, step - 1) * state; });
       }
-      const T* c_prev = first ? c0 : c_all + (step - 1) * state;
-      const long c_prev_frame = first ? state : p.time * state;
+      const T* c_prev = first ? b.c0 : c_all + (step - 1) * state;
+      const long c_prev_frame = first ? state : all_frame;
       if (plan.lean) {
         again.rows = r;
         again.h = has_h ? operand[1] : Operand<T>{};
         again.c_prev = c_prev;
         again.c_prev_frame = c_prev_frame;
-        region.run();
-        Base::add_step(region, again);
+        pieces.wait();
+        Base::take_step(pieces, b, again);
       }
-      if (dh_packed)
-        Base::template pack<A>(region, active, *dh, 2, Base::plain_maps(), dh_packed,
-                               [&](long s) { return s * dh->stride(0) + p.frame_of(s, step) * dh->stride(1); });
-      if (plan.lean || dh_packed) region.run();
+      if (b.dh_given)
+        Base::template pack<A>(pieces, active, *given.dh, 2, Base::plain_maps, b.dh_given, [&, of_sample = given.dh->stride(0), of_frame = given.dh->stride(1)](long i) {
+          const long sample = g.first + i * g.stride;
+          return sample * of_sample + p.frame_of(sample, step) * of_frame;
+        });
+      if (plan.lean || b.dh_given) pieces.wait();
 
-      GatesBackward<T> g{};
-      g.rows = r;
-      g.channels = c1;
-      if (!plan.lean) g.gates = kept(Base::data(gates) + 4 * step * state);
-      g.gates_frame = 4 * p.time * state;
-      g.c_prev = c_prev;
-      g.c_prev_frame = c_prev_frame;
-      g.c = c_all + step * state;
-      g.c_frame = p.time * state;
-      g.peephole = plan.packed.peephole;
-      g.dpeephole = plan.dpeephole;
-      g.dh[0] = dh_direct ? reinterpret_cast<const T*>(dh->const_data_ptr()) + (p.reverse ? p.time - 1 - step : step) * dh->stride(1) : dh_packed;
-      g.dh_frame[0] = dh_direct ? dh->stride(0) : state;
-      g.dh_stride[0] = c1;
-      g.dh[1] = dh_rec;
-      g.dh_frame[1] = pixels * dh_ld;
-      g.dh_stride[1] = dh_ld;
-      g.dc = dc;
-      g.dc_frame = state;
-      g.dgates = dgates;
-      g.dgates_frame = 4 * padded_pixels * c1;
-      g.dgates_pixels = padded_pixels;
-      g.origin = origin;
-      g.map = pixel_map;
-      region.add(plan.dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end, long) { k.gates_backward(g, begin, end); });
-      region.run();
+      GatesBackward<T> cells{};
+      cells.rows = r;
+      cells.channels = c1;
+      if (given.gates) cells.gates = kept(given.gates + 4 * (g.first * p.time + step) * state);
+      cells.gates_frame = 4 * all_frame;
+      cells.c_prev = c_prev;
+      cells.c_prev_frame = c_prev_frame;
+      cells.c = c_all + step * state;
+      cells.c_frame = all_frame;
+      cells.peephole = plan.packed.peephole;
+      cells.dpeephole = plan.dpeephole ? plan.dpeephole + team * 3 * state : nullptr;
+      cells.dh[0] = b.dh_given;
+      cells.dh_frame[0] = state;
+      if (given.dh_direct) {
+        cells.dh[0] = reinterpret_cast<const T*>(given.dh->const_data_ptr()) + g.first * given.dh->stride(0) + p.frame_of(g.first, step) * given.dh->stride(1);
+        cells.dh_frame[0] = g.stride * given.dh->stride(0);
+      }
+      cells.dh_stride[0] = c1;
+      cells.dh[1] = b.dh;
+      cells.dh_frame[1] = pixels * dh_ld;
+      cells.dh_stride[1] = dh_ld;
+      cells.dc = b.dc;
+      cells.dc_frame = state;
+      cells.dgates = dgates;
+      cells.dgates_frame = 4 * padded_pixels * c1;
+      cells.dgates_pixels = padded_pixels;
+      cells.origin = origin;
+      cells.map = pixel_map;
+      take_parts(pieces, b.team, plan.dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end, long part) {
+        cells.dbias = plan.dbias ? plan.dbias + (team * b.team + part) * ld_bias() : nullptr;
+        k.gates_backward(cells, begin, end);
+      });
+      pieces.wait();
 
       if (!first || plan.h0 || plan.dx_like_dh) {
         // Nobody wants dh before the first step; its columns can be left out where they are whole panels.
         const long unit = tiling ? long(kSlab) : k.panel, from = first && !plan.h0 && dx_column() % unit == 0 ? dx_column() : 0;
         const long columns = (plan.dx_like_dh ? dx_column() + p.x_channels : c1) - from, depth = back.column.size();
         if (tiling) {
-          const RowsGemm<T> gemm{r, {}, nullptr, columns, 0, dh_rec + from, dh_ld};
-          const Winograd<T> w = dgates_tiles(r, dgates, plan.w_back + tiling.kernels->planes * 4 * c1 * from);
-          tiling.add(region, w, columns, [gemm, rows_gemm = tiling.kernels->rows_gemm](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) {
-            rows_gemm(gemm, w, range, scratch);
-          });
+          const RowsGemm<T> gemm{r, {}, nullptr, columns, 0, b.dh + from, dh_ld};
+          tiling.take(pieces, b.team, dgates_tiles(r, dgates, plan.w_back + tiling.kernels->planes * 4 * c1 * from), columns,
+                      [&](const Winograd<T>& w, const WinogradRange& range, long) { tiling.kernels->rows_gemm(gemm, w, range, Base::scratch(pieces, b)); });
         } else {
-          const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, plan.w_back + depth * from, columns, depth, dh_rec + from, dh_ld};
-          region.add(r.samples * n_rows, [this, gemm](long begin, long end, long) { k.rows_gemm(gemm, begin, end); });
+          const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, plan.w_back + depth * from, columns, depth, b.dh + from, dh_ld};
+          pieces.take(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
         }
       }
-      if (dx_rows) {
-        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, plan.w_dx, kx(), long(here.column.size()), dx_rows, dx_padded};
-        region.add(r.samples * n_rows, [this, gemm](long begin, long end, long) { k.rows_gemm(gemm, begin, end); });
+      if (b.dx) {
+        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, plan.w_dx, kx(), long(here.column.size()), b.dx, dx_padded};
+        pieces.take(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
       } else if (p.convolved && plan.dx) {
-        unpack_dgates(region, active, step, dgates, dx);
+        unpack_dgates(pieces, g, active, step, dgates, dx);
       }
-      add_weight_grads(region, wgrads, r, has_h, plan.w_hh ? h_frames : nullptr);
-      if (plan.sums) add_winograd_sums(region, plan, r, dgates, has_h ? h_frames : nullptr);
-      region.run();
-      if (plan.dx_like_dh) unpack_dx(region, active, step, dh_rec + dx_column(), dh_ld, dx);
-      if (dx_rows) gather_dx(region, active, step, dx_rows, dx_padded, plan.gather, dx);
+      if (tiling && plan.sums) take_winograd_sums(pieces, plan, b, team, r, has_h);
+      else if (plan.sums) take_sums(pieces, plan, b, wgrads, r, has_h);
+      pieces.wait();
+      if (plan.dx_like_dh) unpack_dx(pieces, g, active, step, b.dh + dx_column(), dh_ld, dx);
+      if (b.dx) gather_dx(pieces, g, active, step, b.dx, dx_padded, plan.gather, dx);
     }
-    region.run();
 
-    if (plan.h0) unpack_row(k, dh_rec, dh_ld, p.batch * pixels, c1, Base::out_data(dh0), c1, 1);
-    if (plan.c0 && dc0.scalar_type() == scalar_type<A>()) unpack_row(k, dc, c1, p.batch * pixels, c1, Base::out_data(dc0), c1, 1);
-    else if (plan.c0) unpack_row(k, dc, c1, p.batch * pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()), c1, 1);
+    if (plan.h0 || plan.c0)
+      pieces.take(g.samples, [&](long begin, long end) {
+        for (long i = begin; i < end; ++i) {
+          const long at = (g.first + i * g.stride) * state;
+          if (plan.h0) unpack_row(k, b.dh + i * pixels * dh_ld, dh_ld, pixels, c1, Base::out_data(dh0) + at, c1, 1);
+          if (plan.c0 && dc0.scalar_type() == scalar_type<A>()) unpack_row(k, b.dc + i * state, c1, pixels, c1, Base::out_data(dc0) + at, c1, 1);
+          else if (plan.c0) unpack_row(k, b.dc + i * state, c1, pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()) + at, c1, 1);
+        }
+      });
+    pieces.wait();  // the next group is to have the buffers
   }
 
-  // All operands and blocks: their tasks end to end.
-  void add_weight_grads(Region& region, std::vector<WeightGrad<T>>& wgrads, const Rows& rows, bool has_h, const T* h_frames) {
+  // call(begin, end, part) for a member's of the parts of [0, n), which are as many as its team is to have threads: what is summed in
+  // which order does not depend on how many have come.
+  template <class F>
+  static void take_parts(Pieces& pieces, long parts, long n, const F& call) {
+    pieces.take(parts, [&](long begin, long end) {
+      for (long i = begin; i < end; ++i) call(n * i / parts, n * (i + 1) / parts, i);
+    });
+  }
+
+  // All operands and blocks: the rows of each part, or all rows' tasks, end to end.
+  void take_sums(Pieces& pieces, const Plan& plan, const Buffers& b, const std::vector<WeightGrad<T>>& wgrads, const Rows& rows, bool has_h) const {
+    const long all_rows = rows.samples * rows.rows;
     std::vector<long> end_of;
     long total = 0;
-    for (auto& g : wgrads) {
-      g.rows = rows;
-      const bool skipped = !has_h && g.a.frames == h_frames;
-      end_of.push_back(total += skipped ? 0 : k.weight_grad_tasks(g.a.runs));
+    for (const auto& w : wgrads) {
+      const bool skipped = !has_h && w.a.frames == b.h;
+      end_of.push_back(total += skipped ? 0 : k.weight_grad_tasks(w.a.runs));
     }
-    region.add(total, [=, &wgrads](long begin, long end, long) {
+    const auto tasks = [&](long begin, long end, long row, long row_end, long copy) {
       long start = 0;
       for (size_t i = 0; i < wgrads.size(); start = end_of[i++]) {
-        const long b = std::max(begin, start) - start, e = std::min(end, end_of[i]) - start;
-        if (b < e) k.weight_grad(wgrads[i], b, e);
+        const long first = std::max(begin, start) - start, last = std::min(end, end_of[i]) - start;
+        if (first >= last) continue;
+        WeightGrad<T> w = wgrads[i];
+        w.rows = rows;
+        w.row = row;
+        w.row_end = row_end;
+        w.dw += copy * plan.sums_size;
+        k.weight_grad(w, first, last);
       }
-    });
+    };
+    if (plan.crowded) pieces.take(total, [&](long begin, long end) { tasks(begin, end, 0, all_rows, 0); });
+    else take_parts(pieces, b.team, all_rows, [&](long begin, long end, long part) { tasks(0, total, begin, end, part); });
   }
 
   Winograd<T> dgates_tiles(const Rows& rows, const T* dgates, const T* weights) const {
@@ -393,35 +469,50 @@ struct Backward : Engine<A> {
     });
   }
 
-  void add_winograd_sums(Region& region, const Plan& plan, const Rows& rows, const T* dgates, const T* h_frames) {
-    const long channels = sum_channels(plan, p), size = tiling.weights_size(channels, round_up(4 * c1, k.lanes));
-    const Winograd<T> w = tiling.problem(rows, Base::winograd_input(x_layout, plan.w_ih ? Base::x_frames : nullptr),
-                                         Base::winograd_input(h_layout, plan.w_hh ? h_frames : nullptr), channels, nullptr);
+  void take_winograd_sums(Pieces& pieces, const Plan& plan, const Buffers& b, long team, const Rows& rows, bool has_h) const {
+    const Winograd<T> w = tiling.problem(rows, Base::winograd_input(x_layout, plan.w_ih ? b.x_frames : nullptr),
+                                         Base::winograd_input(h_layout, plan.w_hh && has_h ? b.h : nullptr), sum_channels(plan), nullptr);
     if (!w.a[0].frames && !w.a[1].frames) return;
-    const GateFrames<T> g{dgates, 4 * padded_pixels * c1, padded_pixels, origin, padded.w, c1};
-    tiling.add(region, w, 4 * c1, [=, sums = plan.sums, weight_grad = tiling.kernels->weight_grad](const Winograd<T>& w, const WinogradRange& range, T* scratch, long part) {
-      weight_grad(w, g, range, scratch, sums + part * size);
+    const GateFrames<T> g{b.dgates, 4 * padded_pixels * c1, padded_pixels, origin, padded.w, c1};
+    T* const sums = plan.sums + team * copies(plan, b.team) * plan.sums_size;
+    tiling.take(pieces, b.team, w, 4 * c1, [&](const Winograd<T>& w, const WinogradRange& range, long part) {
+      tiling.kernels->weight_grad(w, g, range, Base::scratch(pieces, b), sums + part * plan.sums_size);
+    });
+  }
+
+  // The first of so many copies becomes the sum of all.
+  void add_copies(T* sums, long copies, long size) const {
+    constexpr long kPiece = 1 << 12;
+    if (copies == 1) return;
+    parallel((size + kPiece - 1) / kPiece, [&](long begin, long end) {
+      std::vector<const T*> terms(copies);
+      for (long i = begin * kPiece; i < std::min(size, end * kPiece); i += kPiece) {
+        for (long copy = 0; copy < copies; ++copy) terms[copy] = sums + copy * size + i;
+        k.sum_rows(copies, terms.data(), std::min(kPiece, size - i), sums + i);
+      }
     });
   }
 
   // From transformed sums to dw, as the direct kernels leave it.
-  void finish_winograd_sums(const Plan& plan) {
-    const long channels = sum_channels(plan, p), parts = tiling.parts(0, channels, 4 * c1, true).tiles, taps = p.h_conv.taps();
-    const long size = tiling.weights_size(channels, round_up(4 * c1, k.lanes)), ci = plan.w_ih ? p.x_channels : 0;
+  const T* winograd_weight_grads(const Plan& plan) {
+    const long channels = sum_channels(plan), taps = p.h_conv.taps(), ci = plan.w_ih ? p.x_channels : 0;
+    T* const all = workspace.template take<T>(plan.dw_size);
     parallel(p.blocks() * channels, [&](long begin, long end) {
       alignas(64) T u[64 * kSlab], g[25 * kSlab];
-      std::vector<const T*> terms(parts);
+      std::vector<const T*> terms(plan.copies);
       for (long i = begin; i < end; ++i) {
         const long b = i / channels, c = i % channels, ld = round_up(4 * p.block_channels(b), k.lanes);
-        for (long plane = 0; plane < tiling.kernels->planes; ++plane) {
-          for (long part = 0; part < parts; ++part) terms[part] = plan.sums + part * size + kSlab * b * tiling.kernels->planes * channels + (plane * channels + c) * ld;
-          k.sum_rows(parts, terms.data(), ld, u + plane * kSlab);
+        const T* sums = plan.sums + kSlab * b * tiling.kernels->planes * channels + c * ld;
+        for (long plane = 0; plane < tiling.kernels->planes; ++plane, sums += channels * ld) {
+          for (long copy = 0; copy < plan.copies; ++copy) terms[copy] = sums + copy * plan.sums_size;
+          k.sum_rows(plan.copies, terms.data(), ld, u + plane * kSlab);
         }
         tiling.kernels->filter_gradient(u, ld, g);
-        T* dw = c < ci ? plan.dw[0][b] + c * ld : plan.dw[1][b] + (c - ci) * ld;
+        T* dw = all + (c < ci ? plan.dw[0][b] + c * ld : plan.dw[1][b] + (c - ci) * ld);
         for (long t = 0; t < taps; ++t) std::memcpy(dw + t * (c < ci ? ci : c1) * ld, g + t * kSlab, ld * sizeof(T));
       }
     });
+    return all;
   }
 
   // w_hh, and w_ih behind it, as GEMM operand over the taps of dgates. Both are [4C, channels, *K] over the same taps, so one is
@@ -438,23 +529,29 @@ struct Backward : Engine<A> {
     return packed;
   }
 
-  void unpack_dx(Region& region, const std::vector<long>& active, long step, const T* rows, long ld, const Tensor& dx) {
+  // The group's ith sample's of dx at a step.
+  A* frame_of(const Group& g, long i, long step, const Tensor& dx) const {
+    const long sample = g.first + i * g.stride;
+    return Base::out_data(dx) + sample * dx.stride(0) + p.frame_of(sample, step) * dx.stride(1);
+  }
+
+  void unpack_dx(Pieces& pieces, const Group& g, const std::vector<long>& active, long step, const T* rows, long ld, const Tensor& dx) const {
     const long n = p.in.rows();
     const FrameStrides strides = frame_strides(dx, 2);
-    region.add(active.size() * n, [=](long begin, long end, long) {
+    pieces.take(active.size() * n, [&](long begin, long end) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n], d = (r % n) / p.in.h, y = (r % n) % p.in.h;
-        A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + d * strides.d + y * strides.h;
+        A* dst = frame_of(g, s, step, dx) + d * strides.d + y * strides.h;
         unpack_row(k, rows + (s * n + r % n) * p.in.w * ld, ld, p.in.w, p.x_channels, dst, strides.w, strides.c);
       }
     });
   }
 
   // dx[q] = sum over the (tap, output) pairs that read q of dcol[output, tap].
-  void gather_dx(Region& region, const std::vector<long>& active, long step, const T* dcol, long ld, const Gather (&along)[3], const Tensor& dx) {
+  void gather_dx(Pieces& pieces, const Group& g, const std::vector<long>& active, long step, const T* dcol, long ld, const Gather (&along)[3], const Tensor& dx) const {
     const long n = p.in.rows(), ci = p.x_channels;
     const FrameStrides strides = frame_strides(dx, 2);
-    region.add(active.size() * n, [=, &along](long begin, long end, long) {
+    pieces.take(active.size() * n, [&](long begin, long end) {
       const auto& [gd, gh, gw] = along;
       std::vector<T> sum(p.in.w * ci);
       std::vector<const T*> rows, terms;  // terms may repeat a tap where padding shows a pixel more than once
@@ -473,21 +570,21 @@ struct Backward : Engine<A> {
             for (long q = gw.begin[x]; q < gw.begin[x + 1]; ++q) terms.push_back(row + gw.pairs[q].second * ld + gw.pairs[q].first * ci);
           k.sum_rows(terms.size(), terms.data(), ci, sum.data() + x * ci);
         }
-        A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + d * strides.d + y * strides.h;
+        A* dst = frame_of(g, s, step, dx) + d * strides.d + y * strides.h;
         unpack_row(k, sum.data(), ci, p.in.w, ci, dst, strides.w, strides.c);
       }
     });
   }
 
   // x was the input convolution's result: its gradient is dgates, in plain gate order.
-  void unpack_dgates(Region& region, const std::vector<long>& active, long step, const T* dgates, const Tensor& dx) {
+  void unpack_dgates(Pieces& pieces, const Group& g, const std::vector<long>& active, long step, const T* dgates, const Tensor& dx) const {
     const long n_rows = p.out.rows();
     const FrameStrides strides = frame_strides(dx, 2);
-    region.add(active.size() * n_rows, [=](long begin, long end, long) {
+    pieces.take(active.size() * n_rows, [&](long begin, long end) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n_rows], row = r % n_rows;
         const long at = origin + row / p.out.h * pixel_map.depth + row % p.out.h * pixel_map.height;
-        A* dst = Base::out_data(dx) + s * dx.stride(0) + p.frame_of(s, step) * dx.stride(1) + row / p.out.h * strides.d + row % p.out.h * strides.h;
+        A* dst = frame_of(g, s, step, dx) + row / p.out.h * strides.d + row % p.out.h * strides.h;
         for (long b = 0; b < p.blocks(); ++b) {
           const long n = p.block_channels(b), ch = b * kBlock;
           const T* src = dgates + 4 * (padded_pixels * (s * c1 + ch) + at * n);
@@ -498,15 +595,16 @@ struct Backward : Engine<A> {
     });
   }
 
-  // [block][tap][channel][gate, channel of block] to [4C, channels, taps].
-  void unpack_weight_grad(const std::vector<T*>& dw, long channels, long taps, A* out) const {
-    parallel(dw.size(), [&](long begin, long end) {
+  // Of the sums at `at`, [block][tap][channel][gate, channel of block], to [4C, channels, taps].
+  void unpack_weight_grad(const T* sums, const std::vector<long>& at, long channels, long taps, A* out) const {
+    parallel(at.size(), [&](long begin, long end) {
       for (long b = begin; b < end; ++b) {
         const long n = p.block_channels(b), ld = round_up(4 * n, k.lanes);
+        const T* dw = sums + at[b];
         for (long j = 0; j < 4 * n; ++j) {
           A* row = out + (j / n * c1 + b * kBlock + j % n) * channels * taps;
           for (long c = 0; c < channels; ++c)
-            for (long t = 0; t < taps; ++t) row[c * taps + t] = static_cast<A>(dw[b][(t * channels + c) * ld + j]);
+            for (long t = 0; t < taps; ++t) row[c * taps + t] = static_cast<A>(dw[(t * channels + c) * ld + j]);
         }
       }
     });

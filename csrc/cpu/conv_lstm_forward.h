@@ -1,7 +1,6 @@
 // ConvLSTM's forward: frames with borders, weights as GEMM operands, and the steps.
 #pragma once
 #include "conv_lstm_problem.h"
-#include "split.h"
 #include "conv_lstm_winograd.h"
 
 namespace convfast {
@@ -43,9 +42,8 @@ struct Engine {
   const Kernels<T>& k = kernels<T>();
   Workspace workspace;
   long pixels, c1, state;  // state: elements of one sample's h
-  PaddingMaps x_maps, h_maps;
+  PaddingMaps x_maps, h_maps, plain_maps;
   FrameLayout x_layout, h_layout;
-  T *x_frames = nullptr, *gates_x = nullptr;
   Tiling<T> tiling;
 
   // Weights as the kernels read them, packed once a call for all groups.
@@ -61,6 +59,7 @@ struct Engine {
         state(pixels * c1),
         x_maps(frame_maps(p.in, p.x_conv, p.padding_mode)),
         h_maps(frame_maps(p.out, p.h_conv, "zeros")),
+        plain_maps{padding_map(p.out.d, 0, 0, "zeros"), padding_map(p.out.h, 0, 0, "zeros"), padding_map(p.out.w, 0, 0, "zeros")},
         x_layout(x_maps.extent(), p.x_conv, p.x_channels),
         h_layout(h_maps.extent(), p.h_conv, c1),
         tiling(p.winograd, p.h_conv.kernel.h, p.out) {}
@@ -72,23 +71,50 @@ struct Engine {
             padding_map(size.w, conv.before.w, conv.behind.w + rest(size.w), mode)};
   }
 
-  long x_size() const { return p.batch * (p.convolved ? 4 * state : x_layout.frame); }
+  // What a team has for the samples that it takes together.
+  struct Buffers {
+    long team, samples;  // threads that it is to have, samples at most
+    T *x_frames = nullptr, *gates_x = nullptr, *h_frames[2] = {};
+    T* scratch = nullptr;  // Winograd: of each thread
+    long scratch_size = 0;
+  };
 
-  // Room for x of one step, or two.
-  void take_x(long steps = 1) {
-    if (p.convolves_x()) x_frames = workspace.take<T>(steps * x_size());
-    if (p.convolved) gates_x = workspace.take<T>(steps * x_size());
+  // Of x of one step.
+  long x_size(long samples) const { return samples * (p.convolved ? 4 * state : x_layout.frame); }
+
+  void take_x(Workspace& room, Buffers& b, long steps = 1) const {
+    const long elements = steps * x_size(b.samples);
+    if (p.convolves_x()) b.x_frames = room.take<T>(elements);
+    if (p.convolved) b.gates_x = room.take<T>(elements);
+  }
+
+  void take_scratch(Workspace& room, Buffers& b, std::initializer_list<long> channels) const {
+    if (!tiling) return;
+    b.scratch_size = tiling.scratch_size(b.samples, channels);
+    b.scratch = room.take<T>(b.team * b.scratch_size);
+  }
+
+  // call(team, group, pieces) on every member of every team of a phase, group after group.
+  template <class F>
+  void run(const Phase& phase, const F& call) const {
+    in_teams(phase.teams, p.threads / phase.teams, [&](long team, const Member& member) {
+      Pieces pieces(member);
+      const Group all = p.share(phase, team);
+      for (long i = 0, n = p.groups(phase); i < n; ++i) {
+        const long begin = all.samples * i / n, end = all.samples * (i + 1) / n;
+        call(team, Group{all.first + begin * all.stride, all.stride, end - begin, i == 0}, pieces);
+      }
+    });
   }
 
   const T* pack_peephole() {
     if (!defined(in.peephole)) return nullptr;
     T* packed = workspace.take<T>(3 * state);
     const FrameStrides strides = frame_strides(*in.peephole, 1);
-    const PaddingMaps maps = plain_maps();
     parallel(p.out.rows(), [&](long begin, long end) {
       for (long i = 0; i < 3; ++i)
         for (long row = begin; row < end; ++row)
-          pack_row(k, data(*in.peephole) + i * in.peephole->stride(0), strides, maps, row, c1, c1, packed + i * state + row * p.out.w * c1);
+          pack_row(k, data(*in.peephole) + i * in.peephole->stride(0), strides, plain_maps, row, c1, c1, packed + i * state + row * p.out.w * c1);
     });
     return packed;
   }
@@ -96,51 +122,44 @@ struct Engine {
   static const A* data(const Tensor& t) { return static_cast<const A*>(t.const_data_ptr()); }
   static A* out_data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
 
-  PaddingMaps plain_maps() const {
-    return {padding_map(p.out.d, 0, 0, "zeros"), padding_map(p.out.h, 0, 0, "zeros"), padding_map(p.out.w, 0, 0, "zeros")};
-  }
-
   Rows rows(const std::vector<long>& active) const {
     return {active.data(), long(active.size()), p.out.h, p.out.rows(), p.out.w};
   }
 
-  // Packs frame(sample) of t, whose channel axis is `axis`, for every active sample.
+  // Packs frame(i) of t, whose channel axis is `axis`, for every active sample of a group, to every `stride`th frame of dst.
   template <class B, class Frame>
-  void pack(Region& region, const std::vector<long>& active, const Tensor& t, long axis, const PaddingMaps& maps, T* dst, const Frame& frame, long ld = 0) {
+  void pack(Pieces& pieces, const std::vector<long>& active, const Tensor& t, long axis, const PaddingMaps& maps, T* dst, const Frame& frame, long ld = 0,
+            long stride = 1) const {
     const FrameStrides strides = frame_strides(t, axis);
     const long channels = t.size(axis), n = maps.extent().rows(), width = ld ? ld : channels, row_size = maps.w.size() * width;
     const B* base = static_cast<const B*>(t.const_data_ptr());
-    region.add(active.size() * n, [=, &active](long begin, long end, long) {
+    pieces.take(active.size() * n, [&](long begin, long end) {
       for (long r = begin; r < end; ++r) {
         const long s = active[r / n], row = r % n;
-        pack_row(k, base + frame(s), strides, maps, row, channels, width, dst + (s * n + row) * row_size);
+        pack_row(k, base + frame(s), strides, maps, row, channels, width, dst + (s * stride * n + row) * row_size);
       }
     });
   }
 
-  // State tensors [B, C, *S'] in activations or in the wide type.
-  void pack_state(const Tensor& t, const PaddingMaps& maps, T* dst, long ld = 0) {
-    const std::vector<long> all = everyone();
-    const auto frame = [stride = t.stride(0)](long s) { return s * stride; };
-    Region region;
-    if (t.scalar_type() == scalar_type<A>()) pack<A>(region, all, t, 1, maps, dst, frame, ld);
-    else pack<T>(region, all, t, 1, maps, dst, frame, ld);
-    region.run();
-  }
-
-  std::vector<long> everyone() const {
-    std::vector<long> all(p.batch);
-    for (long b = 0; b < p.batch; ++b) all[b] = b;
-    return all;
+  // The group's of state tensors [B, C, *S'] in activations or in the wide type.
+  void pack_state(Pieces& pieces, const Group& g, const Tensor& t, const PaddingMaps& maps, T* dst, long ld = 0, long stride = 1) const {
+    std::vector<long> all(g.samples);
+    for (long i = 0; i < g.samples; ++i) all[i] = i;
+    const auto frame = [&, of_sample = t.stride(0)](long i) { return (g.first + i * g.stride) * of_sample; };
+    if (t.scalar_type() == scalar_type<A>()) pack<A>(pieces, all, t, 1, maps, dst, frame, ld, stride);
+    else pack<T>(pieces, all, t, 1, maps, dst, frame, ld, stride);
   }
 
   // An expanded x shows the same frame at every step: it is packed once, for whoever takes part in step 0.
   bool same_x() const { return p.has_x && in.x->stride(1) == 0; }
 
-  void pack_x(Region& region, const std::vector<long>& active, long step, long slot = 0) {
-    const auto frame = [this, step](long s) { return s * in.x->stride(0) + p.frame_of(s, step) * in.x->stride(1); };
-    if (p.convolved) pack<A>(region, active, *in.x, 2, plain_maps(), gates_x + slot * x_size(), frame);
-    else pack<A>(region, active, *in.x, 2, x_maps, x_frames + slot * x_size(), frame);
+  void pack_x(Pieces& pieces, const Group& g, const std::vector<long>& active, long step, T* x_frames, T* gates_x) const {
+    const auto frame = [&, of_sample = in.x->stride(0), of_frame = in.x->stride(1)](long i) {
+      const long sample = g.first + i * g.stride;
+      return sample * of_sample + p.frame_of(sample, step) * of_frame;
+    };
+    if (p.convolved) pack<A>(pieces, active, *in.x, 2, plain_maps, gates_x, frame);
+    else pack<A>(pieces, active, *in.x, 2, x_maps, x_frames, frame);
   }
 
   long input_channels() const { return (p.convolves_x() ? p.x_channels : 0) + c1; }
@@ -203,16 +222,16 @@ struct Engine {
   }
 
   // The arguments of a step that do not change from step to step.
-  ConvLSTMStep<T> step_arguments(const Packed& packed) {
+  ConvLSTMStep<T> step_arguments(const Packed& packed, const Buffers& b) const {
     ConvLSTMStep<T> s{};
     s.weights = packed.weights;
     s.bias = packed.bias;
     s.k = k_rows();
     s.channels = c1;
-    s.gates_x = gates_x;
+    s.gates_x = b.gates_x;
     s.gates_x_frame = 4 * state;
     s.peephole = packed.peephole;
-    if (p.convolves_x()) s.x = x_layout.template operand<T>(x_frames, p.x_conv.stride.w);
+    if (p.convolves_x()) s.x = x_layout.template operand<T>(b.x_frames, p.x_conv.stride.w);
     return s;
   }
 
@@ -221,22 +240,25 @@ struct Engine {
     return {frames, layout.frame, layout.padded.w * layout.pixel, layout.pixel, 1, 0, layout.pixel};
   }
 
-  void add_step(Region& region, const ConvLSTMStep<T>& s) {
+  // The member's own part of its team's scratch.
+  static T* scratch(const Pieces& pieces, const Buffers& b) { return b.scratch + pieces.member.rank * b.scratch_size; }
+
+  void take_step(Pieces& pieces, const Buffers& b, const ConvLSTMStep<T>& s) const {
     if (tiling) {
       const Winograd<T> w = tiling.problem(s.rows, winograd_input(x_layout, s.x.frames), winograd_input(h_layout, s.h.frames),
                                            input_channels(), s.weights);
-      tiling.add(region, w, 4 * c1, [s, step = tiling.kernels->step](const Winograd<T>& w, const WinogradRange& range, T* scratch, long) {
-        step(s, w, range, scratch);
+      tiling.take(pieces, b.team, w, 4 * c1, [&](const Winograd<T>& w, const WinogradRange& range, long) {
+        tiling.kernels->step(s, w, range, scratch(pieces, b));
       });
       return;
     }
-    region.add(s.rows.samples * s.rows.rows, [this, s](long begin, long end, long) { k.conv_lstm_step(s, begin, end); });
+    pieces.take(s.rows.samples * s.rows.rows, [&](long begin, long end) { k.conv_lstm_step(s, begin, end); });
   }
 
   // Interior rows of a bordered frame, rounded to A in place and copied out.
-  void round_rows(const std::vector<long>& active, T* frames, A* out, const std::vector<long>& out_sample) {
+  void round_rows(Pieces& pieces, const std::vector<long>& active, T* frames, A* out, const std::vector<long>& out_sample) const {
     const long n = p.out.rows();
-    parallel(active.size() * n, [&](long begin, long end) {
+    pieces.take(active.size() * n, [&](long begin, long end) {
       for (long r = begin; r < end; ++r) {
         T* src = frames + active[r / n] * h_layout.frame + h_origin() + (r % n) / p.out.h * h_layout.map.depth + (r % n) % p.out.h * h_layout.map.height;
         A* dst = out + out_sample[r / n] + (r % n) * p.out.w * c1;
@@ -275,95 +297,109 @@ struct Engine {
     const auto& [h, h_n, c_n, c, gates] = all;
     const Packed packed = pack_weights();
     const bool stream_gates = keep_gates && streams<A>(gates, c1, kMostGates), stream_out = !kNarrow && streams<A>(h, c1, 8l << 20);
-    for (long begin = 0, size = p.group_size(); begin < p.batch; begin += size) {
-      const long n = std::min(size, p.batch - begin);
-      Engine part(p.group(begin, n), in.group(begin, n));
-      part.run_forward(packed, {samples(h, begin, n), samples(h_n, begin, n), samples(c_n, begin, n), keep_c ? samples(c, begin, n) : c,
-                                keep_gates ? samples(gates, begin, n) : gates}, keep_c, keep_gates, stream_gates, stream_out);
+    const To to{out_data(h), out_data(h_n), static_cast<T*>(c_n.mutable_data_ptr()), keep_c ? static_cast<T*>(c.mutable_data_ptr()) : nullptr,
+                keep_gates ? out_data(gates) : nullptr, stream_gates, stream_out};
+    for (const Phase& phase : p.phases(1)) {
+      const long samples = p.most_samples(phase);
+      // x of the next step is packed beside this one where that is little: it saves waiting for each other.
+      const bool ahead = p.has_x && !same_x() && phase.teams * x_size(samples) * long(sizeof(T)) <= 1 << 20;
+      std::vector<Buffers> buffers;
+      Workspace room;
+      for (long i = 0; i < phase.teams; ++i) {
+        Buffers b{p.threads / phase.teams, samples};
+        take_x(room, b, ahead ? 2 : 1);
+        take_scratch(room, b, {input_channels()});
+        for (T*& frames : b.h_frames) frames = room.take<T>(samples * h_layout.frame);
+        buffers.push_back(b);
+      }
+      run(phase, [&](long team, const Group& g, Pieces& pieces) { run_forward(g, packed, to, buffers[team], ahead, pieces); });
     }
     return all;
   }
 
-  void run_forward(const Packed& packed, const Outputs& outputs, bool keep_c, bool keep_gates, bool stream_gates, bool stream_out) {
-    const auto& [h, h_n, c_n, c, gates] = outputs;
-    T* c_last = static_cast<T*>(c_n.mutable_data_ptr());
-    T* c_all = keep_c ? static_cast<T*>(c.mutable_data_ptr()) : nullptr;
-    A* h_all = out_data(h);
+  // Where results go; null = not wanted.
+  struct To {
+    A *h, *h_n;
+    T *c_n, *c;
+    A* gates;
+    bool stream_gates, stream_out;
+  };
 
-    // x of the next step is packed beside this one where that is little: it saves waiting for each other.
-    const bool ahead = p.has_x && !same_x() && x_size() * long(sizeof(T)) <= 1 << 20;
-    take_x(ahead ? 2 : 1);
-    tiling.take_scratch(workspace, p.batch, {input_channels()});
-    T* h_frames[2] = {workspace.take<T>(p.batch * h_layout.frame), workspace.take<T>(p.batch * h_layout.frame)};
-    if (defined(in.h0)) pack_state(*in.h0, h_maps, h_frames[0]);
-    for (int i = defined(in.h0) ? 1 : 0; i < 2; ++i) clear(h_frames[i], p.batch * h_layout.frame);
-    if (defined(in.c0)) pack_state(*in.c0, plain_maps(), c_last);
-    else clear(c_last, p.batch * state);
+  void run_forward(const Group& g, const Packed& packed, const To& to, const Buffers& b, bool ahead, Pieces& pieces) const {
+    // Of the group's first sample, and from one to the next.
+    T* const c_last = to.c_n + g.first * state;
+    T* const c_all = to.c ? to.c + g.first * p.time * state : nullptr;
+    const long last_frame = g.stride * state, all_frame = p.time * last_frame, size = x_size(b.samples);
+    const bool has_h0 = defined(in.h0), has_c0 = defined(in.c0);
 
-    ConvLSTMStep<T> s = step_arguments(packed);
-    Region region;
-    std::vector<long> out_sample, active = p.active(0), next;
+    if (has_h0) pack_state(pieces, g, *in.h0, h_maps, b.h_frames[0]);
+    for (int i = has_h0 ? 1 : 0; g.fresh && i < 2; ++i) clear(pieces, b.h_frames[i], b.samples * h_layout.frame);
+    if (has_c0) pack_state(pieces, g, *in.c0, plain_maps, c_last, 0, g.stride);
+
+    ConvLSTMStep<T> s = step_arguments(packed, b);
+    std::vector<long> out_sample, active = p.active(g, 0), next;
     for (long step = 0; !active.empty(); ++step, active = next) {
-      next = step + 1 < p.time ? p.active(step + 1) : std::vector<long>();
-      if (p.has_x && (step == 0 || !(same_x() || ahead))) {
-        pack_x(region, active, step);
-        region.run();
-      }
-      const long slot = ahead ? step % 2 : 0;
-      s.x.frames = x_frames ? x_frames + slot * x_size() : nullptr;
-      s.gates_x = gates_x ? gates_x + slot * x_size() : nullptr;
-      if (ahead && !next.empty()) pack_x(region, next, step + 1, 1 - slot);
+      next = step + 1 < p.time ? p.active(g, step + 1) : std::vector<long>();
+      const bool packs_x = p.has_x && (step == 0 || !(same_x() || ahead));
+      if (packs_x) pack_x(pieces, g, active, step, b.x_frames, b.gates_x);
+      if (packs_x || step == 0) pieces.wait();
+      const long now = ahead ? step % 2 * size : 0;
+      if (b.x_frames) s.x.frames = b.x_frames + now;
+      if (b.gates_x) s.gates_x = b.gates_x + now;
+      if (ahead && !next.empty()) pack_x(pieces, g, next, step + 1, b.x_frames + size - now, b.gates_x + size - now);
       out_sample.clear();
-      for (long b : active) out_sample.push_back((b * p.time + p.frame_of(b, step)) * state);
+      for (long i : active) out_sample.push_back(p.row_of(g, i, step) * state);
       s.rows = rows(active);
-      s.h = step > 0 || defined(in.h0) ? h_layout.template operand<T>(h_frames[step % 2], 1) : Operand<T>{};
-      s.c_prev = keep_c && step > 0 ? c_all + (step - 1) * state : step > 0 || defined(in.c0) ? c_last : nullptr;
-      s.c_prev_frame = keep_c && step > 0 ? p.time * state : state;
-      s.c = keep_c ? c_all + step * state : c_last;
-      s.c_frame = keep_c ? p.time * state : state;
-      if (keep_gates) s.gates = kept(out_data(gates) + 4 * step * state);
-      s.gates_frame = 4 * p.time * state;
-      s.stream_gates = stream_gates;
-      s.stream_out = stream_out && s.h_frames;
-      s.h_frames = kNarrow || step + 1 < p.time ? h_frames[(step + 1) % 2] + h_origin() : nullptr;
+      s.h = step > 0 || has_h0 ? h_layout.template operand<T>(b.h_frames[step % 2], 1) : Operand<T>{};
+      s.c_prev = c_all && step > 0 ? c_all + (step - 1) * state : step > 0 || has_c0 ? c_last : nullptr;
+      s.c_prev_frame = c_all && step > 0 ? all_frame : last_frame;
+      s.c = c_all ? c_all + step * state : c_last;
+      s.c_frame = c_all ? all_frame : last_frame;
+      if (to.gates) s.gates = kept(to.gates + 4 * (g.first * p.time + step) * state);
+      s.gates_frame = 4 * all_frame;
+      s.stream_gates = to.stream_gates;
+      s.h_frames = kNarrow || step + 1 < p.time ? b.h_frames[(step + 1) % 2] + h_origin() : nullptr;
+      s.stream_out = to.stream_out && s.h_frames;
       s.h_frame = h_layout.frame;
       s.h_map = h_layout.map;
-      if constexpr (!kNarrow) s.out = h_all;
+      if constexpr (!kNarrow) s.out = to.h;
       s.out_sample = out_sample.data();
-      add_step(region, s);
-      region.run();
-      if constexpr (kNarrow) round_rows(active, h_frames[(step + 1) % 2], h_all, out_sample);
+      take_step(pieces, b, s);
+      pieces.wait();
+      if constexpr (kNarrow) {
+        round_rows(pieces, active, b.h_frames[(step + 1) % 2], to.h, out_sample);
+        pieces.wait();
+      }
     }
 
-    A* const h_last = out_data(h_n);
-    parallel(p.batch, [&](long begin, long end) {
-      for (long b = begin; b < end; ++b) {
-        const long n = p.lengths[b];
-        A* last = h_last + b * state;
-        if (n > 0) std::memcpy(static_cast<void*>(last), h_all + (b * p.time + p.frame_of(b, n - 1)) * state, state * sizeof(A));
-        if (n > 0 && keep_c) std::memcpy(static_cast<void*>(c_last + b * state), c_all + (b * p.time + n - 1) * state, state * sizeof(T));
-        std::memset(static_cast<void*>(h_all + (b * p.time + n) * state), 0, (p.time - n) * state * sizeof(A));
+    pieces.take(g.samples, [&](long begin, long end) {
+      for (long i = begin; i < end; ++i) {
+        const long sample = g.first + i * g.stride, n = p.lengths[sample];
+        A* last = to.h_n + sample * state;
+        T* c = c_last + i * last_frame;
+        if (n > 0) std::memcpy(static_cast<void*>(last), to.h + p.row_of(g, i, n - 1) * state, state * sizeof(A));
+        else copy_initial(sample, last);
+        if (n > 0 && c_all) std::memcpy(static_cast<void*>(c), c_all + i * all_frame + (n - 1) * state, state * sizeof(T));
+        else if (n == 0 && !has_c0) std::memset(static_cast<void*>(c), 0, state * sizeof(T));
+        std::memset(static_cast<void*>(to.h + (sample * p.time + n) * state), 0, (p.time - n) * state * sizeof(A));
       }
     });
-    for (long b = 0; b < p.batch; ++b)
-      if (p.lengths[b] == 0) copy_initial(b, h_last + b * state);
   }
 
-  void copy_initial(long sample, A* dst) {
+  void copy_initial(long sample, A* dst) const {
     if (!defined(in.h0)) {
       std::memset(static_cast<void*>(dst), 0, state * sizeof(A));
       return;
     }
     const FrameStrides strides = frame_strides(*in.h0, 1);
     for (long row = 0; row < p.out.rows(); ++row)
-      pack_row(k, data(*in.h0) + sample * in.h0->stride(0), strides, plain_maps(), row, c1, c1, dst + row * p.out.w * c1);
+      pack_row(k, data(*in.h0) + sample * in.h0->stride(0), strides, plain_maps, row, c1, c1, dst + row * p.out.w * c1);
   }
 
-  template <class E>
-  static void clear(E* dst, long n) {
-    constexpr long kPiece = 1 << 16;
-    parallel((n + kPiece - 1) / kPiece, [&](long begin, long end) {
-      std::memset(static_cast<void*>(dst + begin * kPiece), 0, (std::min(n, end * kPiece) - begin * kPiece) * sizeof(E));
+  static void clear(Pieces& pieces, T* dst, long n) {
+    constexpr long kPiece = 1 << 12;
+    pieces.take((n + kPiece - 1) / kPiece, [&](long begin, long end) {
+      std::memset(static_cast<void*>(dst + begin * kPiece), 0, (std::min(n, end * kPiece) - begin * kPiece) * sizeof(T));
     });
   }
 };

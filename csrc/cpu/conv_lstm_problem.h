@@ -16,6 +16,17 @@ struct ConvDims {
   }
 };
 
+// Samples that a team takes together: every `stride`th.
+struct Group {
+  long first = 0, stride = 1, samples = 0;
+  bool fresh = true;  // it is the first that has the team's buffers
+};
+
+// Samples [first, first + samples), shared out to teams of as many threads each.
+struct Phase {
+  long first, samples, teams;
+};
+
 // Everything about one call that both passes share, in plain numbers.
 struct Problem {
   long batch = 0, time = 0, spatial = 0, channels = 0, x_channels = 0;
@@ -26,16 +37,23 @@ struct Problem {
   bool reverse = false;
   std::vector<long> lengths;
   long winograd = 0;  // output pixels of a tile's side; 0 = direct
+  long threads = torch::stable::get_num_threads();  // asked of a thread of the pool it may be another number
 
   long pixels() const { return out.pixels(); }
   long frame_of(long sample, long step) const { return reverse ? lengths[sample] - 1 - step : step; }
-  bool uniform_frames() const {
-    return !reverse || std::all_of(lengths.begin(), lengths.end(), [&](long n) { return n == time; });
+  // Row of h [B * T] that is the group's ith sample's at this step.
+  long row_of(const Group& g, long i, long step) const {
+    const long sample = g.first + i * g.stride;
+    return sample * time + frame_of(sample, step);
   }
-  std::vector<long> active(long step) const {
+  bool varied() const {
+    return std::any_of(lengths.begin(), lengths.end(), [&](long n) { return n != time; });
+  }
+  // Those of a group that have this step.
+  std::vector<long> active(const Group& g, long step) const {
     std::vector<long> samples;
-    for (long b = 0; b < batch; ++b)
-      if (step < lengths[b]) samples.push_back(b);
+    for (long i = 0; i < g.samples; ++i)
+      if (step < lengths[g.first + i * g.stride]) samples.push_back(i);
     return samples;
   }
   std::vector<int64_t> shape(std::vector<int64_t> leading) const {
@@ -43,20 +61,50 @@ struct Problem {
     for (long i = 3 - spatial; i < 3; ++i) leading.push_back(dims[i]);
     return leading;
   }
-  // The same for samples begin ... begin + n.
-  Problem group(long begin, long n) const {
-    Problem q = *this;
-    q.batch = n;
-    q.lengths.assign(lengths.begin() + begin, lengths.begin() + begin + n);
-    return q;
-  }
-  // Samples are taken together only as far as threads need work between two barriers; scratch is a group's.
-  long group_size() const {
+  // Samples are taken together only as far as threads need work between two barriers; scratch is theirs.
+  long together() const {
     const double direct = 8. * channels * pixels() * (h_conv.taps() * channels + (convolved ? 0 : x_conv.taps() * x_channels));
     const double flops = winograd ? direct * winograd_planes(winograd) / (h_conv.taps() * winograd * winograd) : direct;
-    const long threads = torch::stable::get_num_threads();
     const long by_work = long(2.5e7 * threads / std::max(1., flops)) + 1, by_rows = (4 * threads + out.rows() - 1) / std::max<long>(1, out.rows());
     return std::min(batch, std::max(by_work, by_rows));
+  }
+  // As many teams as have samples for that: threads wait for fewer others, and find their samples in their own caches. Those left over
+  // go to fewer and larger teams. `least`: threads of a team.
+  std::vector<Phase> phases(long least) const {
+    std::vector<Phase> all;
+    for (long first = 0; first < batch; first += all.back().samples) {
+      const long left = batch - first;
+      long teams = std::min({threads, left, together()});
+      while (teams > 1 && (threads % teams || threads / teams < least || !even({first, left - left % teams, teams}))) --teams;
+      all.push_back({first, left - left % teams, teams});
+    }
+    return all;
+  }
+  // Neighbours in memory; where lengths differ, each team has as many long ones as short ones.
+  Group share(const Phase& phase, long team) const {
+    const long n = phase.samples / phase.teams;
+    return varied() ? Group{phase.first + team, phase.teams, n} : Group{phase.first + team * n, 1, n};
+  }
+  // Whether all teams have about as many steps.
+  bool even(const Phase& phase) const {
+    long most = 0, sum = 0;
+    for (long team = 0; team < phase.teams; ++team) {
+      const Group g = share(phase, team);
+      long steps = 0;
+      for (long i = 0; i < g.samples; ++i) steps += lengths[g.first + i * g.stride];
+      most = std::max(most, steps);
+      sum += steps;
+    }
+    return 16 * phase.teams * most <= 17 * sum;
+  }
+  // Groups that a team takes one after another, and samples of the largest.
+  long groups(const Phase& phase) const {
+    const long n = phase.samples / phase.teams, most = std::max(1l, together() / phase.teams);
+    return (n + most - 1) / most;
+  }
+  long most_samples(const Phase& phase) const {
+    const long n = phase.samples / phase.teams, count = groups(phase);
+    return (n + count - 1) / count;
   }
   long winograd_planes(long m) const { return (m + h_conv.kernel.h - 1) * (m + h_conv.kernel.w - 1); }
   bool convolves_x() const { return has_x && !convolved; }
@@ -90,22 +138,10 @@ inline bool dense_channels_last(const Tensor& t, long axis) {
   return true;
 }
 
-inline Tensor samples(Tensor t, long begin, long n) { return n == t.size(0) ? t : torch::stable::narrow(t, 0, begin, n); }
-
-inline OptionalTensor samples(const OptionalTensor& t, long begin, long n) { return t ? OptionalTensor(samples(*t, begin, n)) : t; }
-
 struct Inputs {
   OptionalTensor x, w_ih;
   Tensor w_hh;
   OptionalTensor bias, peephole, h0, c0, lengths;
-
-  Inputs group(long begin, long n) const {
-    Inputs in = *this;
-    in.x = samples(x, begin, n);
-    in.h0 = samples(h0, begin, n);
-    in.c0 = samples(c0, begin, n);
-    return in;
-  }
 };
 
 inline Problem make_problem(const char* op, const Inputs& in, int64_t time, const std::vector<int64_t>& stride,

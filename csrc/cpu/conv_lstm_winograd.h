@@ -12,8 +12,6 @@ template <class T>
 struct Tiling {
   const WinogradKernels<T>* kernels = nullptr;
   long down = 0, across = 0;
-  T* scratch = nullptr;  // of each thread
-  long scratch_size = 0;
 
   Tiling(long m, long taps, const Extent& frame) {
     if (!m) return;
@@ -38,15 +36,15 @@ struct Tiling {
   // Slabs that go through the planes together, where reading the block's transforms once for each would be reading them from afar.
   long group(long channels, bool sums) const { return !sums && leaves_cache(channels, false) ? 2 : 1; }
 
-  // Enough for inputs of any of these numbers of channels.
-  void take_scratch(Workspace& workspace, long samples, std::initializer_list<long> channels) {
-    if (!kernels) return;
+  // Of a thread, for inputs of any of these numbers of channels.
+  long scratch_size(long samples, std::initializer_list<long> channels) const {
+    long size = 0;
     for (long n : channels)
       for (bool sums : {false, true}) {
         const long block = std::min(most_tiles(n, sums), samples * down * across);
-        scratch_size = std::max(scratch_size, round_up(winograd_scratch(kernels->planes, n, block, group(n, sums)), 16));
+        size = std::max(size, round_up(winograd_scratch(kernels->planes, n, block, group(n, sums)), 16));
       }
-    scratch = workspace.take<T>(scratch_size * torch::stable::get_num_threads());
+    return size;
   }
 
   Winograd<T> problem(const Rows& rows, const WinogradInput<T>& a, const WinogradInput<T>& b, long channels, const T* weights) const {
@@ -59,30 +57,32 @@ struct Tiling {
     long tiles, slabs;
   };
 
-  // Threads share out the tiles, each reading all weights; and the slabs, each transforming all tiles, where tiles are too few for
-  // that or every thread's own sums would crowd its cache.
-  Parts parts(long tiles, long channels, long columns, bool sums) const {
-    constexpr long kLarge = 4 << 20, kFew = 12;
-    const long threads = torch::stable::get_num_threads(), slabs = (columns + kSlab - 1) / kSlab;
-    const bool cut = sums ? weights_size(channels, columns) * long(sizeof(T)) > kLarge : tiles < kFew * threads;
-    const long by_slab = cut ? std::gcd(threads, slabs) : 1;
-    return {threads / by_slab, by_slab};
+  // Bytes of sums that a thread adds to in its cache.
+  static constexpr long kMostSums = 4 << 20;
+
+  // The members of a team share out the tiles, each reading all weights; and the slabs, each transforming all tiles, where tiles are too
+  // few for that or every member's own sums would crowd its cache.
+  Parts parts(long team, long tiles, long channels, long columns, bool sums) const {
+    constexpr long kFew = 12;
+    const long slabs = (columns + kSlab - 1) / kSlab;
+    const bool cut = sums ? weights_size(channels, columns) * long(sizeof(T)) > kMostSums : tiles < kFew * team;
+    const long by_slab = cut ? std::gcd(team, slabs) : 1;
+    return {team / by_slab, by_slab};
   }
 
-  // call(problem, range, scratch, part of the tiles), once a thread.
+  // call(problem, range, part of the tiles) for a member's share of each part that `team` threads are to have.
   template <class F>
-  void add(Region& region, const Winograd<T>& problem, long columns, const F& call) const {
+  void take(Pieces& pieces, long team, const Winograd<T>& problem, long columns, const F& call) const {
     const long tiles = problem.rows.samples * down * across, slabs = (columns + kSlab - 1) / kSlab;
-    Parts n = parts(tiles, problem.k, columns, !problem.weights);
+    Parts n = parts(team, tiles, problem.k, columns, !problem.weights);
     n.tiles = std::min(n.tiles, tiles);
     const long share = (tiles + n.tiles - 1) / n.tiles, most = most_tiles(problem.k, !problem.weights), blocks = (share + most - 1) / most;
     Winograd<T> w = problem;
     w.block = (share + blocks - 1) / blocks;
-    region.add(n.tiles * n.slabs, [=, *this](long begin, long end, long thread) {
+    pieces.take(n.tiles * n.slabs, [&](long begin, long end) {
       for (long i = begin; i < end; ++i) {
         const long t = i / n.slabs, s = i % n.slabs;
-        call(w, WinogradRange{tiles * t / n.tiles, tiles * (t + 1) / n.tiles, slabs * s / n.slabs, slabs * (s + 1) / n.slabs},
-             scratch + thread * scratch_size, t);
+        call(w, WinogradRange{tiles * t / n.tiles, tiles * (t + 1) / n.tiles, slabs * s / n.slabs, slabs * (s + 1) / n.slabs}, t);
       }
     });
   }

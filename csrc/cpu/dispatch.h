@@ -12,11 +12,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <type_traits>
 
 #include "../checks.h"
 #include "kernels/kernels.h"
+#include "team.h"
 #include "workspace.h"
 
 namespace convfast {
@@ -220,6 +222,20 @@ inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
 template <class F>
 void parallel(long n, const F& f, long grain = 1) {
   torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { f(long(begin), long(end)); });
+}
+
+// call(part, member) on every member of `parts` teams of so many threads each.
+template <class F>
+void in_teams(long parts, long team, const F& call) {
+  std::vector<std::unique_ptr<Team>> teams;
+  for (long i = 0; i < parts; ++i) teams.push_back(std::make_unique<Team>(team));
+  parallel(parts * team, [&](long begin, long end) {
+    for (long task = begin; task < end; ++task) {
+      const long part = task / team, rank = teams[part]->join(task % team);
+      long turn = 0;
+      if (rank >= 0) call(part, Member{teams[part].get(), rank, &turn});
+    }
+  });
 }
 
 // Pieces of work that do not wait for each other, in one parallel region: every thread takes its share of each, in order. Pieces too

@@ -12,7 +12,6 @@ template <class A>
 struct Backward : Engine<A> {
   using Base = Engine<A>;
   using T = typename Base::T;
-  using Member = typename Base::Member;
   using Base::Base;
   using Base::columns;
   using Base::data;

@@ -1,9 +1,6 @@
 // The LSTM's forward: weights as GEMM operands, buffers, and the steps of each thread.
 #pragma once
-#include <memory>
-
 #include "lstm_plan.h"
-#include "team.h"
 
 namespace convfast {
 namespace cpu {
@@ -45,31 +42,14 @@ struct Engine {
   template <class F>
   void run(long direction, const F& call) {
     const auto s = plan.sharing();
-    std::vector<std::unique_ptr<Team>> teams;
-    for (long i = 0; i < s.parts; ++i) teams.push_back(std::make_unique<Team>(s.team));
-    parallel(s.parts * s.team, [&](long begin, long end) {
-      for (long task = begin; task < end; ++task) {
-        const long part = task / s.team, rank = teams[part]->join(task % s.team), most = plan.most_rows(s);
-        if (rank < 0) continue;
-        // Neighbours in memory; where lengths differ, each part has as many long ones as short ones.
-        const long stride = in.lengths ? s.parts : 1, first = in.lengths ? part : p.batch * part / s.parts;
-        const long rows = in.lengths ? (p.batch - part + s.parts - 1) / s.parts : p.batch * (part + 1) / s.parts - first;
-        long turn = 0;
-        for (long i = 0; i < rows; i += most)
-          call(Group{&p, direction, first + i * stride, stride, std::min(most, rows - i)}, part, Member{teams[part].get(), rank, &turn});
-      }
+    const long most = plan.most_rows(s);
+    in_teams(s.parts, s.team, [&](long part, const Member& member) {
+      // Neighbours in memory; where lengths differ, each part has as many long ones as short ones.
+      const long stride = in.lengths ? s.parts : 1, first = in.lengths ? part : p.batch * part / s.parts;
+      const long rows = in.lengths ? (p.batch - part + s.parts - 1) / s.parts : p.batch * (part + 1) / s.parts - first;
+      for (long i = 0; i < rows; i += most) call(Group{&p, direction, first + i * stride, stride, std::min(most, rows - i)}, part, member);
     });
   }
-
-  struct Member {
-    Team* team;
-    long rank;
-    long* turn;
-    void wait() const { team->wait(rank, *turn); }
-    // This member's share of n.
-    long begin(long n) const { return n * rank / team->size(); }
-    long end(long n) const { return n * (rank + 1) / team->size(); }
-  };
 
   // What of the hidden units is a member's: blocks, channels, and columns of the gates.
   struct Share {

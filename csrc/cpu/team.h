@@ -110,6 +110,42 @@ class Team {
   Bell bell_;
 };
 
+// A thread as one of a team: what they all walk through side by side, each doing its share.
+struct Member {
+  Team* team;
+  long rank;
+  long* turn;
+  long size() const { return team->size(); }
+  void wait() const { team->wait(rank, *turn); }
+  // This member's share of n.
+  long begin(long n) const { return n * rank / size(); }
+  long end(long n) const { return n * (rank + 1) / size(); }
+};
+
+// A member's shares of pieces of work that do not wait for each other. Pieces too small for all members go to one after another.
+class Pieces {
+ public:
+  const Member member;
+
+  explicit Pieces(const Member& member) : member(member) {}
+
+  // f(begin, end) for what is this member's of [0, n).
+  template <class F>
+  void take(long n, const F& f) {
+    const long all = member.size();
+    if (n >= all) return f(member.begin(n), member.end(n));
+    const long turn = (member.rank + all - taken_ % all) % all;
+    if (turn < n) f(turn, turn + 1);
+    taken_ += n;
+  }
+
+  // Until all members have done theirs.
+  void wait() const { member.wait(); }
+
+ private:
+  long taken_ = 0;
+};
+
 // How many steps a thread has behind it, for those that follow it.
 class Progress {
  public:

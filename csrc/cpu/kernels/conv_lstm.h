@@ -1,5 +1,5 @@
 // The phases of a ConvLSTM step, each over a range of rows, so that the caller can spread them over threads.
-// A range writes only its own rows (weight_grad: its own part of dw); the caller's barrier between phases is the only order needed.
+// A range writes only its own rows (weight_grad: its own part of dw; gates' gradients: the caller's own sums, too); the caller's barrier between phases is the only order needed.
 
 // Rows are taken in groups whose operands stay in L2 while the panels of B pass by, each streamed once a group.
 template <class T>
@@ -241,56 +241,79 @@ static void conv_lstm_step(const ConvLSTMStep<T>& p, long begin, long end) {
   if (p.stream_gates || p.stream_out) Simd<T>::fence();
 }
 
+// A vector of cells, from channel ch + j of a block of n on, of pixel x of a row; -> the gates' gradients.
+template <class T, bool kPeephole>
+static INLINE void gates_backward_cells(const GatesBackward<T>& p, long s, long row, long frame_pixel, long x, long ch, long n, long j,
+                                        typename Simd<T>::V* gradients) {
+  typedef Simd<T> S;
+  typedef typename S::V V;
+  const long c1 = p.channels, pixel = row * p.rows.width + x, at = pixel * c1 + ch + j, plane = p.rows.rows * p.rows.width * c1;
+  const long lanes = n - j < S::W ? n - j : (long)S::W;
+  T *dgates = p.dgates + s * p.dgates_frame + 4 * (p.dgates_pixels * ch + (frame_pixel + x) * n) + j, *dc = p.dc + s * p.dc_frame + at;
+  const Kept<T> kept = p.gates.data ? p.gates : Kept<T>{dgates, kFull};
+  const long first = p.gates.data ? s * p.gates_frame + 4 * (pixel * c1 + ch) + j : 0;
+  V dh = {};
+  for (int k = 0; k < 2; ++k)
+    if (p.dh[k]) dh += S::loadn(p.dh[k] + s * p.dh_frame[k] + pixel * p.dh_stride[k] + ch + j, lanes);
+  const V c_prev = p.c_prev ? S::loadn(p.c_prev + s * p.c_prev_frame + at, lanes) : V{};
+  Peephole<V> pe = {};
+  if (kPeephole) {
+    pe.i = S::loadn(p.peephole + at, lanes);
+    pe.f = S::loadn(p.peephole + plane + at, lanes);
+    pe.o = S::loadn(p.peephole + 2 * plane + at, lanes);
+  }
+  const V c = S::loadn(p.c + s * p.c_frame + at, lanes);
+  V gates[4];
+  for (int k = 0; k < 4; ++k) gates[k] = load_kept(kept, first + k * n, lanes);
+  const CellBackward<V> r = lstm_cell_backward<VectorMath<T>, kPeephole>(gates[0], gates[1], gates[2], gates[3], c_prev, c, dh, S::loadn(dc, lanes), pe);
+  S::storen(dc, r.dc, lanes);
+  gradients[0] = r.di;
+  gradients[1] = r.df;
+  gradients[2] = r.dg;
+  gradients[3] = r.d_o;
+  for (int k = 0; k < 4; ++k) S::storen(dgates + k * n, gradients[k], lanes);
+  if (kPeephole && p.dpeephole) {
+    T* q = p.dpeephole + at;
+    S::storen(q, S::loadn(q, lanes) + r.di * c_prev, lanes);
+    q += plane;
+    S::storen(q, S::loadn(q, lanes) + r.df * c_prev, lanes);
+    q += plane;
+    S::storen(q, S::loadn(q, lanes) + r.d_o * c, lanes);
+  }
+}
+
+template <class T>
+static INLINE void add_to_bias(const GatesBackward<T>& p, long ch, long n, long j, const typename Simd<T>::V* gradients) {
+  typedef Simd<T> S;
+  const long lanes = n - j < S::W ? n - j : (long)S::W;
+  T* sum = p.dbias + 4 * ch + j;
+  for (int k = 0; p.dbias && k < 4; ++k, sum += n) S::storen(sum, S::loadn(sum, lanes) + gradients[k], lanes);
+}
+
+// The bias' sums of few channels stay in registers along the row; those of more are added to pixel by pixel, as memory lies.
 template <class T, bool kPeephole>
 static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
   typedef Simd<T> S;
   typedef typename S::V V;
-  typedef VectorMath<T> M;
-  const long c1 = p.channels, width = p.rows.width, plane = p.rows.rows * width * c1;
-  const long d = row / p.rows.height, y = row % p.rows.height;
-  const long row_pixel = row * width, frame_pixel = p.origin + d * p.map.depth + y * p.map.height;
-  for (long x = 0; x < width; ++x) {
-    const long pixel = row_pixel + x;
+  const long c1 = p.channels, width = p.rows.width, d = row / p.rows.height, y = row % p.rows.height;
+  const long frame_pixel = p.origin + d * p.map.depth + y * p.map.height;
+  V gradients[4];
+  if (c1 <= (long)S::W) {
+    V sums[4] = {};
+    for (long x = 0; x < width; ++x) {
+      gates_backward_cells<T, kPeephole>(p, s, row, frame_pixel, x, 0, c1, 0, gradients);
+      for (int k = 0; k < 4; ++k) sums[k] += gradients[k];
+    }
+    return add_to_bias(p, 0, c1, 0, sums);
+  }
+  for (long x = 0; x < width; ++x)
     for (long ch = 0; ch < c1; ch += kBlock) {
       const long n = c1 - ch < kBlock ? c1 - ch : (long)kBlock;
-      T* dgates = p.dgates + s * p.dgates_frame + 4 * (p.dgates_pixels * ch + (frame_pixel + x) * n);
-      const long at = pixel * c1 + ch;
-      const Kept<T> kept = p.gates.data ? p.gates : Kept<T>{dgates, kFull};
-      const long first = p.gates.data ? s * p.gates_frame + 4 * (pixel * c1 + ch) : 0;
-      T* dc = p.dc + s * p.dc_frame + at;
       for (long j = 0; j < n; j += S::W) {
-        const long lanes = n - j < S::W ? n - j : (long)S::W;
-        V dh = {};
-        for (int k = 0; k < 2; ++k)
-          if (p.dh[k]) dh += S::loadn(p.dh[k] + s * p.dh_frame[k] + pixel * p.dh_stride[k] + ch + j, lanes);
-        const V c_prev = p.c_prev ? S::loadn(p.c_prev + s * p.c_prev_frame + at + j, lanes) : V{};
-        Peephole<V> pe = {};
-        if (kPeephole) {
-          pe.i = S::loadn(p.peephole + at + j, lanes);
-          pe.f = S::loadn(p.peephole + plane + at + j, lanes);
-          pe.o = S::loadn(p.peephole + 2 * plane + at + j, lanes);
-        }
-        const V c = S::loadn(p.c + s * p.c_frame + at + j, lanes);
-        V gates[4];
-        for (int k = 0; k < 4; ++k) gates[k] = load_kept(kept, first + k * n + j, lanes);
-        const CellBackward<V> r = lstm_cell_backward<M, kPeephole>(
-            gates[0], gates[1], gates[2], gates[3], c_prev, c, dh, S::loadn(dc + j, lanes), pe);
-        S::storen(dc + j, r.dc, lanes);
-        S::storen(dgates + j, r.di, lanes);
-        S::storen(dgates + n + j, r.df, lanes);
-        S::storen(dgates + 2 * n + j, r.dg, lanes);
-        S::storen(dgates + 3 * n + j, r.d_o, lanes);
-        if (kPeephole && p.dpeephole) {
-          T* q = p.dpeephole + at + j;
-          S::storen(q, S::loadn(q, lanes) + r.di * c_prev, lanes);
-          q += plane;
-          S::storen(q, S::loadn(q, lanes) + r.df * c_prev, lanes);
-          q += plane;
-          S::storen(q, S::loadn(q, lanes) + r.d_o * c, lanes);
-        }
+        gates_backward_cells<T, kPeephole>(p, s, row, frame_pixel, x, ch, n, j, gradients);
+        add_to_bias(p, ch, n, j, gradients);
       }
     }
-  }
 }
 
 template <class T>
@@ -320,15 +343,15 @@ static void weight_grad(const WeightGrad<T>& p, long begin, long end) {
   enum { W = Simd<T>::W, kPanel = Tile<T>::kPanel, kSegments = 32, kPixels = 128 };
   const Cut cut(p.a.runs.length, Tile<T>::kPixels);
   const Cut across(p.rows.width, kPixels);
-  const long ldw = (p.columns + W - 1) / W * W, total = p.rows.samples * p.rows.rows * across.tiles;
+  const long ldw = (p.columns + W - 1) / W * W, last = p.row_end * across.tiles;
   // A chunk of pixels is read by every tile of dw; its panel of dgates is made dense first, so that it stays in L1.
   alignas(64) T panel[2 * kPixels * kPanel];
   const bool dense = end - begin > 2;
   const T *row_a[kSegments], *a[kSegments], *row_g[kSegments], *g[kSegments];
   long pixels[kSegments];
-  for (long at = 0; at < total;) {
+  for (long at = p.row * across.tiles; at < last;) {
     long segments = 0, count = 0;
-    for (; at < total && segments < kSegments && count < kPixels; ++at, ++segments) {
+    for (; at < last && segments < kSegments && count < kPixels; ++at, ++segments) {
       const long r = at / across.tiles, x = across.at(at % across.tiles);
       const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
       const long d = row / p.rows.height, y = row % p.rows.height;

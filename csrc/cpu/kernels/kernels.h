@@ -101,6 +101,7 @@ struct GatesBackward {
   long dh_frame[2], dh_stride[2];  // elements from sample to sample, from pixel to pixel
   T* dc;                 // [sample][row][x][C]: gradient of c on entry, of c_prev on exit
   long dc_frame;
+  T* dbias;              // [block][i | f | g | o][channels of the block], added to; null = not wanted
   T* dgates;
   long dgates_frame, dgates_pixels;  // elements from sample to sample; pixels of a bordered frame
   long origin;                 // pixels from a frame's start to its first interior one
@@ -117,6 +118,7 @@ struct WeightGrad {
   RowMap dgates_map;
   long columns;
   T* dw;                 // [k][columns rounded up to the panel]
+  long row, row_end;     // which of all samples' rows
 };
 
 // Rows of n cells side by side. Gates lie at z[gate * z_stride + cell], rows z_next apart; activated and dz likewise.
