@@ -4,6 +4,7 @@ and the threads that take turns in running them."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import platform
@@ -385,12 +386,14 @@ def test_winograd_1d(kernels: ModuleType, isa: str, r: int, rows: int, features:
     within(found, exact.reshape(r, -1), np.einsum("rfj,rc->jfc", np.abs(windows), np.abs(g)))
 
 
-def take_turns(kernels: ModuleType, threads: int, *how: int) -> tuple[int, float]:
-    """How often one was let through too early, and seconds of processor; who comes late to a team is not in it."""
+def take_turns(kernels: ModuleType, threads: int, *how: int) -> tuple[int, float, int]:
+    """How often one was let through too early, seconds of processor, and who learned that another one failed.
+
+    Who comes late to a team is not in it."""
     for _ in range(50):
-        members, early, seconds = kernels.take_turns(threads, *how)
+        members, *found = kernels.take_turns(threads, *how)
         if members == threads:
-            return early, seconds
+            return tuple(found)
     pytest.skip(f"no team of {threads} threads came together")
 
 
@@ -406,3 +409,10 @@ def test_threads_wait_for_each_other(kernels: ModuleType, threads: int, follow: 
 def test_threads_that_wait_leave_the_processor_to_others(kernels: ModuleType, follow: bool) -> None:
     turns, nap = 10, 50_000
     assert take_turns(kernels, 2, turns, nap, follow)[1] < 0.1 * turns * nap * 1e-6
+
+
+@pytest.mark.parametrize("nap", [0, 200], ids=["awake", "asleep"])
+@pytest.mark.parametrize("follow", [False, True], ids=["together", "behind_each_other"])
+def test_nobody_waits_for_who_has_failed(kernels: ModuleType, follow: bool, nap: int) -> None:
+    for threads, failing in itertools.product((2, 3), (0, 7)):
+        assert take_turns(kernels, threads, 20, nap, follow, failing)[2] == threads - 1

@@ -233,7 +233,13 @@ void in_teams(long parts, long team, const F& call) {
     for (long task = begin; task < end; ++task) {
       const long part = task / team, rank = teams[part]->join(task % team);
       long turn = 0;
-      if (rank >= 0) call(part, Member{teams[part].get(), rank, &turn});
+      if (rank < 0) continue;
+      try {
+        call(part, Member{teams[part].get(), rank, &turn});
+      } catch (...) {  // no memory: the others are not to wait for ever
+        teams[part]->fail(rank);
+        throw;
+      }
     }
   });
 }

@@ -348,11 +348,17 @@ struct Engine {
       Team alone(1);
       long turn = 0;
       const Member one{&alone, alone.join(0), &turn};
-      for (long i = member.begin(n); own && i < member.end(n); ++i) pack(i);
-      std::vector<Task> tasks;
-      for (long i = 0; i < n; ++i) tasks.push_back(layers[i]->task(g, weights[i], parts[i][part], pipeline ? one : member, all[i]));
-      if (pipeline) run_layers(layers, tasks, member.begin(n), member.end(n), progress[part].data());
-      else run_layers(layers, tasks, 0, n, nullptr);
+      const long first = member.begin(n), last = member.end(n);
+      try {
+        for (long i = first; own && i < last; ++i) pack(i);
+        std::vector<Task> tasks;
+        for (long i = 0; i < n; ++i) tasks.push_back(layers[i]->task(g, weights[i], parts[i][part], pipeline ? one : member, all[i]));
+        if (pipeline) run_layers(layers, tasks, first, last, progress[part].data());
+        else run_layers(layers, tasks, 0, n, nullptr);
+      } catch (...) {
+        for (long i = first; pipeline && i < last; ++i) progress[part][i].fail();
+        throw;
+      }
     });
   }
 

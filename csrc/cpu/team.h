@@ -3,7 +3,9 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <limits>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -63,6 +65,24 @@ class Bell {
   std::condition_variable rung_;
 };
 
+// What a thread has behind it. In a line of its own: who counts must not wait for the others' caches.
+class alignas(64) Count {
+ public:
+  static constexpr long kFailed = std::numeric_limits<long>::max();
+
+  void reach(long n) { n_.store(n, std::memory_order_release); }
+
+  // Throws where the thread has failed, which is not to be waited for.
+  void wait(Bell& bell, long n) const {
+    long seen;
+    bell.wait([&] { return (seen = n_.load(std::memory_order_acquire)) >= n; });
+    if (seen == kFailed) throw std::runtime_error("convfast: another thread failed");
+  }
+
+ private:
+  std::atomic<long> n_{0};
+};
+
 // Only threads that run are ever waited for: the first to come gives the others a moment, then starts with those that are there. So
 // a pool that grants fewer threads than asked for, or runs them one after another, cannot hang it.
 class Team {
@@ -87,26 +107,27 @@ class Team {
 
   long size() const { return members_.load(std::memory_order_relaxed) & ~kClosed; }
 
-  // Until every member has come here as often as the one of this rank: `turn` is its own count, zero at first.
+  // Until every member has come here as often as the one of this rank: `turn` is its own count, zero at first. Throws where one has failed.
   void wait(long rank, long& turn) {
     const long all = size();
     if (all == 1) return;
-    slots_[rank].turn.store(++turn, std::memory_order_release);
+    slots_[rank].reach(++turn);
     bell_.ring();
-    for (long i = 0; i < all; ++i) bell_.wait([&] { return slots_[i].turn.load(std::memory_order_acquire) >= turn; });
+    for (long i = 0; i < all; ++i) slots_[i].wait(bell_, turn);
+  }
+
+  // The member of this rank comes no more.
+  void fail(long rank) {
+    slots_[rank].reach(Count::kFailed);
+    bell_.ring();
   }
 
  private:
   static constexpr long kClosed = 1l << 40, kMoment = 4000;  // kMoment in pauses
 
-  // A line of its own: who comes must not wait for the others' caches.
-  struct alignas(64) Slot {
-    std::atomic<long> turn{0};
-  };
-
   const long wanted_;
   alignas(64) std::atomic<long> members_{0};
-  std::vector<Slot> slots_;
+  std::vector<Count> slots_;
   Bell bell_;
 };
 
@@ -150,15 +171,14 @@ class Pieces {
 class Progress {
  public:
   void reach(long steps) {
-    steps_.store(steps, std::memory_order_release);
+    steps_.reach(steps);
     bell_.ring();
   }
-  void wait(long steps) {
-    bell_.wait([&] { return steps_.load(std::memory_order_acquire) >= steps; });
-  }
+  void wait(long steps) { steps_.wait(bell_, steps); }
+  void fail() { reach(Count::kFailed); }
 
  private:
-  alignas(64) std::atomic<long> steps_{0};
+  Count steps_;
   Bell bell_;
 };
 

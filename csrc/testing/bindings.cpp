@@ -434,19 +434,17 @@ static Array<unsigned short> narrow(const std::string& isa, const Array<float>& 
 
 // What `threads` threads found at `turns` turns of a Team, or, if they follow each other, of Progress: how many of them took part, how
 // often one was let through too early (or, of a whole team, had another's rank), and the seconds of processor that all of them took. At
-// every turn one of them, another one each time, comes `nap` microseconds late.
-static std::tuple<long, long, double> take_turns(long threads, long turns, long nap, bool follow) {
+// every turn one of them, another one each time, comes `nap` microseconds late. At turn `failing` (-1: never) the first one fails, and the
+// last number is how many others learned of it.
+static std::tuple<long, long, double, long> take_turns(long threads, long turns, long nap, bool follow, long failing) {
   Team team(threads);
   std::vector<Progress> progress(threads);
   std::vector<std::atomic<long>> behind(threads);  // turns that a thread has behind it
-  std::atomic<long> begun{0}, members{0}, early{0}, nanoseconds{0};
-  const auto run = [&](long own) {
-    for (++begun; begun < threads;) std::this_thread::yield();
-    const long rank = follow ? own : team.join(own);
+  std::atomic<long> begun{0}, members{0}, early{0}, nanoseconds{0}, learned{0};
+  const auto take = [&](long rank) {
     long turn = 0;
-    members += rank >= 0;
-    early += !follow && team.size() == threads && rank != own;
-    for (long t = 0; rank >= 0 && t < turns; ++t) {
+    for (long t = 0; t < turns; ++t) {
+      if (rank == 0 && t == failing) return follow ? progress[rank].fail() : team.fail(rank);
       if (follow && rank > 0) {
         progress[rank - 1].wait(t + 1);
         early += behind[rank - 1] < t + 1;
@@ -460,6 +458,19 @@ static std::tuple<long, long, double> take_turns(long threads, long turns, long 
       team.wait(rank, turn);
       for (long i = 0; i < team.size(); ++i) early += behind[i] < t + 1;
     }
+  };
+  const auto run = [&](long own) {
+    for (++begun; begun < threads;) std::this_thread::yield();
+    const long rank = follow ? own : team.join(own);
+    members += rank >= 0;
+    early += !follow && team.size() == threads && rank != own;
+    try {
+      if (rank >= 0) take(rank);
+    } catch (const std::runtime_error&) {
+      ++learned;
+      if (follow) progress[rank].fail();
+      else team.fail(rank);
+    }
     timespec spent;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &spent);
     nanoseconds += spent.tv_sec * 1000000000l + spent.tv_nsec;
@@ -467,7 +478,7 @@ static std::tuple<long, long, double> take_turns(long threads, long turns, long 
   std::vector<std::thread> all;
   for (long i = 0; i < threads; ++i) all.emplace_back(run, i);
   for (std::thread& thread : all) thread.join();
-  return {members, early, 1e-9 * nanoseconds};
+  return {members, early, 1e-9 * nanoseconds, learned};
 }
 
 template <class T>
@@ -502,7 +513,8 @@ static void bind(py::module_& m) {
 
 PYBIND11_MODULE(convfast_kernels, m) {
   m.def("instruction_sets", instruction_sets, "Those that this machine can run.");
-  m.def("take_turns", take_turns, py::arg("threads"), py::arg("turns"), py::arg("nap"), py::arg("follow"), py::call_guard<py::gil_scoped_release>());
+  m.def("take_turns", take_turns, py::arg("threads"), py::arg("turns"), py::arg("nap"), py::arg("follow"), py::arg("failing") = -1,
+        py::call_guard<py::gil_scoped_release>());
   bind<float>(m);
   bind<double>(m);
   const py::arg isa("isa");
