@@ -5,7 +5,6 @@ the operations have; beside each time the floor, which is the multiplications of
 names over the measured peak.
 """
 
-import json
 import math
 import re
 import sys
@@ -20,12 +19,12 @@ import matplotlib.pyplot as plt
 import torch
 
 import convfast
-from bench import machine
 from bench.cases import ConvLSTMCase
 from bench.contestants import Problem, conv_lstm
 from bench.harness import race
-from bench.report import Report, markdown_table
+from bench.report import Row, markdown_table
 from bench.setting import MODES
+from bench.study import publish
 
 BASE = ConvLSTMCase(4, 8, 32, (32,), 32, 32, 3)
 AXES: dict[str, tuple[list[int], float]] = {  # values, exponent of the operations
@@ -60,8 +59,8 @@ def floor(case: ConvLSTMCase, train: bool, peak: float) -> tuple[str, float]:
     return engine.removeprefix("layer 0: "), 1e-9 * work / peak
 
 
-def measure(peak: float) -> list[dict[str, Any]]:
-    rows = []
+def measure(machine: dict[str, Any]) -> list[Row]:
+    rows, peak = [], machine["peaks"]["GFLOP/s"]
     for axis, (values, exponent) in AXES.items():
         for train, mode in MODES.items():
             points = []
@@ -84,7 +83,7 @@ def slope(points: list[dict[str, Any]]) -> float:
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
-def markdown(described: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def markdown(machine: str, rows: list[Row]) -> str:
     lines = [
         [
             row["axis"],
@@ -100,10 +99,10 @@ def markdown(described: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         for p in row["points"]
     ]
     head = ["axis", "mode", "value", "ms", "eager hoisted cl / ours", "floor / ours", "slope (of operations)", "engine"]
-    return f"# How time grows\n\n{Report(described).machine_line()} Base: {BASE.id}.\n\n{markdown_table(head, lines)}\n"
+    return f"# How time grows\n\n{machine} Base: {BASE.id}.\n\n{markdown_table(head, lines)}\n"
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
+def picture(rows: list[Row], path: Path) -> None:
     figure, axes = plt.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.6), layout="constrained")
     for axis, name in zip(axes, AXES, strict=True):
         for row, color in zip((r for r in rows if r["axis"] == name), ("#d1495b", "#5b7fd1"), strict=True):
@@ -119,18 +118,6 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str]) -> None:
-    described = machine.describe()
-    described["command"] = "python -m bench.scaling"
-    described["peaks"] = machine.peaks(1.0)
-    folder = Path(argv[0]) if argv else Report(described).folder()
-    rows = measure(described["peaks"]["GFLOP/s"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scaling.json").write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
-    (folder / "scaling.md").write_text(markdown(described, rows))
-    picture(rows, folder / "scaling.png")
-    print((folder / "scaling.md").read_text())
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    folder, rows = publish("scaling", sys.argv[1:], measure, markdown)
+    picture(rows, folder / "scaling.png")
