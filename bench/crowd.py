@@ -55,8 +55,15 @@ def program(case: Case, train: bool, together: Any, results: Any) -> None:
     results.put(rates)
 
 
+def total(each: list[list[list[float]]]) -> dict[str, float]:
+    """Rates of all programs together, and their ratio: medians over the rounds."""
+    theirs, ours = ([sum(rates) for rates in zip(*kind)] for kind in zip(*each))
+    medians = {who: statistics.median(found) for who, found in zip(WHO, (theirs, ours))}
+    return medians | {"ratio": statistics.median(b / a for a, b in zip(theirs, ours))}
+
+
 def run(case: Case, train: bool, count: int) -> dict[str, float]:
-    """Sequences a second of all programs, and their ratio: medians over the rounds."""
+    """What so many programs get done, in sequences a second."""
     spawn = multiprocessing.get_context("spawn")
     together, results = spawn.Barrier(count), spawn.SimpleQueue()
     programs = [spawn.Process(target=program, args=(case, train, together, results)) for _ in range(count)]
@@ -65,9 +72,7 @@ def run(case: Case, train: bool, count: int) -> dict[str, float]:
     each = [results.get() for _ in programs]
     for process in programs:
         process.join()
-    theirs, ours = ([sum(rates) for rates in zip(*kind)] for kind in zip(*each))
-    medians = {who: statistics.median(found) for who, found in zip(WHO, (theirs, ours))}
-    return medians | {"ratio": statistics.median(b / a for a, b in zip(theirs, ours))}
+    return total(each)
 
 
 def measure(_: dict[str, Any]) -> list[Row]:

@@ -11,8 +11,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bench import contestants, harness, report
-from bench.cases import GatesCase
+from bench import contestants, crowd, harness, report
+from bench.cases import CONV1D_LSTM, CONV_LSTM, GatesCase
 from bench.harness import Contestant, Disagreement, Timing
 from bench.run_case import run_case
 from bench.setting import CPU
@@ -99,3 +99,20 @@ def test_everyone_begins_a_round_in_turn() -> None:
     timings = harness.race(everyone, 0.0, min_rounds=4, at_least=0.0, clock=lambda run, loops: run() or 1.0)
     assert "".join(calls) == "aaabbbccc" + "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"
     assert all(timing.rounds == [1.0] * 4 for timing in timings.values())
+
+
+def test_programs_of_a_crowd_count_what_they_get_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crowd, "ROUNDS", 2)
+    monkeypatch.setattr(crowd, "SECONDS", 0.01)
+    for case in (CONV_LSTM[4].tiny(), CONV1D_LSTM[5].tiny()):
+        for train in (False, True):
+            results = Mock()
+            crowd.program(case, train, Mock(), results)
+            ((theirs, ours),) = results.put.call_args.args
+            assert len(theirs) == len(ours) == 2
+            assert min(theirs + ours) > 0
+
+
+def test_crowd_adds_up_its_programs() -> None:
+    found = crowd.total([[[1.0, 2.0, 3.0], [2.0, 4.0, 9.0]], [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]])
+    assert found == {"torch": 4.0, "convfast": 8.0, "ratio": 2.0}
