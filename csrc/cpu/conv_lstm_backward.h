@@ -328,8 +328,7 @@ struct Backward : Engine<A> {
       }
       if (b.dh_given)
         Base::template pack<A>(pieces, active, *given.dh, 2, Base::plain_maps, b.dh_given, [&, of_sample = given.dh->stride(0), of_frame = given.dh->stride(1)](long i) {
-          const long sample = g.first + i * g.stride;
-          return sample * of_sample + p.frame_of(sample, step) * of_frame;
+          return g.sample(i) * of_sample + p.frame_of(g.sample(i), step) * of_frame;
         });
       if (plan.lean || b.dh_given) pieces.wait();
 
@@ -396,7 +395,7 @@ struct Backward : Engine<A> {
     if (plan.h0 || plan.c0)
       pieces.take(g.samples, [&](long begin, long end) {
         for (long i = begin; i < end; ++i) {
-          const long at = (g.first + i * g.stride) * state;
+          const long at = g.sample(i) * state;
           if (plan.h0) unpack_row(k, b.dh + i * pixels * dh_ld, dh_ld, pixels, c1, Base::out_data(dh0) + at, c1, 1);
           if (plan.c0 && dc0.scalar_type() == scalar_type<A>()) unpack_row(k, b.dc + i * state, c1, pixels, c1, Base::out_data(dc0) + at, c1, 1);
           else if (plan.c0) unpack_row(k, b.dc + i * state, c1, pixels, c1, static_cast<T*>(dc0.mutable_data_ptr()) + at, c1, 1);
@@ -531,7 +530,7 @@ struct Backward : Engine<A> {
 
   // The group's ith sample's of dx at a step.
   A* frame_of(const Group& g, long i, long step, const Tensor& dx) const {
-    const long sample = g.first + i * g.stride;
+    const long sample = g.sample(i);
     return Base::out_data(dx) + sample * dx.stride(0) + p.frame_of(sample, step) * dx.stride(1);
   }
 

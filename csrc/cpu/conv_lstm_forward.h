@@ -145,7 +145,7 @@ struct Engine {
   void pack_state(Pieces& pieces, const Group& g, const Tensor& t, const PaddingMaps& maps, T* dst, long ld = 0, long stride = 1) const {
     std::vector<long> all(g.samples);
     for (long i = 0; i < g.samples; ++i) all[i] = i;
-    const auto frame = [&, of_sample = t.stride(0)](long i) { return (g.first + i * g.stride) * of_sample; };
+    const auto frame = [&, of_sample = t.stride(0)](long i) { return g.sample(i) * of_sample; };
     if (t.scalar_type() == scalar_type<A>()) pack<A>(pieces, all, t, 1, maps, dst, frame, ld, stride);
     else pack<T>(pieces, all, t, 1, maps, dst, frame, ld, stride);
   }
@@ -155,8 +155,7 @@ struct Engine {
 
   void pack_x(Pieces& pieces, const Group& g, const std::vector<long>& active, long step, T* x_frames, T* gates_x) const {
     const auto frame = [&, of_sample = in.x->stride(0), of_frame = in.x->stride(1)](long i) {
-      const long sample = g.first + i * g.stride;
-      return sample * of_sample + p.frame_of(sample, step) * of_frame;
+      return g.sample(i) * of_sample + p.frame_of(g.sample(i), step) * of_frame;
     };
     if (p.convolved) pack<A>(pieces, active, *in.x, 2, plain_maps, gates_x, frame);
     else pack<A>(pieces, active, *in.x, 2, x_maps, x_frames, frame);
@@ -374,7 +373,7 @@ struct Engine {
 
     pieces.take(g.samples, [&](long begin, long end) {
       for (long i = begin; i < end; ++i) {
-        const long sample = g.first + i * g.stride, n = p.lengths[sample];
+        const long sample = g.sample(i), n = p.lengths[sample];
         A* last = to.h_n + sample * state;
         T* c = c_last + i * last_frame;
         if (n > 0) std::memcpy(static_cast<void*>(last), to.h + p.row_of(g, i, n - 1) * state, state * sizeof(A));

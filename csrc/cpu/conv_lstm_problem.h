@@ -20,6 +20,7 @@ struct ConvDims {
 struct Group {
   long first = 0, stride = 1, samples = 0;
   bool fresh = true;  // it is the first that has the team's buffers
+  long sample(long i) const { return first + i * stride; }
 };
 
 // Samples [first, first + samples), shared out to teams of as many threads each.
@@ -43,8 +44,7 @@ struct Problem {
   long frame_of(long sample, long step) const { return reverse ? lengths[sample] - 1 - step : step; }
   // Row of h [B * T] that is the group's ith sample's at this step.
   long row_of(const Group& g, long i, long step) const {
-    const long sample = g.first + i * g.stride;
-    return sample * time + frame_of(sample, step);
+    return g.sample(i) * time + frame_of(g.sample(i), step);
   }
   bool varied() const {
     return std::any_of(lengths.begin(), lengths.end(), [&](long n) { return n != time; });
@@ -53,7 +53,7 @@ struct Problem {
   std::vector<long> active(const Group& g, long step) const {
     std::vector<long> samples;
     for (long i = 0; i < g.samples; ++i)
-      if (step < lengths[g.first + i * g.stride]) samples.push_back(i);
+      if (step < lengths[g.sample(i)]) samples.push_back(i);
     return samples;
   }
   std::vector<int64_t> shape(std::vector<int64_t> leading) const {
@@ -91,7 +91,7 @@ struct Problem {
     for (long team = 0; team < phase.teams; ++team) {
       const Group g = share(phase, team);
       long steps = 0;
-      for (long i = 0; i < g.samples; ++i) steps += lengths[g.first + i * g.stride];
+      for (long i = 0; i < g.samples; ++i) steps += lengths[g.sample(i)];
       most = std::max(most, steps);
       sum += steps;
     }
