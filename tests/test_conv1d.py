@@ -25,6 +25,7 @@ from tests.cases import (
     exactly,
     name_of,
     normal,
+    threads,
 )
 from tests.graphs import Graphs
 from tests.oracle import assert_close_to_oracle, assert_close_where_drawn, with_gradients
@@ -226,17 +227,14 @@ def test_same_bits_again_and_a_sample_does_not_depend_on_its_batch(name: str, ba
         assert length == 0 or output.any()
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("name", ["features_33_channels_70", "tiles_of_4", "everything"])
-def test_any_number_of_threads(name: str, threads: int, backend: str) -> None:
+def test_any_number_of_threads(name: str, count: int, backend: str) -> None:
     case = CONV1D[name]
-    found, before = [], torch.get_num_threads()
-    try:
-        for count in (1, threads):
-            torch.set_num_threads(count)
+    found = []
+    for number in (1, count):
+        with threads(number):
             found.append(results(case, conv1d, case.arguments(torch.float32), backend=backend))
-    finally:
-        torch.set_num_threads(before)
     for key in ("output", "gradient of input"):
         torch.testing.assert_close(found[1][key], found[0][key], **exactly(backend))
     for key in ("gradient of weight", "gradient of bias"):

@@ -35,6 +35,7 @@ from tests.cases import (
     instruction_set,
     name_of,
     normal,
+    threads,
 )
 from tests.graphs import Graphs
 from tests.oracle import assert_close_to_oracle, assert_close_where_drawn, relative_errors, with_gradients
@@ -289,17 +290,14 @@ def test_same_bits_again_and_a_sample_does_not_depend_on_its_batch(name: str, ba
             torch.testing.assert_close(value, whole[key].narrow(dim, b, 1), **exactly(backend))
 
 
-@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("name", ["hidden_70", "time_40_batch_9", "everything"])
-def test_any_number_of_threads(name: str, threads: int, backend: str) -> None:
+def test_any_number_of_threads(name: str, count: int, backend: str) -> None:
     case = LSTM[name]
-    found, before = [], torch.get_num_threads()
-    try:
-        for count in (1, threads):
-            torch.set_num_threads(count)
+    found = []
+    for number in (1, count):
+        with threads(number):
             found.append(results(case, lstm, case.arguments(torch.float32), backend=backend))
-    finally:
-        torch.set_num_threads(before)
     for key, value in found[0].items():
         # With matrix tiles the order of sums depends on how many samples a thread has.
         tiles = backend == "cpu" and "amx" in torch.ops.convfast.cpu_capability()
@@ -702,12 +700,8 @@ def test_several_python_threads_at_once(native_ops: Any) -> None:
 @pytest.mark.parametrize("lengths", [False, True], ids=["", "lengths"])
 def test_more_samples_than_a_thread_runs_together(lengths: bool, native_ops: Any) -> None:
     case = LSTMCase("many", batch=70, time=9, hidden=40, lengths=tuple(b % 10 for b in range(70)) if lengths else None)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)  # groups of 32, 32 and 6
+    with threads(1):  # groups of 32, 32 and 6
         check(case, torch.float32, "cpu")
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
@@ -729,12 +723,8 @@ def test_gates_too_many_for_the_cache_are_those_of_half_the_batch(dtype: torch.d
         output, _ = lstm(leaf, weight_ih, weight_hh, backend="cpu")
         return output, *torch.autograd.grad(output, leaf, upstream[samples])
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)  # of more, few samples each, the order of sums may change
+    with threads(2):  # of more, few samples each, the order of sums may change
         whole, *halves = (run(slice(*ends)) for ends in ((0, batch), (0, batch // 2), (batch // 2, batch)))
-    finally:
-        torch.set_num_threads(before)
     tiles = "amx" in torch.ops.convfast.cpu_capability()  # their order of sums depends on how many samples a thread has
     for together, parts in zip(whole, zip(*halves)):
         torch.testing.assert_close(together, torch.cat(parts), **({} if tiles else exactly("cpu")))
@@ -745,10 +735,8 @@ def test_gates_too_many_for_the_cache_are_those_of_half_the_batch(dtype: torch.d
 def test_one_step_is_the_first_of_many(batch: int, hidden: int, dtype: torch.dtype, native_ops: Any) -> None:
     case = LSTMCase("steps", batch=batch, time=2, features=37, hidden=hidden, given=LSTM_STATE, directions=2)
     a = case.arguments(dtype)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        with threads(count):
             with torch.no_grad():
                 both, _, _ = case.call(lstm, a, backend="cpu")
                 one, h, _ = case.call(lstm, a | {"input": a["input"][:, :1]}, backend="cpu")
@@ -756,35 +744,27 @@ def test_one_step_is_the_first_of_many(batch: int, hidden: int, dtype: torch.dty
             for found in (one, training.detach()):
                 torch.testing.assert_close(found[:, 0, :hidden], both[:, 0, :hidden], **exactly("cpu"))
             torch.testing.assert_close(h, one[:, 0].unflatten(1, (2, hidden)).transpose(0, 1), **exactly("cpu"))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("time", [60, 300], ids=["weights_as_they_lie", "weights_packed"])
 @pytest.mark.parametrize("hidden", [48, 64])
 def test_backward_of_teams_reads_weights_two_ways(hidden: int, time: int, native_ops: Any) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
+    with threads(2):
         check(LSTMCase("long", batch=2, time=time, features=32, hidden=hidden, given=LSTM_STATE), torch.float32, "cpu")
-    finally:
-        torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("batch, threads", [(40, 3), (63, 5), (9, 5), (12, 2)])
-def test_teams_of_threads_share_large_weights(batch: int, threads: int, native_ops: Any) -> None:
+@pytest.mark.parametrize("batch, count", [(40, 3), (63, 5), (9, 5), (12, 2)])
+def test_teams_of_threads_share_large_weights(batch: int, count: int, native_ops: Any) -> None:
     # 3.4 MB of weights: a team, with groups of 32 and 8 samples in training; two where L2 holds 2 MB; few samples; some
     # more, whose input part is a GEMM of its own.
     lengths = tuple(b % 4 for b in range(batch))
     case = LSTMCase("large", batch=batch, time=3, features=500, hidden=272, lengths=lengths)
-    found, before = [], torch.get_num_threads()
-    try:
-        for count in (1, threads):
-            torch.set_num_threads(count)
+    found = []
+    for number in (1, count):
+        with threads(number):
             found.append(results(case, lstm, case.arguments(torch.float32), backend="cpu"))
+    with threads(count):
         check(case, torch.float32, "cpu")
-    finally:
-        torch.set_num_threads(before)
     tiles = "amx" in torch.ops.convfast.cpu_capability()  # their order of sums depends on how many samples a thread has
     for key, value in found[0].items():
         if key in OUTPUTS and not tiles:

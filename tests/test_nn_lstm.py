@@ -7,16 +7,14 @@ import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import NAMESPACES
+from cases import NAMESPACES, threads
 from modules import Called, assert_close, assert_same, check_against, flat, scripted, watching, without_gradients
 from oracle import assert_close_to_oracle, lstm_gates
 from torch import Tensor, library, nn
@@ -442,16 +440,6 @@ def test_one_op_gives_the_bits_of_layers_of_any_size(batch: int, hidden: int, co
     module = LSTM(7, hidden, 2, backend=compiled_backend)
     x = sequence(module, batch)
     assert_same(without_gradients(module, x, ops=["lstm_layers"]), module(x))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Stages of a pipeline that take steps in chunks (up to 7 samples a thread of one stage) or one by one.

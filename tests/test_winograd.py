@@ -16,7 +16,7 @@ from torch import Tensor
 
 import convfast
 from convfast import conv_lstm
-from tests.cases import BY_ID, EVERYTHING, LAYOUTS, WITH_STATE, Case, instruction_set
+from tests.cases import BY_ID, EVERYTHING, LAYOUTS, WITH_STATE, Case, instruction_set, threads
 from tests.oracle import FLOOR_EPS, assert_close_to_oracle, relative_errors
 from tests.test_conv_lstm import expected, name_of, results
 
@@ -124,16 +124,12 @@ for case in test_winograd.CASES:
     assert done.stdout.split() == [expected]
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
 @each_kernel
-def test_any_number_of_threads(kernel: int, threads: int) -> None:
+def test_any_number_of_threads(kernel: int, count: int) -> None:
     case = Case("threads", channels=24, hidden=72, space=(13, 11), kernel=(kernel, kernel), given=EVERYTHING)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads(count):
         check(dataclasses.replace(case, options={"algorithm": "winograd"}))
-    finally:
-        torch.set_num_threads(before)
 
 
 def layer(channels: int, hidden: int, kernel: int, scale: float = 1.0, **options: Any) -> convfast.ConvLSTM:

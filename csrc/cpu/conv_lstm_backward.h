@@ -97,7 +97,7 @@ struct Backward : Engine<A> {
     // Sums over samples. Of the weights, w_ih's and w_hh's together (Winograd: transformed), each thread's part of the rows has its own, or
     // where they would crowd its cache each team. Of the bias each part, [block][gate, channel of the block]; of the peepholes each team.
     T *sums = nullptr, *dbias = nullptr, *dpeephole = nullptr;
-    long sums_size = 0, copies = 0, teams = 1;
+    long sums_size = 0, copies = 1, teams = 1;
     bool crowded = false;
     std::vector<long> dw[2];  // where those of w_ih and w_hh are of dw_size numbers, the direct engine's sums: [block][k][columns rounded up]
     long dw_size = 0;
@@ -107,7 +107,7 @@ struct Backward : Engine<A> {
 
   // Channels of x and h whose weights' gradients are wanted.
   long sum_channels(const Plan& plan) const { return (plan.w_ih ? p.x_channels : 0) + (plan.w_hh ? p.channels : 0); }
-  long ld_bias() const { return round_up(4 * c1, 16); }
+  long ld_bias() const { return round_up(4 * c1, 16); }  // twice for each part: all rows', and those of its last ones
 
   long kx() const { return p.convolves_x() ? p.x_conv.taps() * p.x_channels : 0; }
   long kh() const { return p.h_conv.taps() * c1; }
@@ -177,7 +177,7 @@ struct Backward : Engine<A> {
       return sums;
     };
     if (plan.sums_size) plan.sums = zeros(plan.copies * plan.sums_size);
-    if (plan.bias) plan.dbias = zeros(p.threads * ld_bias());
+    if (plan.bias) plan.dbias = zeros(p.threads * 2 * ld_bias());
     if (plan.peephole) plan.dpeephole = zeros(plan.teams * 3 * state);
   }
 
@@ -217,7 +217,7 @@ struct Backward : Engine<A> {
     if (plan.w_ih) unpack_weight_grad(dw, plan.dw[0], p.x_channels, p.x_conv.taps(), Base::out_data(dw_ih));
     if (plan.w_hh) unpack_weight_grad(dw, plan.dw[1], c1, p.h_conv.taps(), Base::out_data(dw_hh));
     if (plan.bias) {
-      add_copies(plan.dbias, p.threads, ld_bias());
+      add_copies(plan.dbias, p.threads, 2 * ld_bias());
       for (long n = 0; n < 4 * c1; ++n) Base::out_data(dbias)[p.weight_row(n)] = static_cast<A>(plan.dbias[n]);
     }
     if (plan.peephole) add_copies(plan.dpeephole, plan.teams, 3 * state);
@@ -361,7 +361,10 @@ struct Backward : Engine<A> {
       cells.origin = origin;
       cells.map = pixel_map;
       take_parts(pieces, b.team, plan.dpeephole ? n_rows : r.samples * n_rows, [&](long begin, long end, long part) {
-        cells.dbias = plan.dbias ? plan.dbias + (team * b.team + part) * ld_bias() : nullptr;
+        if (plan.dbias) {
+          cells.dbias = plan.dbias + (team * b.team + part) * 2 * ld_bias();
+          cells.dbias_part = cells.dbias + ld_bias();
+        }
         k.gates_backward(cells, begin, end);
       });
       pieces.wait();

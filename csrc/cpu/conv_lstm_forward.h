@@ -334,14 +334,17 @@ struct Engine {
     if (has_h0) pack_state(pieces, g, *in.h0, h_maps, b.h_frames[0]);
     for (int i = has_h0 ? 1 : 0; g.fresh && i < 2; ++i) clear(pieces, b.h_frames[i], b.samples * h_layout.frame);
     if (has_c0) pack_state(pieces, g, *in.c0, plain_maps, c_last, 0, g.stride);
+    std::vector<long> out_sample, active = p.active(g, 0), next;
+    if (p.has_x) pack_x(pieces, g, active, 0, b.x_frames, b.gates_x);
+    pieces.wait();
 
     ConvLSTMStep<T> s = step_arguments(packed, b);
-    std::vector<long> out_sample, active = p.active(g, 0), next;
     for (long step = 0; !active.empty(); ++step, active = next) {
       next = step + 1 < p.time ? p.active(g, step + 1) : std::vector<long>();
-      const bool packs_x = p.has_x && (step == 0 || !(same_x() || ahead));
-      if (packs_x) pack_x(pieces, g, active, step, b.x_frames, b.gates_x);
-      if (packs_x || step == 0) pieces.wait();
+      if (step > 0 && p.has_x && !same_x() && !ahead) {
+        pack_x(pieces, g, active, step, b.x_frames, b.gates_x);
+        pieces.wait();
+      }
       const long now = ahead ? step % 2 * size : 0;
       if (b.x_frames) s.x.frames = b.x_frames + now;
       if (b.gates_x) s.gates_x = b.gates_x + now;

@@ -345,11 +345,11 @@ struct Engine {
     for (long i = 0; !own && i < n; ++i) pack(i);
     for (size_t part = 0; pipeline && part < parts[0].size(); ++part) progress.emplace_back(n);
     layers[0]->run(0, [&](const Group& g, long part, const Member& member) {
-      Team alone(1);
-      long turn = 0;
-      const Member one{&alone, alone.join(0), &turn};
       const long first = member.begin(n), last = member.end(n);
       try {
+        Team alone(1);
+        long turn = 0;
+        const Member one{&alone, alone.join(0), &turn};
         for (long i = first; own && i < last; ++i) pack(i);
         std::vector<Task> tasks;
         for (long i = 0; i < n; ++i) tasks.push_back(layers[i]->task(g, weights[i], parts[i][part], pipeline ? one : member, all[i]));

@@ -286,7 +286,7 @@ template <class T>
 static INLINE void add_to_bias(const GatesBackward<T>& p, long ch, long n, long j, const typename Simd<T>::V* gradients) {
   typedef Simd<T> S;
   const long lanes = n - j < S::W ? n - j : (long)S::W;
-  T* sum = p.dbias + 4 * ch + j;
+  T* sum = p.dbias_part + 4 * ch + j;
   for (int k = 0; p.dbias && k < 4; ++k, sum += n) S::storen(sum, S::loadn(sum, lanes) + gradients[k], lanes);
 }
 
@@ -318,18 +318,26 @@ static void gates_backward_row(const GatesBackward<T>& p, long s, long row) {
 
 template <class T>
 static void gates_backward(const GatesBackward<T>& p, long begin, long end) {
+  enum { kPixels = 128 };  // of a part of the bias' sum: what a running sum of n terms loses grows with sqrt(n)
+  long pixels = 0;
+  const auto row = [&](long s, long row, bool last) {
+    if (p.peephole) gates_backward_row<T, true>(p, s, row);
+    else gates_backward_row<T, false>(p, s, row);
+    pixels += p.rows.width;
+    if (!p.dbias || (pixels < kPixels && !last)) return;
+    pixels = 0;
+    for (long i = 0; i < 4 * p.channels; i += Simd<T>::W) {
+      Simd<T>::store(p.dbias + i, Simd<T>::load(p.dbias + i) + Simd<T>::load(p.dbias_part + i));
+      Simd<T>::store(p.dbias_part + i, typename Simd<T>::V{});
+    }
+  };
+  const long samples = p.rows.samples;
   if (p.dpeephole) {  // a row of the map belongs to one thread, for all samples: their sum has one order
-    for (long row = begin; row < end; ++row)
-      for (long i = 0; i < p.rows.samples; ++i) gates_backward_row<T, true>(p, p.rows.sample[i], row);
+    for (long r = begin; r < end; ++r)
+      for (long i = 0; i < samples; ++i) row(p.rows.sample[i], r, r + 1 == end && i + 1 == samples);
     return;
   }
-  for (long r = begin; r < end; ++r) {
-    const long s = p.rows.sample[r / p.rows.rows], row = r % p.rows.rows;
-    if (p.peephole)
-      gates_backward_row<T, true>(p, s, row);
-    else
-      gates_backward_row<T, false>(p, s, row);
-  }
+  for (long r = begin; r < end; ++r) row(p.rows.sample[r / p.rows.rows], r % p.rows.rows, r + 1 == end);
 }
 
 // Tasks of weight_grad: the K range in pieces of a tile's height, run after run.

@@ -101,7 +101,8 @@ struct GatesBackward {
   long dh_frame[2], dh_stride[2];  // elements from sample to sample, from pixel to pixel
   T* dc;                 // [sample][row][x][C]: gradient of c on entry, of c_prev on exit
   long dc_frame;
-  T* dbias;              // [block][i | f | g | o][channels of the block], added to; null = not wanted
+  // [block][i | f | g | o][channels of the block], whole vectors, added to; null = not wanted. And the sum of some rows, zero before and after.
+  T *dbias, *dbias_part;
   T* dgates;
   long dgates_frame, dgates_pixels;  // elements from sample to sample; pixels of a bordered frame
   long origin;                 // pixels from a frame's start to its first interior one
