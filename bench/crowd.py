@@ -39,7 +39,17 @@ def contestants(case: Case, train: bool) -> list[Contestant]:
 
 
 def program(case: Case, train: bool, together: Any, results: Any) -> None:
-    """Puts the sequences a second of each contestant, one a round, into `results`."""
+    """Puts the sequences a second of each contestant, one a round, into `results`; None if it fails."""
+    rates: list[list[float]] | None = None
+    try:
+        rates = race(case, train, together)
+    finally:
+        if rates is None:
+            together.abort()  # the others are not to wait for this one
+        results.put(rates)
+
+
+def race(case: Case, train: bool, together: Any) -> list[list[float]]:
     pair = contestants(case, train)
     for contestant in pair:
         contestant.run()
@@ -52,7 +62,7 @@ def program(case: Case, train: bool, together: Any, results: Any) -> None:
                 contestant.run()
                 runs += 1
             found.append(case.batch * runs / (time.perf_counter() - begin))
-    results.put(rates)
+    return rates
 
 
 def total(each: list[list[list[float]]]) -> dict[str, float]:
@@ -63,7 +73,7 @@ def total(each: list[list[list[float]]]) -> dict[str, float]:
 
 
 def run(case: Case, train: bool, count: int) -> dict[str, float]:
-    """What so many programs get done, in sequences a second."""
+    """What so many programs get done, in sequences a second. RuntimeError if one fails."""
     spawn = multiprocessing.get_context("spawn")
     together, results = spawn.Barrier(count), spawn.SimpleQueue()
     programs = [spawn.Process(target=program, args=(case, train, together, results)) for _ in range(count)]
@@ -72,6 +82,8 @@ def run(case: Case, train: bool, count: int) -> dict[str, float]:
     each = [results.get() for _ in programs]
     for process in programs:
         process.join()
+    if None in each:
+        raise RuntimeError(f"{case.id}: {each.count(None)} of {count} programs failed")
     return total(each)
 
 

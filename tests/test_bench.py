@@ -11,8 +11,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from bench import contestants, crowd, harness, report
-from bench.cases import CONV1D_LSTM, CONV_LSTM, GatesCase
+from bench import contestants, crowd, harness, report, study
+from bench.cases import CONV1D_LSTM, CONV_LSTM, ConvLSTMCase, GatesCase
 from bench.harness import Contestant, Disagreement, Timing
 from bench.run_case import run_case
 from bench.setting import CPU
@@ -116,3 +116,23 @@ def test_programs_of_a_crowd_count_what_they_get_done(monkeypatch: pytest.Monkey
 def test_crowd_adds_up_its_programs() -> None:
     found = crowd.total([[[1.0, 2.0, 3.0], [2.0, 4.0, 9.0]], [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]])
     assert found == {"torch": 4.0, "convfast": 8.0, "ratio": 2.0}
+
+
+def test_a_crowd_with_a_failure_ends() -> None:
+    with pytest.raises(RuntimeError, match=r"^B0_.*: 2 of 2 programs failed"):
+        crowd.run(ConvLSTMCase(0, 1, 1, (1,), 3, 3, -1), False, 2)
+
+
+def test_a_study_writes_its_rows_and_their_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study.machine, "peaks", lambda seconds: PEAKS)
+    seen = []
+
+    def measure(machine: dict) -> list[dict]:
+        seen.append(machine)
+        return [{"a": 1}]
+
+    folder, rows = study.publish("name", [str(tmp_path / "new")], measure, lambda line, rows: f"{line} {rows}")
+    written = json.loads((folder / "name.json").read_text())
+    assert written["rows"] == rows == [{"a": 1}]
+    assert written["machine"] == seen[0]
+    assert "python -m bench.name" in (folder / "name.md").read_text()

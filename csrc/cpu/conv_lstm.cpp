@@ -3,8 +3,8 @@
 // Forward, per step: x_t is packed into a bordered frame, then every row of every sample is one GEMM over the taps of x_t and h_{t-1}
 // with the cell behind it; h_t goes to the output and, bordered, to the next step's frame. Backward, per step: gate gradients, then
 // dgrad (GEMM over the taps of dgates), dx (one GEMM, then a gather over taps) and wgrad, all from dgates while it is in cache.
-// Teams of threads have samples of their own and walk through all steps side by side, in one parallel region; what is a thread's one step
-// is its the next, so that it finds it in its caches.
+// Teams of threads have samples of their own and walk through all steps side by side, in one parallel region: what a thread writes at one
+// step it reads at the next, mostly from its own caches.
 // Floor: 2 * taps * (Cin + C) * 4C operations per pixel and step at the FMA peak, three times that for training.
 // Winograd (conv_lstm_winograd.h) reads and writes the same frames in tiles, and takes the place of the step, of dgrad and of wgrad.
 #include <torch/csrc/stable/library.h>

@@ -244,8 +244,8 @@ void in_teams(long parts, long team, const F& call) {
   });
 }
 
-// Pieces of work that do not wait for each other, in one parallel region: every thread takes its share of each, in order. Pieces too
-// small for all threads go to one thread after another, from the first on.
+// Pieces of work that do not wait for each other, in a parallel region of their own: what team.h's Pieces are to a team, and shared out
+// alike. A share has its thread's number, however many threads come: sums by number have one order.
 class Region {
  public:
   // f(begin, end, thread) over [0, n).

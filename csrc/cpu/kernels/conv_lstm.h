@@ -285,9 +285,10 @@ static INLINE void gates_backward_cells(const GatesBackward<T>& p, long s, long 
 template <class T>
 static INLINE void add_to_bias(const GatesBackward<T>& p, long ch, long n, long j, const typename Simd<T>::V* gradients) {
   typedef Simd<T> S;
+  if (!p.dbias) return;
   const long lanes = n - j < S::W ? n - j : (long)S::W;
   T* sum = p.dbias_part + 4 * ch + j;
-  for (int k = 0; p.dbias && k < 4; ++k, sum += n) S::storen(sum, S::loadn(sum, lanes) + gradients[k], lanes);
+  for (int k = 0; k < 4; ++k, sum += n) S::storen(sum, S::loadn(sum, lanes) + gradients[k], lanes);
 }
 
 // The bias' sums of few channels stay in registers along the row; those of more are added to pixel by pixel, as memory lies.
