@@ -1,12 +1,13 @@
 """What is timed: the shapes, and the work that each of them needs at the least."""
 
+import math
 import random
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class ConvLSTMCase:
-    """A stack of ConvLSTM layers over [batch, time, channels, height, width]."""
+    """A stack of ConvLSTM layers over [batch, time, channels, height, width], or [.., depth, height, width]."""
 
     batch: int
     time: int
@@ -16,20 +17,31 @@ class ConvLSTMCase:
     width: int
     kernel: int
     same_frame: bool = False  # one frame fed at every step, only the last step's output kept
+    depth: int | None = None
     unit = "GFLOP/s"
 
     @property
     def id(self) -> str:
         hidden = "-".join(map(str, self.hidden))
         size = f"{self.height}" if self.height == self.width else f"{self.height}x{self.width}"
-        return f"B{self.batch}_T{self.time}_Cin{self.channels}_C{hidden}_H{size}_k{self.kernel}"
+        deep = f"_D{self.depth}" if self.depth else ""
+        return f"B{self.batch}_T{self.time}_Cin{self.channels}_C{hidden}{deep}_H{size}_k{self.kernel}"
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """Of a frame."""
+        return (*([self.depth] if self.depth else []), self.height, self.width)
+
+    @property
+    def taps(self) -> int:
+        return self.kernel ** len(self.space)
 
     def work(self, training: bool, size: int = 4) -> float:
         """Multiply-adds of direct convolutions, times two; the convolution of the zero state is not counted.
 
         Backward: a data and a weight gradient for each convolution of the forward.
         """
-        taps = self.kernel**2 * self.height * self.width * self.batch
+        taps = self.taps * math.prod(self.space) * self.batch
         inputs = (self.channels, *self.hidden[:-1])
         forward = sum(
             2.0 * taps * 4 * c * (self.time * cin + (self.time - 1) * c)
@@ -44,7 +56,7 @@ class ConvLSTMCase:
     @property
     def terms(self) -> int:
         """Products summed into one element of a weight's gradient."""
-        return self.frames * self.height * self.width
+        return self.frames * math.prod(self.space)
 
     @property
     def states(self) -> int:
@@ -159,6 +171,8 @@ CONV_LSTM = [
     ConvLSTMCase(3, 10, 24, (24,), 52, 40, 3),
     ConvLSTMCase(3, 10, 24, (24,), 50, 37, 3),
     ConvLSTMCase(1, 5, 512, (128, 64, 64, 32, 32), 64, 32, 3, same_frame=True),
+    ConvLSTMCase(4, 10, 16, (16,), 64, 64, 7),
+    ConvLSTMCase(1, 6, 16, (16,), 32, 32, 3, depth=16),
 ]
 
 LSTM_GATES = [

@@ -19,6 +19,9 @@ from convfast.ops.conv_lstm import WITH_WINOGRAD
 
 Forward = Callable[..., Tensor]
 OPPONENTS = {"cat": CatConvLSTM, "hoisted": HoistedConvLSTM}
+# By the dims of a frame.
+LAYERS = {2: convfast.ConvLSTM, 3: convfast.ConvLSTM3d}
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 LONG = 20  # steps of all layers, from where on compiling the unrolled loop takes minutes
 
@@ -30,30 +33,31 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         self.case, self.setting = case, setting
         frames = () if case.same_frame else (case.time,)
-        shape = case.batch, *frames, case.channels, case.height, case.width
+        shape = case.batch, *frames, case.channels, *case.space
         self.input = setting.place(torch.randn(shape, generator=generator))
         self.grad = setting.place(torch.randn(self.output_shape, generator=generator))
         torch.manual_seed(0)
-        template = CatConvLSTM(case.channels, list(case.hidden), case.kernel)
+        template = CatConvLSTM(case.channels, list(case.hidden), case.kernel, len(case.space))
         self.weights = {name: setting.place(weight.detach().clone()) for name, weight in template.weights()}
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         case = self.case
         time = () if case.same_frame else (case.time,)
-        return case.batch, *time, case.hidden[-1], case.height, case.width
+        return case.batch, *time, case.hidden[-1], *case.space
 
     def opponent(self, name: str, dtype: torch.dtype | None = None, channels_last: bool = False) -> nn.Module:
-        model = OPPONENTS[name](self.case.channels, list(self.case.hidden), self.case.kernel)
+        case = self.case
+        model = OPPONENTS[name](case.channels, list(case.hidden), case.kernel, len(case.space))
         model = model.to(self.setting.device, dtype or self.setting.dtype)
         load_weights(model, self.weights)
-        return model.to(memory_format=torch.channels_last) if channels_last else model
+        return model.to(memory_format=CHANNELS_LAST[len(case.space)]) if channels_last else model
 
     def convfast(self, backend: str, memory: str = "fast", algorithm: str = "auto") -> nn.Module:
         case = self.case
         last = {"step": case.time, "effective_step": [case.time - 1]} if case.same_frame else {}
         options = {"memory": memory, "algorithm": algorithm, "backend": backend, **last}
-        model = self.setting.place(convfast.ConvLSTM(case.channels, list(case.hidden), case.kernel, **options))
+        model = self.setting.place(LAYERS[len(case.space)](case.channels, list(case.hidden), case.kernel, **options))
         model.load_state_dict(self.weights)
         return model
 
@@ -66,9 +70,9 @@ class Problem:
         return (lambda x: model(x)[0][0]) if self.case.same_frame else (lambda x: model(x)[0])
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """Logical [..., C, H, W] with C innermost in memory."""
-    return x.movedim(-3, -1).contiguous().movedim(-1, -3)
+def channels_last(x: Tensor, dims: int = 2) -> Tensor:
+    """Logical [..., C, *S], of so many dims, with C innermost in memory."""
+    return x.movedim(-dims - 1, -1).contiguous().movedim(-1, -dims - 1)
 
 
 def inference(name: str, kind: str, forward: Forward, *inputs: Tensor) -> Contestant:
@@ -168,7 +172,7 @@ def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, C
             if kind == "compile" and on_gpu and short and case.time * len(case.hidden) > LONG:
                 raise runtimes.Absent("minutes of compilation, left out of --short")
             model = problem.opponent(name, channels_last=last)
-            x = channels_last(problem.input) if last else problem.input
+            x = channels_last(problem.input, len(case.space)) if last else problem.input
             call = torch.compile(model, fullgraph=True, dynamic=False, **compiled) if kind == "compile" else model
             call = in_own_graphs(call) if kind == "compile" and setting.captured else call
             forward = problem.opponent_forward(call)

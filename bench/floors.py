@@ -1,6 +1,7 @@
 """Paper floors: what each kernel of a case must compute and move, and the least time of it: `python -m bench.floors`
 rewrites the table of docs/gpu.md. On a CPU of Conv1d → LSTM only, with L2 in the place of shared memory."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,7 +88,7 @@ def floor(case: Case, train: bool, chip: Chip, size: int = 2) -> float:
 
 
 def _conv_lstm(case: ConvLSTMCase, train: bool, size: int) -> Iterator[Kernel]:
-    pixels, taps, time = case.batch * case.height * case.width, case.kernel**2, case.time
+    pixels, taps, time = case.batch * math.prod(case.space), case.taps, case.time
     for cin, c in zip((case.channels, *case.hidden[:-1]), case.hidden):
         product = 2.0 * pixels * 4 * c * taps  # for each input channel
         weights = size * 4 * c * taps * (cin + c)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 State = tuple[Tensor, Tensor]
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def lstm_cell(gates: Tensor, c: Tensor) -> State:
@@ -23,30 +24,30 @@ def lstm_cell(gates: Tensor, c: Tensor) -> State:
 class CatConvLSTM(nn.Module):
     """One convolution over cat(x, h) at every step: the version that everybody copies.
 
-    input [B, T, Cin, H, W], or one frame [B, Cin, H, W] fed `steps` times, or None with a state: `steps` steps of zeros
+    input [B, T, Cin, H, W] (D H W with 3 dims), or one frame [B, Cin, H, W] fed `steps` times, or None with a state: `steps` steps of zeros
     -> (output [B, T, C, H, W] of the last layer, its last (h, c)).
     """
 
-    def __init__(self, input_channels: int, hidden_channels: list[int], kernel_size: int) -> None:
+    def __init__(self, input_channels: int, hidden_channels: list[int], kernel_size: int, dims: int = 2) -> None:
         super().__init__()
         self.hidden_channels = hidden_channels
         inputs = [input_channels, *hidden_channels[:-1]]
         self.convs = nn.ModuleList(
-            nn.Conv2d(cin + c, 4 * c, kernel_size, padding=kernel_size // 2)
+            CONV[dims](cin + c, 4 * c, kernel_size, padding=kernel_size // 2)
             for cin, c in zip(inputs, hidden_channels, strict=True)
         )
-        self.input_channels = inputs
+        self.input_channels, self.dims = inputs, dims
 
     def forward(self, input: Tensor | None, state: State | None = None, steps: int = 1) -> tuple[Tensor, State]:
         for layer, conv in enumerate(self.convs):
             if layer == 0 and state is not None:
                 h, c = state
             else:
-                h = c = input.new_zeros(input.shape[0], self.hidden_channels[layer], *input.shape[-2:])
+                h = c = input.new_zeros(input.shape[0], self.hidden_channels[layer], *input.shape[-self.dims :])
             if input is None:
                 frames = [h.new_zeros(h.shape[0], self.input_channels[0], *h.shape[2:])] * steps
             else:
-                frames = [input] * steps if input.dim() == 4 else input.unbind(1)
+                frames = [input] * steps if input.dim() == 2 + self.dims else input.unbind(1)
             outputs = []
             for x in frames:
                 h, c = lstm_cell(conv(torch.cat([x, h], dim=1)), c)
@@ -76,21 +77,22 @@ class HoistedConvLSTM(nn.Module):
     Arguments and results of CatConvLSTM.
     """
 
-    def __init__(self, input_channels: int, hidden_channels: list[int], kernel_size: int) -> None:
+    def __init__(self, input_channels: int, hidden_channels: list[int], kernel_size: int, dims: int = 2) -> None:
         super().__init__()
         self.hidden_channels = hidden_channels
         inputs = [input_channels, *hidden_channels[:-1]]
         pad = kernel_size // 2
         self.conv_x = nn.ModuleList(
-            nn.Conv2d(cin, 4 * c, kernel_size, padding=pad) for cin, c in zip(inputs, hidden_channels, strict=True)
+            CONV[dims](cin, 4 * c, kernel_size, padding=pad) for cin, c in zip(inputs, hidden_channels, strict=True)
         )
-        self.conv_h = nn.ModuleList(nn.Conv2d(c, 4 * c, kernel_size, padding=pad, bias=False) for c in hidden_channels)
+        self.conv_h = nn.ModuleList(CONV[dims](c, 4 * c, kernel_size, padding=pad, bias=False) for c in hidden_channels)
+        self.dims = dims
 
     def forward(self, input: Tensor | None, state: State | None = None, steps: int = 1) -> tuple[Tensor, State]:
         for layer, (conv_x, conv_h) in enumerate(zip(self.conv_x, self.conv_h, strict=True)):
             if input is None:
-                gates_x = [conv_x.bias[:, None, None]] * steps
-            elif input.dim() == 4:
+                gates_x = [conv_x.bias.view(-1, *[1] * self.dims)] * steps
+            elif input.dim() == 2 + self.dims:
                 gates_x = [conv_x(input)] * steps
             else:
                 gates_x = conv_x(input.flatten(0, 1)).unflatten(0, input.shape[:2]).unbind(1)

@@ -51,11 +51,11 @@ def floor(case: ConvLSTMCase, train: bool, peak: float) -> tuple[str, float]:
     frames = torch.empty(case.batch, case.time, case.channels, case.height, case.width, device="meta")
     engine = convfast.explain(module, frames)
     work = case.work(train)
-    found = re.search(r"F\((\d)x\d, (\d)x\d\)", engine)
+    found = re.search(r"F\((\d)x\d, (\d)x\d\)(?:, the kernel in (\d+) pieces)?", engine)
     if found:
-        m, r = map(int, found.groups())
+        m, r, pieces = map(int, found.groups("1"))
         tiles = math.ceil(case.height / m) * math.ceil(case.width / m)
-        work *= (m + r - 1) ** 2 * tiles / (r * r * case.height * case.width)
+        work *= (m + r - 1) ** 2 * tiles * pieces / (case.taps * case.height * case.width)
     return engine.removeprefix("layer 0: "), 1e-9 * work / peak
 
 

@@ -58,7 +58,8 @@
 //      layout where x is dense, as empty_like(x)
 //
 // conv_lstm_algorithm(x, w_ih, w_hh, h0, c0, time, stride, padding, dilation, padding_mode, algorithm) -> str
-//   what the two ops above take for these shapes: "winograd F(m x m, r x r)", or "direct: " and the reason
+//   what the two ops above take for these shapes: "winograd F(m x m, r x r)", with the pieces of the kernel if
+//   there are several, or "direct: " and the reason
 //
 // conv1d_forward(x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation, time_major, save)
 //     -> (y, pre)

@@ -104,7 +104,7 @@ def test_everyone_begins_a_round_in_turn() -> None:
 def test_programs_of_a_crowd_count_what_they_get_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crowd, "ROUNDS", 2)
     monkeypatch.setattr(crowd, "SECONDS", 0.01)
-    for case in (CONV_LSTM[4].tiny(), CONV1D_LSTM[5].tiny()):
+    for case in (CONV_LSTM[4].tiny(), CONV_LSTM[-1].tiny(), CONV1D_LSTM[5].tiny()):
         for train in (False, True):
             results = Mock()
             crowd.program(case, train, Mock(), results)

@@ -80,8 +80,8 @@ def conv_lstm(
         steps: number of steps T; needed only without input, or to repeat the one frame of `input`.
         reverse: read each sample from its last frame to its first; outputs stay with their frames.
         memory: what is kept for the backward: "fast" the activated gates and c, "lean" only c.
-        algorithm: "direct" sums every product of a convolution; "winograd" takes a fraction of them, for 3×3 and 5×5
-            kernels in float32 and narrower (docs/conv_lstm.md says how far it may be from direct); "auto" takes what is
+        algorithm: "direct" sums every product of a convolution; "winograd" takes a fraction of them, for 2-D and 3-D
+            frames in float32 and narrower (docs/conv_lstm.md says how far it may be from direct); "auto" takes what is
             faster for the shape. `convfast.explain` tells what a module's call takes.
         backend: a name from `convfast.available("conv_lstm")`; None takes the best.
 

@@ -183,7 +183,7 @@ struct Backward : Engine<A> {
 
   // Of the sums, a team's.
   long copies(const Plan& plan, long team) const {
-    if (tiling) return tiling.parts(team, 0, sum_channels(plan), 4 * c1, true).tiles;
+    if (tiling) return tiling.parts(team, 0, tiling.depth(sum_channels(plan)), 4 * c1, true).tiles;
     return plan.crowded ? 1 : team;
   }
 
@@ -375,7 +375,7 @@ struct Backward : Engine<A> {
         const long columns = (plan.dx_like_dh ? dx_column() + p.x_channels : c1) - from, depth = back.column.size();
         if (tiling) {
           const RowsGemm<T> gemm{r, {}, nullptr, columns, 0, b.dh + from, dh_ld};
-          tiling.take(pieces, b.team, dgates_tiles(r, dgates, plan.w_back + tiling.kernels->planes * 4 * c1 * from), columns,
+          tiling.take(pieces, b.team, dgates_tiles(r, dgates, plan.w_back + tiling.weights_size(4 * c1, from)), columns,
                       [&](const Winograd<T>& w, const WinogradRange& range, long) { tiling.kernels->rows_gemm(gemm, w, range, Base::scratch(pieces, b)); });
         } else {
           const RowsGemm<T> gemm{r, {back.a[0], back.a[1]}, plan.w_back + depth * from, columns, depth, b.dh + from, dh_ld};
@@ -444,8 +444,9 @@ struct Backward : Engine<A> {
 
   Winograd<T> dgates_tiles(const Rows& rows, const T* dgates, const T* weights) const {
     const long whole = c1 / kBlock, rest = 4 * (c1 % kBlock), frame = 4 * padded_pixels * c1;
-    return tiling.problem(rows, {whole ? dgates : nullptr, frame, kSlab * padded.w, kSlab, whole, kSlab * padded_pixels, kSlab},
-                          {rest ? dgates + kSlab * whole * padded_pixels : nullptr, frame, rest * padded.w, rest, 1, 0, rest}, 4 * c1, weights);
+    const WinogradInput<T> blocks{whole ? dgates : nullptr, frame, kSlab * pixel_map.depth, kSlab * pixel_map.height, kSlab, whole, kSlab * padded_pixels, kSlab};
+    const WinogradInput<T> narrow{rest ? dgates + kSlab * whole * padded_pixels : nullptr, frame, rest * pixel_map.depth, rest * pixel_map.height, rest, 1, 0, rest};
+    return tiling.problem(rows, blocks, narrow, 4 * c1, weights);
   }
 
   // w_hh, and w_ih behind it, turned round: from gates' gradients to those of h and x.
@@ -460,7 +461,8 @@ struct Backward : Engine<A> {
       for (long t = 0; t < taps; ++t, to -= kSlab)
         for (long j = 0; j < end - begin; ++j) to[j] = static_cast<T>(from[j * taps + t]);
     };
-    return tiling.pack_filters(k, workspace, 4 * c1, with_x ? split + ci : c1, [=](long first, long n, long column, long columns, T* to) {
+    const long narrow = 4 * (c1 % kBlock);
+    return tiling.pack_filters(k, workspace, 4 * c1 - narrow, narrow, with_x ? split + ci : c1, [=](long first, long n, long column, long columns, T* to) {
       const long of_hidden = std::clamp(c1 - column, 0l, columns), none = std::clamp(split - column, of_hidden, columns);
       for (long i = 0; i < n; ++i, to += taps * kSlab) {
         const long row = p.weight_row(first + i);
@@ -475,7 +477,7 @@ struct Backward : Engine<A> {
     const Winograd<T> w = tiling.problem(rows, Base::winograd_input(x_layout, plan.w_ih ? b.x_frames : nullptr),
                                          Base::winograd_input(h_layout, plan.w_hh && has_h ? b.h : nullptr), sum_channels(plan), nullptr);
     if (!w.a[0].frames && !w.a[1].frames) return;
-    const GateFrames<T> g{b.dgates, 4 * padded_pixels * c1, padded_pixels, origin, padded.w, c1};
+    const GateFrames<T> g{b.dgates, 4 * padded_pixels * c1, padded_pixels, origin, pixel_map.depth, pixel_map.height, c1};
     T* const sums = plan.sums + team * copies(plan, b.team) * plan.sums_size;
     tiling.take(pieces, b.team, w, 4 * c1, [&](const Winograd<T>& w, const WinogradRange& range, long part) {
       tiling.kernels->weight_grad(w, g, range, Base::scratch(pieces, b), sums + part * plan.sums_size);
@@ -497,21 +499,23 @@ struct Backward : Engine<A> {
 
   // From transformed sums to dw, as the direct kernels leave it.
   const T* winograd_weight_grads(const Plan& plan) {
-    const long channels = sum_channels(plan), taps = p.h_conv.taps(), ci = plan.w_ih ? p.x_channels : 0;
+    const long channels = sum_channels(plan), ci = plan.w_ih ? p.x_channels : 0, planes = tiling.kernels->planes, depth = tiling.depth(channels);
     T* const all = workspace.template take<T>(plan.dw_size);
     parallel(p.blocks() * channels, [&](long begin, long end) {
-      alignas(64) T u[64 * kSlab], g[25 * kSlab];
+      alignas(64) T u[36 * kSlab], g[25 * kSlab];
       std::vector<const T*> terms(plan.copies);
       for (long i = begin; i < end; ++i) {
         const long b = i / channels, c = i % channels, ld = round_up(4 * p.block_channels(b), k.lanes);
-        const T* sums = plan.sums + kSlab * b * tiling.kernels->planes * channels + c * ld;
-        for (long plane = 0; plane < tiling.kernels->planes; ++plane, sums += channels * ld) {
-          for (long copy = 0; copy < plan.copies; ++copy) terms[copy] = sums + copy * plan.sums_size;
-          k.sum_rows(plan.copies, terms.data(), ld, u + plane * kSlab);
+        T* const dw = all + (c < ci ? plan.dw[0][b] + c * ld : plan.dw[1][b] + (c - ci) * ld);
+        for (long piece = 0; piece < tiling.pieces(); ++piece) {
+          const T* sums = plan.sums + kSlab * b * planes * depth + tiling.row(c, piece, ci, channels - ci) * ld;
+          for (long plane = 0; plane < planes; ++plane, sums += depth * ld) {
+            for (long copy = 0; copy < plan.copies; ++copy) terms[copy] = sums + copy * plan.sums_size;
+            k.sum_rows(plan.copies, terms.data(), ld, u + plane * kSlab);
+          }
+          tiling.kernels->filter_gradient(u, ld, g);
+          tiling.each_tap(piece, [&](long t, long tap) { std::memcpy(dw + tap * (c < ci ? ci : c1) * ld, g + t * kSlab, ld * sizeof(T)); });
         }
-        tiling.kernels->filter_gradient(u, ld, g);
-        T* dw = all + (c < ci ? plan.dw[0][b] + c * ld : plan.dw[1][b] + (c - ci) * ld);
-        for (long t = 0; t < taps; ++t) std::memcpy(dw + t * (c < ci ? ci : c1) * ld, g + t * kSlab, ld * sizeof(T));
       }
     });
     return all;

@@ -62,13 +62,15 @@ struct Engine {
         plain_maps{padding_map(p.out.d, 0, 0, "zeros"), padding_map(p.out.h, 0, 0, "zeros"), padding_map(p.out.w, 0, 0, "zeros")},
         x_layout(x_maps.extent(), p.x_conv, p.x_channels),
         h_layout(h_maps.extent(), p.h_conv, c1),
-        tiling(p.winograd, p.h_conv.kernel.h, p.out) {}
+        tiling(p.winograd, p.h_conv.kernel, p.out, h_layout.padded) {}
 
-  // Frames of whole tiles: Winograd reads past the last row and column.
+  // Frames of whole tiles and pieces: Winograd reads past the last row and column.
   PaddingMaps frame_maps(const Extent& size, const ConvDims& conv, const std::string& mode) const {
-    const auto rest = [&](long n) { return p.winograd ? round_up(n, p.winograd) - n : 0; };
-    return {padding_map(size.d, conv.before.d, conv.behind.d, mode), padding_map(size.h, conv.before.h, conv.behind.h + rest(size.h), mode),
-            padding_map(size.w, conv.before.w, conv.behind.w + rest(size.w), mode)};
+    const WinogradCut& cut = p.winograd;
+    const auto rest = [&](long n, long pieces, long kernel) { return cut ? round_up(n, cut.m) - n + pieces * cut.r - kernel : 0; };
+    return {padding_map(size.d, conv.before.d, conv.behind.d, mode),
+            padding_map(size.h, conv.before.h, conv.behind.h + rest(size.h, cut.pieces.h, conv.kernel.h), mode),
+            padding_map(size.w, conv.before.w, conv.behind.w + rest(size.w, cut.pieces.w, conv.kernel.w), mode)};
   }
 
   // What a team has for the samples that it takes together.
@@ -213,7 +215,7 @@ struct Engine {
     const long ci = p.convolves_x() ? p.x_channels : 0, taps = p.h_conv.taps();
     const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = ci ? torch::stable::contiguous(*in.w_ih) : w_hh;
     const A *of_x = data(w_ih), *of_h = data(w_hh);
-    return tiling.pack_filters(k, workspace, ci + c1, 4 * c1, [=](long first, long n, long column, long columns, T* to) {
+    return tiling.pack_filters(k, workspace, ci, c1, 4 * c1, [=](long first, long n, long column, long columns, T* to) {
       const long with_x = std::clamp(ci - first, 0l, n), with_h = n - with_x, h = std::max(0l, first - ci);
       if (with_x) read_columns(k, of_x + first * taps, ci * taps, 1, with_x * taps, c1, column, columns, to, kSlab);
       if (with_h) read_columns(k, of_h + h * taps, c1 * taps, 1, with_h * taps, c1, column, columns, to + with_x * taps * kSlab, kSlab);
@@ -236,7 +238,8 @@ struct Engine {
 
   // Channels of bordered frames as Winograd reads them.
   static WinogradInput<T> winograd_input(const FrameLayout& layout, const T* frames) {
-    return {frames, layout.frame, layout.padded.w * layout.pixel, layout.pixel, 1, 0, layout.pixel};
+    const Extent& size = layout.padded;
+    return {frames, layout.frame, size.h * size.w * layout.pixel, size.w * layout.pixel, layout.pixel, 1, 0, layout.pixel};
   }
 
   // The member's own part of its team's scratch.

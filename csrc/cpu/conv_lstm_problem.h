@@ -16,6 +16,18 @@ struct ConvDims {
   }
 };
 
+// How Winograd computes a convolution: tiles of m×m pixels in depth after depth, and the kernel in pieces of r×r taps, zero where it has
+// none. m = 0: it does not.
+struct WinogradCut {
+  long m = 0, r = 0;
+  Extent pieces;
+  explicit operator bool() const { return m != 0; }
+  long planes() const { return (m + r - 1) * (m + r - 1); }
+  long tiles(const Extent& frame) const { return frame.d * ((frame.h + m - 1) / m) * ((frame.w + m - 1) / m); }
+  // For one channel and column of a frame.
+  double products(const Extent& frame) const { return double(planes() * pieces.pixels() * tiles(frame)); }
+};
+
 // Samples that a team takes together: every `stride`th.
 struct Group {
   long first = 0, stride = 1, samples = 0;
@@ -37,7 +49,7 @@ struct Problem {
   std::string padding_mode;
   bool reverse = false;
   std::vector<long> lengths;
-  long winograd = 0;  // output pixels of a tile's side; 0 = direct
+  WinogradCut winograd;
   long threads = torch::stable::get_num_threads();  // asked of a thread of the pool it may be another number
 
   long pixels() const { return out.pixels(); }
@@ -64,7 +76,7 @@ struct Problem {
   // Samples are taken together only as far as threads need work between two barriers; scratch is theirs.
   long together() const {
     const double direct = 8. * channels * pixels() * (h_conv.taps() * channels + (convolved ? 0 : x_conv.taps() * x_channels));
-    const double flops = winograd ? direct * winograd_planes(winograd) / (h_conv.taps() * winograd * winograd) : direct;
+    const double flops = winograd ? direct * winograd.products(out) / (h_conv.taps() * pixels()) : direct;
     const long by_work = long(2.5e7 * threads / std::max(1., flops)) + 1, by_rows = (4 * threads + out.rows() - 1) / std::max<long>(1, out.rows());
     return std::min(batch, std::max(by_work, by_rows));
   }
@@ -106,7 +118,6 @@ struct Problem {
     const long n = phase.samples / phase.teams, count = groups(phase);
     return (n + count - 1) / count;
   }
-  long winograd_planes(long m) const { return (m + h_conv.kernel.h - 1) * (m + h_conv.kernel.w - 1); }
   bool convolves_x() const { return has_x && !convolved; }
   long blocks() const { return (channels + kBlock - 1) / kBlock; }
   long weight_row(long column) const { return gate_row(column, channels); }
@@ -241,28 +252,42 @@ inline Problem make_problem(const char* op, const Inputs& in, int64_t time, cons
 
 // Why the Winograd engine cannot take a call; empty where it can.
 inline std::string winograd_obstacle(const Problem& p, ScalarType dtype) {
-  const Extent& k = p.h_conv.kernel;
   if (dtype == ScalarType::Double) return "float64 runs direct";
-  if (p.spatial != 2) return "frames are " + std::to_string(p.spatial) + "-D, not 2-D";
-  if (k.h != k.w || (k.h != 3 && k.h != 5))
-    return "the hidden kernel is " + std::to_string(k.h) + "x" + std::to_string(k.w) + ", not 3x3 or 5x5";
+  if (p.spatial == 1) return "frames are 1-D, not 2-D or 3-D";
   if (p.convolves_x() && !(p.x_conv == p.h_conv && p.padding_mode == "zeros"))
     return "the input convolution is not like the hidden one (same kernel, stride 1, dilation 1, 'same' padding with zeros)";
   return "";
 }
 
-constexpr long winograd_tile(long taps_of_side) { return taps_of_side == 3 ? 4 : 2; }
+// Products of one pixel that a kernel of one tap would take.
+inline long channel_products(const Problem& p) { return ((p.convolves_x() ? p.x_channels : 0) + p.channels) * 4 * p.channels; }
+
+// F(4×4, 3×3) or F(2×2, 5×5), whichever leaves fewer products. Where both leave as many, as for 5×5, the former, which transforms a
+// quarter of the results, unless its four times as many weights are too many for the frame's tiles. From measurement (2 cores, AVX2).
+inline WinogradCut winograd_cut(const Problem& p) {
+  constexpr long kMostOfTile = 20480;  // numbers of weights
+  const Extent& kernel = p.h_conv.kernel;
+  const auto cut = [&](long m, long r) { return WinogradCut{m, r, {kernel.d, (kernel.h + r - 1) / r, (kernel.w + r - 1) / r}}; };
+  const WinogradCut threes = cut(4, 3), fives = cut(2, 5);
+  const double of_threes = threes.products(p.out), of_fives = fives.products(p.out);
+  const long pieces = threes.pieces.pixels();
+  const bool many = pieces > fives.pieces.pixels() && channel_products(p) * threes.planes() * pieces > kMostOfTile * threes.tiles(p.out);
+  return of_fives < of_threes || (of_fives == of_threes && many) ? fives : threes;
+}
 
 // Why direct is faster for a call that Winograd could take; empty where it is not. From measurement (2 cores, AVX-512), and by the
 // frame alone: batch and time must not change an item's numbers.
-inline std::string winograd_loss(const Problem& p) {
-  const long r = p.h_conv.kernel.h, m = winograd_tile(r), tiles = (p.out.h + m - 1) / m * ((p.out.w + m - 1) / m);
-  const double saved = double(r * r * p.out.pixels()) / ((m + r - 1) * (m + r - 1) * tiles);
-  if (tiles < 4 || saved < 1.6) return "frames of " + std::to_string(p.out.h) + "x" + std::to_string(p.out.w) + " make too few whole tiles";
-  const long products = ((p.convolves_x() ? p.x_channels : 0) + p.channels) * 4 * p.channels;
-  if (products < (r == 5 || tiles < 32 ? 512 : 256)) return "too few channels";
+inline std::string winograd_loss(const Problem& p, const WinogradCut& cut) {
+  constexpr double kLeast = 1.6;
+  const Extent& k = p.h_conv.kernel;
+  const long tiles = cut.tiles(p.out), m = cut.m;
+  const auto size = [](const Extent& e) { return std::to_string(e.h) + "x" + std::to_string(e.w); };
+  if (k.pixels() * m * m < kLeast * cut.planes() * cut.pieces.pixels()) return "a hidden kernel of " + size(k) + " leaves too few products out";
+  if (tiles < 4 || double(k.pixels() * p.pixels()) < kLeast * cut.products(p.out)) return "frames of " + size(p.out) + " make too few whole tiles";
+  const long products = channel_products(p);
+  if (products < (cut.r == 5 || tiles < 32 ? 512 : 256)) return "too few channels";
   // Weights that no cache holds want more than a few tiles each time they are read.
-  const bool large = products * p.winograd_planes(m) * long(sizeof(float)) > 8 << 20;
+  const bool large = products * cut.planes() * cut.pieces.pixels() * long(sizeof(float)) > 8 << 20;
   return large && tiles < 16 ? "many channels on too few tiles" : "";
 }
 
@@ -272,11 +297,13 @@ inline std::string choose_algorithm(const char* op, Problem& p, ScalarType dtype
   if (algorithm == "direct") return "direct: asked for";
   const std::string obstacle = winograd_obstacle(p, dtype);
   CONVFAST_CHECK(obstacle.empty() || algorithm == "auto", op, "algorithm", "auto or direct, because " + obstacle, algorithm);
-  const std::string reason = obstacle.empty() && algorithm == "auto" ? winograd_loss(p) : obstacle;
+  const WinogradCut cut = winograd_cut(p);
+  const std::string reason = obstacle.empty() && algorithm == "auto" ? winograd_loss(p, cut) : obstacle;
   if (!reason.empty()) return "direct: " + reason;
-  const long r = p.h_conv.kernel.h;
-  p.winograd = winograd_tile(r);
-  return "winograd F(" + std::to_string(p.winograd) + "x" + std::to_string(p.winograd) + ", " + std::to_string(r) + "x" + std::to_string(r) + ")";
+  p.winograd = cut;
+  const auto square = [](long n) { return std::to_string(n) + "x" + std::to_string(n); };
+  const long pieces = cut.pieces.pixels();
+  return "winograd F(" + square(cut.m) + ", " + square(cut.r) + ")" + (pieces > 1 ? ", the kernel in " + std::to_string(pieces) + " pieces" : "");
 }
 
 }  // namespace conv_lstm

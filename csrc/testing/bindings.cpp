@@ -292,7 +292,10 @@ struct Tiles {
     w.across = across;
     w.block = 5;
     w.group = 2;
-    w.a[0] = {frames.data(), h * line, line, channels, 1, 0, channels};
+    static const long kFirst = 0;
+    w.pieces = 1;
+    w.piece = &kFirst;
+    w.a[0] = {frames.data(), h * line, 0, line, channels, 1, 0, channels};
     w.k = channels;
     scratch.resize(winograd_scratch(kernels.planes, channels, w.block, w.group));
   }
@@ -350,7 +353,7 @@ static Array<float> winograd_weight_gradient(const std::string& isa, const Array
   for (long s = 0; s < t.samples; ++s)
     for (long y = 0; y < t.height; ++y)
       std::memcpy(&bordered[(s * pixels + y * width) * columns], grad.data() + (s * t.height + y) * t.width * columns, t.width * columns * sizeof(float));
-  const GateFrames<float> gates = {bordered.data(), pixels * columns, pixels, 0, width, columns / 4};
+  const GateFrames<float> gates = {bordered.data(), pixels * columns, pixels, 0, 0, width, columns / 4};
   t.kernels.weight_grad(t.w, gates, {0, t.tiles() / 2, 0, 1}, t.scratch.data(), sums.data());
   t.kernels.weight_grad(t.w, gates, {t.tiles() / 2, t.tiles(), 0, 1}, t.scratch.data(), sums.data());
   Array<float> result({r, r, t.channels, columns});

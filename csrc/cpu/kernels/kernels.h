@@ -139,26 +139,29 @@ struct CellSpan {
   T* dpeephole;          // backward: [3], added to; null = not wanted
 };
 
-// Winograd: frames are cut into tiles of m×m output pixels, counted along rows, then down, then over the samples that take part.
+// Winograd: frames are cut into tiles of m×m output pixels, counted along rows, down, in depth, then over the samples that take part.
 // A *plane* is one of the (m + r - 1)² products of a tile, a *slab* 64 neighbouring columns of the result (a block's, or the last few).
+// A larger kernel is cut into *pieces* of r×r taps: each reads the frame from another pixel on, as if it had more channels.
 
 // Channels of bordered frames: `blocks` stretches of `channels` at every pixel.
 template <class T>
 struct WinogradInput {
-  const T* frames;         // null = absent
-  long frame, row, pixel;  // elements from one sample, row, pixel to the next
+  const T* frames;  // null = absent
+  long frame, depth, row, pixel;  // elements from one sample, 2-D frame, row, pixel to the next
   long blocks, block, channels;
 };
 
 template <class T>
 struct Winograd {
   Rows rows;
-  long down, across;       // tiles of a frame
-  long block;              // tiles transformed together
+  long down, across;  // tiles of a 2-D frame
+  long block;         // tiles transformed together
   WinogradInput<T> a[2];
-  long k;                  // channels of both inputs, the absent second one too
-  const T* weights;        // [slab][plane][panel][k][panel columns]
-  long group;              // slabs whose products are in scratch together
+  long pieces;        // each [piece][channel] of k
+  const long* piece;  // pixels from a tile's first to each piece's
+  long k;             // of both inputs, the absent second one too
+  const T* weights;   // [slab][plane][panel][k][panel columns]
+  long group;         // slabs whose products are in scratch together
 };
 
 // What one thread does of a step.
@@ -170,16 +173,16 @@ struct WinogradRange {
 template <class T>
 struct GateFrames {
   const T* frames;
-  long frame, pixels, origin, width, channels;  // pixels, origin and width of a bordered frame, in pixels
+  long frame, pixels, origin, depth, width, channels;  // pixels, origin, and from 2-D frame to frame and row to row, in pixels
 };
 
-// A tile's channels in a plane, off the powers of two that would share cache sets; a plane of `tiles` of them, with slack.
-static inline long winograd_ld(long channels) { return channels % 32 ? channels : channels + 16; }
+// A tile's k in a plane, off the powers of two that would share cache sets; a plane of `tiles` of them, with slack.
+static inline long winograd_ld(long k) { return k % 32 ? k : k + 16; }
 static inline long winograd_plane(long tiles, long ld) { return tiles * ld + 16; }
 
 // Scratch of one thread: both transforms of a block, the second for `group` slabs.
-static inline long winograd_scratch(long planes, long channels, long block, long group) {
-  return planes * (winograd_plane(block, winograd_ld(channels)) + group * winograd_plane(block, kSlab));
+static inline long winograd_scratch(long planes, long k, long block, long group) {
+  return planes * (winograd_plane(block, winograd_ld(k)) + group * winograd_plane(block, kSlab));
 }
 
 template <class T>

@@ -1,7 +1,7 @@
 // Winograd F(m×m, r×r): m×m output pixels from r×r taps by (m + r - 1)² products in place of m² r² (Lavin & Gray 2015,
 // https://arxiv.org/abs/1509.09308).
 //
-// Forward y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, summed over channels: one GEMM for each of the products ("planes"). Its gradients:
+// Forward y = Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A, summed over channels and pieces of the kernel: one GEMM for each of the products ("planes"). Its gradients:
 // of d the same with g turned round, of g  Gᵀ[(A dy Aᵀ) ⊙ (Bᵀ d B)]G, summed over tiles.
 
 // One dimension of each transform.
@@ -155,19 +155,20 @@ static INLINE void transform_columns(long n, const T* from, long ld_from, T* to,
 
 // Where tile i of a step lies.
 struct TilePlace {
-  long sample, index, y, x;  // index among the samples that take part; y, x of its first output pixel
+  long sample, index, d, y, x;  // index among the samples that take part; d, y, x of its first output pixel
   template <class T>
   INLINE TilePlace(const Winograd<T>& w, long i, int m) {
-    const long of_frame = w.down * w.across, t = i % of_frame;
-    index = i / of_frame;
+    const long of_frame = w.down * w.across, t = i % of_frame, deep = w.rows.rows / w.rows.height;
+    index = i / of_frame / deep;
     sample = w.rows.sample[index];
+    d = i / of_frame % deep;
     y = t / w.across * m;
     x = t % w.across * m;
   }
 };
 
-// Bᵀ d B of tiles [begin, end): v is [plane][tile][channel]. Vectors run over the end of their channels, and what follows
-// (the next input, the next tile, the slack of a plane) is written after.
+// Bᵀ d B of tiles [begin, end): v is [plane][tile][k]. Vectors run over the end of their channels, and what follows
+// (the next piece or input, the next tile, the slack of a plane) is written after.
 template <class T, int kM, int kR>
 static void winograd_input(const Winograd<T>& w, long begin, long end, T* v) {
   typedef Simd<T> S;
@@ -179,14 +180,17 @@ static void winograd_input(const Winograd<T>& w, long begin, long end, T* v) {
     for (int o = 0; o < 2; ++o) {
       const WinogradInput<T>& a = w.a[o];
       if (!a.frames) continue;
-      const T* patch = a.frames + at.sample * a.frame + at.y * a.row + at.x * a.pixel;
+      const T* tile = a.frames + at.sample * a.frame + at.d * a.depth + at.y * a.row + at.x * a.pixel;
       const long row = a.row, pixel = a.pixel;
-      for (long b = 0; b < a.blocks; ++b, to += a.channels)
-        for (long c = 0; c < a.channels; c += S::W) {
-          const T* from = patch + b * a.block + c;
-          T* out = to + c;
-          transform<T, kA, kA, Points<T, kM, kR>::input>(from, row, pixel, out, kA * plane, plane, PlainStore<T>());
-        }
+      for (long piece = 0; piece < w.pieces; ++piece) {
+        const T* patch = tile + w.piece[piece] * pixel;
+        for (long b = 0; b < a.blocks; ++b, to += a.channels)
+          for (long c = 0; c < a.channels; c += S::W) {
+            const T* from = patch + b * a.block + c;
+            T* out = to + c;
+            transform<T, kA, kA, Points<T, kM, kR>::input>(from, row, pixel, out, kA * plane, plane, PlainStore<T>());
+          }
+      }
     }
   }
 }
@@ -195,7 +199,7 @@ template <class T>
 static INLINE long winograd_depth(const Winograd<T>& w) {
   long k = 0;
   for (int o = 0; o < 2; ++o)
-    if (w.a[o].frames) k += w.a[o].blocks * w.a[o].channels;
+    if (w.a[o].frames) k += w.pieces * w.a[o].blocks * w.a[o].channels;
   return k;
 }
 
@@ -213,7 +217,7 @@ struct Slab {
 // transform would multiply it.
 template <class T>
 static void winograd_products(const Winograd<T>& w, long planes, long tiles, const T* v, long columns, long first_slab, long last_slab, T* products) {
-  enum { kPanel = Tile<T>::kPanel, W = Simd<T>::W, kLongest = 256 };
+  enum { kPanel = Tile<T>::kPanel, W = Simd<T>::W, kLongest = 128 };
   const long ldv = winograd_ld(w.k), plane_v = winograd_plane(w.block, ldv), zero = 0;
   const Cut cut(tiles, Tile<T>::kPixels), depth(winograd_depth(w), kLongest);
   for (long p = 0; p < planes; ++p)
@@ -287,8 +291,8 @@ static void winograd_step(const ConvLSTMStep<T>& p, const Winograd<T>& w, const 
     winograd_output<T, kM, kR>(products, plane, slab.n, p.bias + slab.first, z, slab.ld);
     const TilePlace at(w, i, kM);
     const long ch = slab.first / 4, rows = height - at.y < kM ? height - at.y : (long)kM, m = width - at.x < kM ? width - at.x : (long)kM;
-    const long pixel = at.y * width + at.x;
-    T* h_frame = p.h_frames ? p.h_frames + at.sample * p.h_frame + at.y * p.h_map.height + at.x * p.channels + ch : 0;
+    const long pixel = (at.d * height + at.y) * width + at.x;
+    T* h_frame = p.h_frames ? p.h_frames + at.sample * p.h_frame + at.d * p.h_map.depth + at.y * p.h_map.height + at.x * p.channels + ch : 0;
     T* h = p.out ? p.out + p.out_sample[at.index] + pixel * p.channels + ch : 0;
     cell_tile(p, CellTile<T>{rows, m, slab.n / 4, ch, pixel, at.sample, z, slab.ld, kM * slab.ld, h_frame, h});
   });
@@ -303,7 +307,7 @@ static void winograd_rows(const RowsGemm<T>& p, const Winograd<T>& w, const Wino
   const long height = p.rows.height, width = p.rows.width;
   winograd_convolution<T, kM, kR>(w, p.columns, range, scratch, [&](long i, const Slab<T>& slab, const T* products, long plane) {
     const TilePlace at(w, i, kM);
-    T* tile = p.out + ((at.sample * height + at.y) * width + at.x) * p.ldo + slab.first;
+    T* tile = p.out + ((at.sample * p.rows.rows + at.d * height + at.y) * width + at.x) * p.ldo + slab.first;
     const bool whole = at.y + kM <= height && at.x + kM <= width;
     for (long j = 0; j < slab.n; j += S::W) {
       const T* from = products + j;
@@ -336,7 +340,7 @@ static void winograd_weight_grad(const Winograd<T>& w, const GateFrames<T>& dgat
       const long n = slab.n, ld = slab.ld, plane = winograd_plane(w.block, ld);
       for (long i = begin; i < end; ++i) {
         const TilePlace at(w, i, kM);
-        const T* tile = dgates.frames + at.sample * dgates.frame + slab.first * dgates.pixels + (dgates.origin + at.y * dgates.width + at.x) * n;
+        const T* tile = dgates.frames + at.sample * dgates.frame + slab.first * dgates.pixels + (dgates.origin + at.d * dgates.depth + at.y * dgates.width + at.x) * n;
         const long row = dgates.width * n;
         for (long j = 0; j < n; j += W) {
           const T* from = tile + j;
