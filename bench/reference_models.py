@@ -24,7 +24,8 @@ def lstm_cell(gates: Tensor, c: Tensor) -> State:
 class CatConvLSTM(nn.Module):
     """One convolution over cat(x, h) at every step: the version that everybody copies.
 
-    input [B, T, Cin, H, W] (D H W with 3 dims), or one frame [B, Cin, H, W] fed `steps` times, or None with a state: `steps` steps of zeros
+    input [B, T, Cin, H, W] (D H W with 3 dims), or one frame [B, Cin, H, W] fed `steps` times, or None with a state:
+    `steps` steps of zeros
     -> (output [B, T, C, H, W] of the last layer, its last (h, c)).
     """
 
