@@ -65,7 +65,7 @@ class ConvLSTMCase:
 
     def tiny(self) -> "ConvLSTMCase":
         """The same layers on the least input."""
-        return replace(self, batch=1, height=8, width=8)
+        return replace(self, batch=1, height=8, width=8, depth=self.depth and 2)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ DIRECT = CASES | {
 }
 WINOGRAD = CASES | {
     "large_sums": Case("large", batch=5, time=2, channels=64, hidden=64, space=(12, 12)),
+    "pieces": dataclasses.replace(FRAMES, batch=3, kernel=(5, 5)),
+    "deep": dataclasses.replace(FRAMES, batch=3, space=(4, 8, 9), kernel=(3, 3, 3), lengths=(3, 1, 2)),
 }
 each_number = pytest.mark.parametrize("count", [2, 3, 4, 6])
 each_memory = pytest.mark.parametrize("memory", ["fast", "lean"])

@@ -51,7 +51,8 @@ def amplification(kernel: int, m: int, r: int) -> float:
 
 def floor(kernel: tuple[int, ...]) -> float:
     """Where eager is exact by luck, as for one pixel: what is granted to a direct sum, as the transforms amplify it."""
-    return FLOOR_EPS * max(np.prod([amplification(k, m, r) for k in kernel[-2:]]) ** 0.5 for m, r in ENGINES)
+    engines = ENGINES if max(kernel[-2:]) > 3 else ENGINES[:1]
+    return FLOOR_EPS * max(np.prod([amplification(k, m, r) for k in kernel[-2:]]) ** 0.5 for m, r in engines)
 
 SHAPES = [
     Case("odd_frame", space=(7, 9), hidden=5),
@@ -75,6 +76,8 @@ SHAPES = [
     Case("batch_1_wide_state", batch=1, hidden=40, given=EVERYTHING),
 ]
 PIECES = [
+    Case("threes", given=EVERYTHING, hidden=20, space=(13, 14), lengths=(3, 2), kernel=(5, 5)),
+    Case("fives", given=EVERYTHING, hidden=16, kernel=(7, 7)),
     Case("odd_frame", space=(7, 9), hidden=5, kernel=(7, 7)),
     Case("channels_17_48", channels=17, hidden=48, space=(9, 6), kernel=(6, 4)),
     Case("lengths_reverse", batch=4, given=EVERYTHING, lengths=(2, 0, 3, 1), kernel=(7, 7), options={"reverse": True}),
@@ -204,6 +207,8 @@ def test_error_is_small_and_does_not_grow_with_time(kernel: int) -> None:
 def test_error_with_large_weights_and_many_channels(
     kernel: int, channels: int, hidden: int, size: int, scale: float
 ) -> None:
+    if kernel == 7 and hidden > 64:
+        channels, hidden = channels // 4, hidden // 4  # their transforms are 2 GB
     module = layer(channels, hidden, kernel, scale, algorithm="winograd", backend="cpu")
     x = torch.randn(1, 3, channels, size, size)
     generator = torch.Generator().manual_seed(2)
@@ -289,11 +294,11 @@ def test_same_bits_from_several_python_threads(kernel: int) -> None:
 @each_kernel
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_reaches_one_tile_further_than_direct(kernel: int, value: float) -> None:
-    x = torch.randn(3, 3, 2, 24, 22)
+    x = torch.randn(3, 3, 2, 42, 40)
     module = layer(2, 16, kernel, algorithm="winograd", backend="cpu")
     with torch.no_grad():
         clean = module(x)[0]
-        x[1, 1, 0, 11, 9] = value
+        x[1, 1, 0, 20, 18] = value
         output = module(x)[0]
     wrong = ~((output == clean).all(2))
     m, r = map(int, re.search(r"F\((\d)x\d, (\d)x\d\)", convfast.explain(module, x)).groups())
@@ -301,12 +306,12 @@ def test_what_is_not_finite_reaches_one_tile_further_than_direct(kernel: int, va
     assert not wrong[[0, 2]].any()
     assert not wrong[1, 0].any()
     for t in (1, 2):
-        allowed = torch.zeros(24, 22, dtype=torch.bool)
-        allowed[max(0, 11 - t * reach) : 12 + t * reach, max(0, 9 - t * reach) : 10 + t * reach] = True
+        allowed = torch.zeros(42, 40, dtype=torch.bool)
+        allowed[20 - t * reach : 21 + t * reach, 18 - t * reach : 19 + t * reach] = True
         assert not (wrong[1, t] & ~allowed).any()
         near = t * (kernel // 2)
         if value != value:
-            assert output[1, t, :, 11 - near : 12 + near, 9 - near : 10 + near].isnan().all()
+            assert output[1, t, :, 20 - near : 21 + near, 18 - near : 19 + near].isnan().all()
 
 
 def test_subnormal_numbers() -> None:
@@ -394,13 +399,16 @@ def test_explain_names_engine_and_reason() -> None:
     deep = torch.empty(1, 2, 16, 8, 16, 16, device="meta")
     assert convfast.explain(convfast.ConvLSTM3d(16, 16, 3), deep).endswith("F(4x4, 3x3), the kernel in 3 pieces")
     assert "direct: asked for" in convfast.explain(convfast.ConvLSTM(16, 64, 3, algorithm="direct"), x)
-    assert "direct: a hidden kernel of 1x1 leaves" in convfast.explain(convfast.ConvLSTM(16, 64, 1), x)
+    assert "direct: a hidden kernel of 1x1 on frames of 64x64" in convfast.explain(convfast.ConvLSTM(16, 64, 1), x)
     assert "direct: float64" in convfast.explain(convfast.ConvLSTM(16, 64, 3, dtype=torch.float64), x)
     assert "the input convolution" in convfast.explain(convfast.ConvLSTM(16, 64, 3, padding_mode="reflect"), x)
     assert "input convolution by the library" in convfast.explain(convfast.ConvLSTM(16, 64, 3, groups=2), x)
     assert "backend reference" in convfast.explain(convfast.ConvLSTM(16, 64, 3, backend="reference"), x)
     assert "direct: too few channels" in convfast.explain(convfast.ConvLSTM(16, 1, 3), x)
-    assert "direct: frames of 5x5 make too few" in convfast.explain(convfast.ConvLSTM(16, 64, 3), x[..., :5, :5])
+    assert "direct: a hidden kernel of 3x3 on frames of 5x5" in convfast.explain(module, x[..., :5, :5])
+    assert "direct: a hidden kernel of 3x1x1 on" in convfast.explain(convfast.ConvLSTM3d(16, 16, (3, 1, 1)), deep)
+    wide = torch.empty(1, 2, 256, 16, 16, device="meta")
+    assert "direct: transformed weights of 648 MiB" in convfast.explain(convfast.ConvLSTM(256, 256, 7), wide)
     assert "direct: many channels" in convfast.explain(convfast.ConvLSTM(512, 512, 3), torch.empty(1, 1, 512, 8, 8))
     assert "winograd" in convfast.explain(convfast.ConvLSTMCell(16, 64, 3), x[:, 0])
     h = x.new_empty(4, 64, 64, 64)

@@ -278,17 +278,16 @@ inline WinogradCut winograd_cut(const Problem& p) {
 // Why direct is faster for a call that Winograd could take; empty where it is not. From measurement (2 cores, AVX-512), and by the
 // frame alone: batch and time must not change an item's numbers.
 inline std::string winograd_loss(const Problem& p, const WinogradCut& cut) {
-  constexpr double kLeast = 1.6;
+  constexpr double kLeastSaved = 1.6;
+  constexpr long kMany = 8 << 20, kMost = 512 << 20;  // bytes of weights: what no cache holds, and what nobody expects
   const Extent& k = p.h_conv.kernel;
-  const long tiles = cut.tiles(p.out), m = cut.m;
-  const auto size = [](const Extent& e) { return std::to_string(e.h) + "x" + std::to_string(e.w); };
-  if (k.pixels() * m * m < kLeast * cut.planes() * cut.pieces.pixels()) return "a hidden kernel of " + size(k) + " leaves too few products out";
-  if (tiles < 4 || double(k.pixels() * p.pixels()) < kLeast * cut.products(p.out)) return "frames of " + size(p.out) + " make too few whole tiles";
-  const long products = channel_products(p);
+  const auto size = [&](const Extent& e) { return (p.spatial == 3 ? std::to_string(e.d) + "x" : "") + std::to_string(e.h) + "x" + std::to_string(e.w); };
+  const long tiles = cut.tiles(p.out), products = channel_products(p), bytes = products * cut.planes() * cut.pieces.pixels() * long(sizeof(float));
+  if (tiles < 4 || double(k.pixels() * p.pixels()) < kLeastSaved * cut.products(p.out))
+    return "a hidden kernel of " + size(k) + " on frames of " + size(p.out) + " leaves too few products out";
   if (products < (cut.r == 5 || tiles < 32 ? 512 : 256)) return "too few channels";
-  // Weights that no cache holds want more than a few tiles each time they are read.
-  const bool large = products * cut.planes() * cut.pieces.pixels() * long(sizeof(float)) > 8 << 20;
-  return large && tiles < 16 ? "many channels on too few tiles" : "";
+  if (bytes > kMost) return "transformed weights of " + std::to_string(bytes >> 20) + " MiB";
+  return bytes > kMany && tiles < 16 ? "many channels on too few tiles" : "";
 }
 
 // Sets the engine; the answer names it, and for direct the reason.

@@ -85,11 +85,12 @@ struct Tiling {
   // The members of a team share out the tiles, each reading all weights; and the slabs, each transforming all tiles, where tiles are too
   // few for that or every member's own sums would crowd its cache.
   Parts parts(long team, long tiles, long k, long columns, bool sums) const {
-    constexpr long kFew = 12;
-    const long slabs = (columns + kSlab - 1) / kSlab;
-    const bool cut = sums ? kernels->planes * k * columns * long(sizeof(T)) > kMostSums : tiles < kFew * team;
-    const long by_slab = cut ? std::gcd(team, slabs) : 1;
-    return {team / by_slab, by_slab};
+    constexpr long kFew = 12, kMostCopies = 256 << 20;  // bytes of all members' sums
+    const long slabs = (columns + kSlab - 1) / kSlab, bytes = kernels->planes * k * columns * long(sizeof(T));
+    const bool by_slabs = sums ? bytes > kMostSums : tiles < kFew * team;
+    const long even = by_slabs ? std::gcd(team, slabs) : 1;
+    if (sums && bytes * (team / even) > kMostCopies) return {1, std::min(team, slabs)};
+    return {team / even, even};
   }
 
   // call(problem, range, part of the tiles) for a member's share of each part that `team` threads are to have.
