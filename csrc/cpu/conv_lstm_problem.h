@@ -16,7 +16,7 @@ struct ConvDims {
   }
 };
 
-// How Winograd computes a convolution: tiles of m×m pixels in depth after depth, and the kernel in pieces of r×r taps, zero where it has
+// How Winograd computes a convolution: m×m pixels of a 2-D frame a tile, and the kernel in pieces of r×r taps, zero where it has
 // none. m = 0: it does not.
 struct WinogradCut {
   long m = 0, r = 0;
@@ -276,10 +276,11 @@ inline WinogradCut winograd_cut(const Problem& p) {
 }
 
 // Why direct is faster for a call that Winograd could take; empty where it is not. From measurement (2 cores, AVX-512), and by the
-// frame alone: batch and time must not change an item's numbers.
+// frame alone: batch and time must not change an item's numbers. Pieces (AVX2): 1.2 to 3.2 times as fast where 1.6 times fewer are left.
 inline std::string winograd_loss(const Problem& p, const WinogradCut& cut) {
   constexpr double kLeastSaved = 1.6;
-  constexpr long kMany = 8 << 20, kMost = 512 << 20;  // bytes of weights: what no cache holds, and what nobody expects
+  // Bytes of weights. Those that no cache holds want more than a few tiles each time they are read; above the most, memory is worth more.
+  constexpr long kMany = 8 << 20, kMost = 512 << 20;
   const Extent& k = p.h_conv.kernel;
   const auto size = [&](const Extent& e) { return (p.spatial == 3 ? std::to_string(e.d) + "x" : "") + std::to_string(e.h) + "x" + std::to_string(e.w); };
   const long tiles = cut.tiles(p.out), products = channel_products(p), bytes = products * cut.planes() * cut.pieces.pixels() * long(sizeof(float));

@@ -157,7 +157,7 @@ struct Winograd {
   long down, across;  // tiles of a 2-D frame
   long block;         // tiles transformed together
   WinogradInput<T> a[2];
-  long pieces;        // each [piece][channel] of k
+  long pieces;        // of the kernel: the rows that k counts are [input][piece][channel]
   const long* piece;  // pixels from a tile's first to each piece's
   long k;             // of both inputs, the absent second one too
   const T* weights;   // [slab][plane][panel][k][panel columns]
