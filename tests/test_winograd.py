@@ -87,7 +87,7 @@ PIECES = [
     Case("one_row", space=(1, 13), kernel=(1, 7)),
     Case("one_tap", given=EVERYTHING, kernel=(1, 1)),
     Case("deep", given=EVERYTHING, space=(4, 7, 6), kernel=(3, 3, 3)),
-    Case("deep_lengths", 4, given=EVERYTHING, lengths=(2, 0, 3, 1), space=(3, 4, 9), kernel=(3, 3, 3)),
+    Case("deep_lengths", batch=4, given=EVERYTHING, lengths=(2, 0, 3, 1), space=(3, 4, 9), kernel=(3, 3, 3)),
     Case("deep_even", channels=17, hidden=33, space=(3, 5, 6), kernel=(2, 5, 4)),
     Case("deep_no_input", given=("h0", "c0", "bias", "peephole"), space=(2, 6, 5), kernel=(5, 3, 7)),
     Case("deep_convolved_before", given=("input", "bias", "h0"), lengths=(1, 3), space=(3, 5, 5), kernel=(3, 3, 3)),

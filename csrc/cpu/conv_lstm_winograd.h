@@ -116,6 +116,7 @@ struct Tiling {
   T* pack_filters(const Kernels<T>& k, Workspace& workspace, long first, long second, long columns, const F& taps_of) const {
     constexpr long kMost = 16;
     const long channels = first + second, rows = depth(channels), all_taps = kernel.pixels(), taps = cut.r * cut.r, slabs = (columns + kSlab - 1) / kSlab;
+    const bool whole = kernel == Extent{1, cut.r, cut.r};  // the only piece
     const long together = std::clamp<long>(slabs * channels / torch::stable::get_num_threads(), 1, kMost), groups = (channels + together - 1) / together;
     T* packed = workspace.take<T>(weights_size(channels, round_up(columns, k.lanes)));
     parallel(slabs * groups, [&](long begin, long end) {
@@ -128,11 +129,14 @@ struct Tiling {
         T* slab = packed + n0 * kernels->planes * rows;
         for (long c = 0; c < count; ++c)
           for (long piece = 0; piece < pieces(); ++piece) {
-            std::fill(of_piece.begin(), of_piece.end(), T(0));
-            each_tap(piece, [&](long t, long tap) { std::copy_n(g.data() + (c * all_taps + tap) * kSlab, ld, of_piece.data() + t * kSlab); });
+            const T* const of_channel = g.data() + c * all_taps * kSlab;
+            if (!whole) {
+              std::fill(of_piece.begin(), of_piece.end(), T(0));
+              each_tap(piece, [&](long t, long tap) { std::copy_n(of_channel + tap * kSlab, ld, of_piece.data() + t * kSlab); });
+            }
             for (long p = 0; p < ld; p += k.panel) {
               const long width = std::min(k.panel, ld - p);
-              kernels->filter(of_piece.data() + p, width, slab + p * rows + row(begin_of + c, piece, first, second) * width, rows * ld);
+              kernels->filter((whole ? of_channel : of_piece.data()) + p, width, slab + p * rows + row(begin_of + c, piece, first, second) * width, rows * ld);
             }
           }
       }
