@@ -258,7 +258,17 @@ def test_sums_of_a_tile_stay_in_registers(library: Path, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "rows, k, columns", [(1, 1, 1), (3, 14, 16), (130, 15, 33), (300, 33, 64), (70, 9, 132), (130, 15, 96)]
+    "rows, k, columns",
+    [
+        (1, 1, 1),
+        (3, 14, 16),
+        (130, 15, 33),
+        (300, 33, 64),
+        (70, 9, 132),
+        (130, 15, 96),
+        (70, 1029, 260),
+        (66, 18, 1030),
+    ],
 )
 def test_outer_sum(kernels: ModuleType, isa: str, dtype: type, rows: int, k: int, columns: int) -> None:
     random = np.random.default_rng(0)

@@ -525,7 +525,7 @@ def test_bad_call_of_the_op(change: dict, message: str, native_ops) -> None:
 
 
 # The reference is compiled step by step.
-@pytest.mark.parametrize(("name", "time"), [("causal_stride", TIME), ("both_pools", 9), ("recurrent", 4)])
+@pytest.mark.parametrize(("name", "time"), [("causal_stride", TIME), ("both_pools", 9), ("recurrent", 3)])
 def test_compiles_whole(name: str, time: int, backend: str) -> None:
     torch._dynamo.reset()
     module = build(backend=backend, **OPTIONS[name])

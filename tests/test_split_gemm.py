@@ -16,6 +16,7 @@ from tests.oracle import assert_close_to_oracle, with_gradients
 from tests.oracle import lstm as lstm_oracle
 
 OPS = ("lstm", "conv1d")
+EMULATED = os.environ.get("CONVFAST_EMULATE_TILES") == "1"
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # Rows enough for tiles on both threads; 33 and 70 are no multiples of a tile's depth, 17 rows none of its height.
 # Then few samples, whose hidden units the threads share, and some more with weights that fill a core's L2.
@@ -26,8 +27,10 @@ SIZES = [
 
 
 @pytest.fixture(autouse=True)
-def capability(native_ops: Any) -> str:
-    found = native_ops.cpu_capability()
+def capability(request: pytest.FixtureRequest) -> str:
+    if EMULATED and "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("the emulation of matrix tiles needs AVX-512")  # before it is built
+    found = request.getfixturevalue("native_ops").cpu_capability()
     if "amx" not in found and "bf16" not in found:
         pytest.skip(f"neither matrix tiles nor dot products of bfloat16: {found}")
     torch.set_num_threads(2)

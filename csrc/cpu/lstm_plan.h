@@ -98,7 +98,9 @@ struct Plan {
   long steps_of_chunk() const {
     if (pass.forward && together()) return turn;
     if (stages > 1) return std::clamp<long>(p.time / 32, 1, 16);  // the next stage begins so much later
-    return std::min(p.time, std::max<long>(1, pass.bytes / (most_rows(sharing()) * p.ldz() * long(sizeof(T)))));
+    // The weights' gradients pass through a cache that does not hold them once a chunk: the larger they are the more steps it has.
+    const long bytes = pass.forward ? pass.bytes : std::clamp(operand_bytes() / 4, pass.bytes, 4 * pass.bytes);
+    return std::min(p.time, std::max<long>(1, bytes / (most_rows(sharing()) * p.ldz() * long(sizeof(T)))));
   }
 
   // Whether these layers take turns.

@@ -180,7 +180,7 @@ void outer_sum() {
   const Kernels<T>& table = *Table<T>::baseline();
   for (const long rows : {1, 5, 70})
     for (const long k : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 20})
-      for (const long vectors : {1, 2, 5}) {
+      for (const long vectors : {1, 2, 5, 65}) {
         const long columns = vectors * table.lanes, zero = 0;
         const Numbers<T> a(rows * k, 1), g(rows * columns, 2);
         Numbers<T> dw(k * columns, 3);

@@ -411,25 +411,61 @@ static void gemm(const Gemm<T>& g) {
   });
 }
 
+// Rows of n elements, lda apart, one behind the other, ld apart; whole vectors are written.
+template <class T>
+static INLINE void copy_rows(long rows, long n, const T* from, long lda, T* to, long ld) {
+  typedef Simd<T> S;
+  enum { kAhead = 8 };
+  for (long r = 0; r < rows; ++r, from += lda, to += ld)
+    for (long j = 0; j < n; j += S::W) {
+      __builtin_prefetch(from + kAhead * lda + j);
+      S::store(to + j, n - j >= S::W ? S::load(from + j) : S::loadn(from + j, n - j));
+    }
+}
+
 // dw[k, n] += sum over rows of window(row)[k] g[row, n]
 template <class T>
 static void outer_sum(const OuterSum<T>& p) {
-  enum { W = Simd<T>::W, kRows = 64 };  // so many rows of a tile's columns of g stay in L1
+  // So many rows of a tile's columns of g stay in L1. Where columns are many, or rows of a pages apart, so do as many of some tiles of a,
+  // copied there: they would come from afar for each of the columns.
+  enum { W = Simd<T>::W, kRows = 64, kColumns = (16 << 10) / (kRows * sizeof(T)), ld = kColumns + W, kMany = 32, kSome = 8, kPage = 4096 };
   const Cut cut(p.runs.length, Tile<T>::kPixels);
   const bool triples = cut.least >= Tile<T>::kLeastTriple && cut.at(1) <= Tile<T>::kTriple && p.columns > 5 * W;
-  for (long row = 0; row < p.rows; row += kRows) {
-    const long rows = p.rows - row < kRows ? p.rows - row : (long)kRows;
-    for (long n = 0, width; n < p.columns; n += width * W) {
-      const long left = (p.columns - n + W - 1) / W;
-      width = triples ? triple_or_less(n / W, left) : left >= 2 ? 2 : 1;
-      const T* g = p.g + row * p.ldg + n;
-      for (long run = 0; run < p.runs.count; ++run)
-        for (long i = 0; i < cut.tiles; ++i) {
+  const long lda = p.runs.stride, many = lda * (long)sizeof(T) >= kPage ? kSome : kMany, tiles = p.runs.count * cut.tiles;
+  const bool copies = lda >= p.runs.length && p.columns >= many * Tile<T>::kPanel;
+  const long together = copies ? kColumns / cut.at(1) : tiles;
+  const auto column = [&](long tile) { return p.runs.offset[tile / cut.tiles] + cut.at(tile % cut.tiles); };
+  const auto width_of = [&](long tile) { return cut.at(tile % cut.tiles + 1) - cut.at(tile % cut.tiles); };
+  alignas(64) T block[kRows * ld];
+  for (long first = 0; first < tiles; first += together) {
+    const long end = first + together < tiles ? first + together : tiles;
+    for (long row = 0; row < p.rows; row += kRows) {
+      const long rows = p.rows - row < kRows ? p.rows - row : (long)kRows;
+      const T* const a = p.a + row * lda;
+      for (long tile = first, at = 0; copies && tile < end;) {  // neighbours in one go
+        const long from = column(tile);
+        long n = 0;
+        for (; tile < end && column(tile) == from + n; ++tile) n += width_of(tile);
+        copy_rows(rows, n, a + from, lda, block + at, ld);
+        at += n;
+      }
+      for (long n = 0, width; n < p.columns; n += width * W) {
+        const long left = (p.columns - n + W - 1) / W;
+        width = triples ? triple_or_less(n / W, left) : left >= 2 ? 2 : 1;
+        const T* g = p.g + row * p.ldg + n;
+        long run = first / cut.tiles, i = first % cut.tiles, at = 0;
+        for (long tile = first; tile < end; ++tile) {
           const long k = cut.at(i), m = cut.at(i + 1) - k;
-          const T* a = p.a + row * p.runs.stride + p.runs.offset[run] + k;
+          const T* from = copies ? block + at : a + p.runs.offset[run] + k;
           T* dw = p.dw + (p.at ? p.at[run] : run * p.runs.length * p.ldw) + k * p.ldw + n;
-          TileTable<T>::weight_grad(width, m, 1, &a, p.runs.stride, &g, p.ldg, &rows, dw, p.ldw);
+          TileTable<T>::weight_grad(width, m, 1, &from, copies ? (long)ld : lda, &g, p.ldg, &rows, dw, p.ldw);
+          at += m;
+          if (++i == cut.tiles) {
+            i = 0;
+            ++run;
+          }
         }
+      }
     }
   }
 }
