@@ -190,7 +190,7 @@ def origin(name: str = "cpu") -> str | None:
 
 
 def _load(name: str) -> str:
-    if os.environ.get("CONVFAST_NO_NATIVE", "0") not in ("", "0"):
+    if os.environ.get("CONVFAST_NO_NATIVE", "0").lower() not in ("", "0", "false", "off", "no"):
         raise NativeUnavailable(DISABLED)
     import torch
 
@@ -238,7 +238,12 @@ def _dlopen(path: Path) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise NativeUnavailable(f"{path} does not load: {_first_line(str(error))}") from error
+        raise NativeUnavailable(f"{path} does not load: {_reason_of(error)}") from error
+
+
+def _reason_of(error: OSError) -> str:
+    """What the system's loader says; torch's own error only names the file."""
+    return _first_line(str(error.__cause__ or error))
 
 
 def _load_cached(build: Build) -> str:
@@ -453,6 +458,10 @@ def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
                 log_file.write_text(shown)
                 where = f" (log: {log_file})"
             raise NativeUnavailable(f"the build failed: {_cause(shown)}{where}") from error
+        except OSError as error:
+            if not list(folder.glob("*.so")):
+                raise
+            raise NativeUnavailable(f"what was built does not load: {_reason_of(error)}") from error
     return next(folder.glob("*.so"))
 
 

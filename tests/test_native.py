@@ -170,6 +170,13 @@ exit 1
     assert out.startswith(f"failed: the build failed: {shown} (log: ")
 
 
+@needs_compiler
+def test_library_that_does_not_load_is_built_once_and_says_why(tmp_path: Path) -> None:
+    lacking = STUB.replace("{ return NUMBER; }", "{ extern int64_t misspelt(); return misspelt(); }")
+    out = run(LOAD, write_stub(tmp_path, source=lacking), tmp_path / "cache")
+    assert out.startswith("failed: what was built does not load:") and "misspelt" in out and "\n" not in out
+
+
 def test_missing_source_is_named(tmp_path: Path) -> None:
     build_file = write_stub(tmp_path)
     (tmp_path / "csrc" / "stub.cpp").unlink()

@@ -708,6 +708,28 @@ def test_bad_state_of_a_step() -> None:
     _, state = module.step(X)
     with pytest.raises(ValueError, match="Conv1dLSTM: input has 2 samples, expected 3 as state has"):
         module.step(X[1:], state)
+    with pytest.raises(TypeError, match=r"layer 0 has dtype torch\.float32, expected torch\.float16"):
+        module.half().step(X.half(), state)
+    with pytest.raises(TypeError, match=r"layer 0 has dtype torch\.float32, expected torch\.int64"):
+        build(padding="causal").step(X.long(), state)
+    with pytest.raises(ValueError, match="Conv1dLSTM: state has 2 convolutions, expected 1"):
+        build(conv_channels=6, padding="causal").step(X, state)
+    with pytest.raises(ValueError, match=r"layer 1 has frames of shape \[3, 2, 6\], expected \[3, n, 5\]"):
+        build(conv_channels=[5, 9], padding="causal").step(X, state)
+    with pytest.raises(ValueError, match="layer 0 has 2 frames, expected 4 to 4 with its kernel"):
+        build(kernel_size=5, padding="causal").step(X, state)
+    with pytest.raises(ValueError, match="layer 0 has 2 frames, expected 0 to 1 with its kernel"):
+        build(kernel_size=2, padding="valid").step(X, state)
+
+
+@pytest.mark.parametrize("make", [CNN_LSTM, Conv1dLSTM], ids=["cnn_lstm", "conv1d_lstm"])
+def test_lstm_of_another_order_gives_the_same_with_and_without_gradients(make: type) -> None:
+    module = make(INPUT, 4, 8).eval()
+    module.lstm = LSTM(module.lstm.input_size, module.lstm.hidden_size)  # takes time first
+    x = torch.randn(4, 4 if make is CNN_LSTM else TIME, INPUT)
+    trained = flat(module(x))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(flat(module(x))[0], trained)
 
 
 def test_exported_from_the_package() -> None:

@@ -317,6 +317,18 @@ def test_weights_may_be_parametrized() -> None:
     assert all(p.grad is not None and p.grad.any() for p in module.parametrizations.weight_hh_l0.parameters())
 
 
+@pytest.mark.parametrize("kind", ["lstm", "cnn_lstm"])
+def test_peepholes_alone_are_trained(kind: str, backend: str) -> None:
+    module = build(peephole=True, backend=backend)
+    model = convfast.CNN_LSTM(INPUT, 2, 4, 3, HIDDEN, 1, 0.0, backend=backend) if kind == "cnn_lstm" else module
+    if kind == "cnn_lstm":
+        model.lstm = LSTM(8, HIDDEN, batch_first=True, peephole=True, backend=backend)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("peephole" in name)
+    flat(model(torch.randn(BATCH, TIME, INPUT)))[0].sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "peephole" in n)
+
+
 def test_regression_matches_torch(backend: str) -> None:
     torch.manual_seed(3)
     ours = RegLSTM(INPUT, HIDDEN, 2, backend=backend)
@@ -329,6 +341,8 @@ def test_regression_matches_torch(backend: str) -> None:
     output = ours(x)
     assert output.shape == (TIME, BATCH, 1)
     assert_close_to_oracle(output, reg.double()(rnn.double()(x.double())[0]), reg.float()(rnn.float()(x)[0]))
+    with pytest.raises(TypeError, match="RegLSTM: input is a PackedSequence, expected a Tensor"):
+        ours(pack_sequence([x[:, 0], x[:3, 1]]))
 
 
 # Capture.

@@ -1,6 +1,7 @@
 """What `torch.jit.script` makes of every module: buffers, mode, what it refuses, and its place in a model."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,16 @@ def test_state_dict_and_dtype_have_every_weight(name: str, native_ops) -> None:
     x = torch.randn(shape)
     assert_close(without_gradients(other, x), without_gradients(module, x))
     assert_close(without_gradients(script.double(), x.double()), without_gradients(module.double(), x.double()))
+
+
+@every
+def test_scripting_keeps_what_it_replaces(name: str, native_ops) -> None:
+    # torch knows objects by their addresses, which those of a module that is gone may have again.
+    model = Model(MODULES[name][0]()).eval()
+    layer = weakref.ref(model.layer)
+    script = torch.jit.script(model)
+    assert layer() is not None and layer() is not model.layer
+    del script
 
 
 @every

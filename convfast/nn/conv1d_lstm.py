@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import autocast_dtype, autocast_to, check_count, check_integers, kind
+from ..ops.checks import autocast_dtype, autocast_to, check_count, check_dense, check_integers, kind
 from .conv1d import Conv1d
 from .handoff import call_conv, call_lstm, convolve_into_lstm
 from .lstm import LSTM, takes
@@ -181,11 +181,14 @@ class Conv1dLSTM(nn.Module):
         Raises:
             ValueError, TypeError: as `forward`; or the module has options with which outputs depend on later chunks.
         """
+        owner = type(self).__name__
         self._check_step(state)
         x = self._batch_first(input)
+        if state is not None and (batch := state.conv[0].frames.shape[0]) != x.shape[0]:
+            raise ValueError(f"{owner}: input has {x.shape[0]} samples, expected {batch} as state has")
         tails = []
         for k, conv in enumerate(self.conv):
-            x, tail = _complete(conv, x, None if state is None else state.conv[k])
+            x, tail = _complete(conv, x, None if state is None else state.conv[k], f"{owner}: state of layer {k}")
             tails.append(tail)
         hx = None if state is None else state.lstm
         if not self.batch_first:
@@ -201,6 +204,7 @@ class Conv1dLSTM(nn.Module):
         owner = type(self).__name__
         if not isinstance(input, Tensor):
             raise TypeError(f"{owner}: input is a {type(input).__name__}, expected a Tensor")
+        check_dense(owner, {"input": input})
         letters = "BFT" if self.channels_first else "BTF" if self.batch_first else "TBF"
         sizes = dict(zip(letters, input.shape))
         if input.ndim == 3 and sizes["F"] == self.input_size and sizes["T"] > 0:
@@ -218,6 +222,8 @@ class Conv1dLSTM(nn.Module):
         owner = type(self).__name__
         if state is not None and not isinstance(state, Conv1dLSTMState):
             raise TypeError(f"{owner}: state is {kind(state)}, expected None or what step() returned")
+        if state is not None and len(state.conv) != len(self.conv):
+            raise ValueError(f"{owner}: state has {len(state.conv)} convolutions, expected {len(self.conv)}")
         if self.bidirectional:
             raise ValueError(f"{owner}: bidirectional is True, expected False for step()")
         for k, (conv, pool) in enumerate(zip(self.conv, self.pools)):
@@ -239,15 +245,16 @@ class Conv1dLSTM(nn.Module):
         return shown(self, Conv1dLSTM.__init__)
 
 
-def _complete(conv: Conv1d, x: Tensor, tail: ConvTail | None) -> tuple[Tensor, ConvTail]:
-    """x `[B, t, F]`, the next inputs → the outputs `[B, t', C]` that they complete, and what later ones need."""
+def _complete(conv: Conv1d, x: Tensor, tail: ConvTail | None, shown: str) -> tuple[Tensor, ConvTail]:
+    """x `[B, t, F]`, the next inputs → the outputs `[B, t', C]` that they complete, and what later ones need. `shown`
+    is how messages on the tail start."""
+    extent = conv.dilation * (conv.kernel_size - 1) + 1
     if tail is None:
         tail = ConvTail(x.new_zeros(x.shape[0], conv.pads()[0], x.shape[2]), 0)
-    if tail.frames.shape[0] != x.shape[0]:
-        raise ValueError(f"Conv1dLSTM: input has {x.shape[0]} samples, expected {tail.frames.shape[0]} as state has")
+    else:
+        _check_tail(tail.frames, x, max(0, extent - conv.stride) if conv.pads()[0] else 0, extent - 1, shown)
     skip = max(tail.skip - x.shape[1], 0)
     x = torch.cat([tail.frames, x[:, tail.skip :]], dim=1)
-    extent = conv.dilation * (conv.kernel_size - 1) + 1
     steps = max((x.shape[1] - extent) // conv.stride + 1, 0)
     if steps > 0:
         y = conv.convolve(x, None, "valid")
@@ -259,6 +266,17 @@ def _complete(conv: Conv1d, x: Tensor, tail: ConvTail | None) -> tuple[Tensor, C
     # A copy: a view would keep the whole chunk.
     rest = x[:, read:].clone() if read > 0 else x
     return y, ConvTail(rest, skip + max(read - x.shape[1], 0))
+
+
+def _check_tail(frames: Tensor, x: Tensor, least: int, most: int, shown: str) -> None:
+    count = frames.shape[1]
+    if frames.shape != (x.shape[0], count, x.shape[2]):
+        expected = f"[{x.shape[0]}, n, {x.shape[2]}]"
+        raise ValueError(f"{shown} has frames of shape {list(frames.shape)}, expected {expected}")
+    if not least <= count <= most:
+        raise ValueError(f"{shown} has {count} frames, expected {least} to {most} with its kernel")
+    if frames.dtype != x.dtype:
+        raise TypeError(f"{shown} has dtype {frames.dtype}, expected {x.dtype} as its input has")
 
 
 class CNN_LSTM(nn.Module):

@@ -28,13 +28,14 @@ def convolve_into_lstm(
 ) -> tuple[Tensor, Pair]:
     """x `[B, T, F]` → what `rnn`, an LSTM or what stands in its place, gives on what `convs` give one after another,
     its output sent through a `head` that it takes."""
-    if lengths is None and (found := _in_one_op(convs, rnn, x, state, head)) is not None:
+    in_order = plain(rnn, LSTM) and rnn.batch_first == batch_first
+    if in_order and lengths is None and (found := _in_one_op(convs, rnn, x, state, head)) is not None:
         return found
     *below, conv = convs
     for layer in below:
         x, lengths = call_conv(layer, x, lengths), None if lengths is None else layer.output_lengths(lengths)
     ends = None if lengths is None else conv.output_lengths(lengths)
-    if _fuses(conv, rnn, x, state):
+    if in_order and _fuses(conv, rnn, x, state):
         return rnn.run(x, state, ends, partial(_gates_into_lstm, conv, lengths), head)
     x = call_conv(conv, x, lengths)
     x = x if batch_first else x.transpose(0, 1)
@@ -54,10 +55,10 @@ def call_lstm(rnn: nn.Module, x: Tensor, state: Pair | None, lengths: Tensor | N
 
 
 def _in_one_op(
-    convs: Sequence[Conv1d], rnn: nn.Module, x: Tensor, state: Pair | None, head: nn.Linear | None
+    convs: Sequence[Conv1d], rnn: LSTM, x: Tensor, state: Pair | None, head: nn.Linear | None
 ) -> tuple[Tensor, Pair] | None:
     """`convolve_into_lstm` without gradients and compiled, where nobody watches the layers; else None."""
-    if torch.compiler.is_compiling() or not plain(rnn, LSTM) or not all(plain(conv, Conv1d) for conv in convs):
+    if torch.compiler.is_compiling() or not all(plain(conv, Conv1d) for conv in convs):
         return None
     first = convs[0]
     if not isinstance(x, Tensor) or needs_function(first.weight) or (rnn.dropout > 0 and rnn.training):
@@ -70,16 +71,16 @@ def _in_one_op(
             return None
         convolutions += [weight] if bias is None else [weight, bias]
         pads += conv.pads()
-    weights = rnn.weights_by_name()
+    weights, peepholes = rnn.weights_by_name(), rnn.peepholes()
     on_top = None if head is None else (head.weight, head.bias)
-    name = backend_of_all(x, convolutions, weights, (*(on_top or ()), *(state or ())), rnn.backend)
+    name = backend_of_all(x, convolutions, weights, (*peepholes, *(on_top or ()), *(state or ())), rnn.backend)
     if name is None:
         return None
     stride, dilation, groups = ([getattr(conv, n) for conv in convs] for n in ("stride", "dilation", "groups"))
     try:
         y, state = conv1d_lstm_layers(
             x, convolutions, first.bias is not None, stride, pads, dilation, groups, first.padding_mode,
-            first.activation, weights, rnn.peepholes(), *rnn.options_of_layers(), state, on_top,
+            first.activation, weights, peepholes, *rnn.options_of_layers(), state, on_top,
             not rnn.batch_first, name,
         )  # fmt: skip
     except RuntimeError:
@@ -87,9 +88,9 @@ def _in_one_op(
     return y if rnn.batch_first else y.transpose(0, 1), state
 
 
-def _fuses(conv: Conv1d, rnn: nn.Module, x: Tensor, state: Pair | None) -> bool:
+def _fuses(conv: Conv1d, rnn: LSTM, x: Tensor, state: Pair | None) -> bool:
     """For inference with Triton, where the tile between the two and the LSTM's weights fit on the chip."""
-    if not plain(conv, Conv1d) or not plain(rnn, LSTM):
+    if not plain(conv, Conv1d):
         return False
     weight = conv.weight
     if weight.device.type not in runtime.devices() or conv.groups > 1 or needs_reference():

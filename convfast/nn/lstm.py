@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..ops import lstm
-from ..ops.checks import check_count, kind, needs_function
+from ..ops.checks import check_count, check_dense, kind, needs_function
 from ..ops.lstm import backend_of_layers, lstm_layers
 from .hooks import plain
 from .options import check_dropout, check_dtype
@@ -107,6 +107,7 @@ class LSTM(nn.RNNBase):
             return self._packed(input, hx)
         if not isinstance(input, Tensor):
             raise TypeError(f"{owner}: input is a {type(input).__name__}, expected a Tensor or a PackedSequence")
+        check_dense(owner, {"input": input})
         legend = "[B, T, I]" if self.batch_first else "[T, B, I]"
         if input.ndim not in (2, 3):
             raise ValueError(
@@ -165,12 +166,12 @@ class LSTM(nn.RNNBase):
             )
         directions = self._directions()
         if first is lstm and not (self.dropout > 0 and self.training):
-            weights = self.weights_by_name()
-            if backend := backend_of_layers(x, weights, hx or (), self.backend):
+            weights, peepholes = self.weights_by_name(), self.peepholes()
+            if backend := backend_of_layers(x, weights, (*peepholes, *(hx or ())), self.backend):
                 inside = None if head is None else (head.weight, head.bias)
                 if inside and needs_function(*inside):
                     inside = None
-                peepholes, options = self.peepholes(), self.options_of_layers()
+                options = self.options_of_layers()
                 x, state = lstm_layers(
                     x, weights, peepholes, *options, hx, lengths, inside, not self.batch_first, backend
                 )
@@ -300,6 +301,8 @@ class RegLSTM(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """input `[T, B, I]` → `[T, B, 1]`."""
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{type(self).__name__}: input is a {type(input).__name__}, expected a Tensor")
         if not takes(self.rnn, self.reg):
             return self.reg(self.rnn(input)[0])
         return self.rnn.under(self.reg, input, None, None)[0]

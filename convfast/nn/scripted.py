@@ -13,6 +13,7 @@ training a model, script `copy.deepcopy(model)`.
 """
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ from .options import Layer
 
 if TYPE_CHECKING:
     from .conv_lstm import ConvLSTM, ConvLSTMCell
+
+_ORIGINALS: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 # TorchScript wants its types spelled out.
 Pairs = list[tuple[Tensor, Tensor]]
@@ -49,6 +52,8 @@ class Twin(nn.Module):
                 f"{name}: hooks are set or forward is replaced, which torch.jit.script would leave out; expected none"
             )
         native.load_for(next(module.parameters()))
+        # torch.jit.script knows objects by their addresses, which those of a module that is gone may have again.
+        _ORIGINALS[self] = module
         # Of this module alone: others in it may belong to the model that is scripted.
         self.training = module.training
 

@@ -375,8 +375,8 @@ def gates_kernel(
     )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + c, mask=c < C, other=0).to(tl.float32)[None, :]
-    # Columns from C on meet weights that are zero, but sigmoid(0) is not: NaN cannot come from it.
-    h = tl.where(active[:, None], activate(acc, ACTIVATION), 0.0).to(w_ih_ptr.dtype.element_ty)
+    # Columns from C on meet weights that are zero, but where x is infinite they are NaN.
+    h = tl.where(active[:, None] & (c < C)[None, :], activate(acc, ACTIVATION), 0.0).to(w_ih_ptr.dtype.element_ty)
     offset = _offsets(sample, step, 1, batch, GATES, WIDE)[:, None]
     first = tl.program_id(1) * span
     for block in range(first, tl.minimum(first + span, (GATES + BG - 1) // BG)):

@@ -459,7 +459,8 @@ def _fused_input(
 ) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
     """→ x as a step reads it, (height, width and strides), (Cin, kernel, stride, padding, dilation and UNIT)."""
     stride, padding, dilation, _ = options
-    if x.shape[2] >= 8 and x.stride(2) != 1:
+    # Within a frame offsets have 32 bits.
+    if x.shape[2] >= 8 and x.stride(2) != 1 or runtime.needs_wide_offsets(x[:1, :1]):
         x = channels_last(x, 2)
     frames = _last(x)
     unit = outer_unit(frames)
@@ -644,7 +645,7 @@ class _WeightGrads:
                 _last(dgates), _last(source), _pair(self.w.shape[2:]), _pair(stride),
                 [0, *padding[::2]][-2:], _pair(dilation),
             ).view_as(self.w)  # fmt: skip
-        part = part.contiguous()
+        part = part.float().contiguous()  # the library's is of the weight's dtype
         self.total = part if self.total is None else self.total + part
 
 

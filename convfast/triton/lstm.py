@@ -417,7 +417,7 @@ def lstm_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     directions = _directions(w_ih, w_hh, bias, peephole, w_hr, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r)
-    if not _on_chip(w_hh, w_hr) and _cudnn_takes(x, w_hh, peephole, lengths):
+    if not _on_chip(w_hh, w_hr) and _cudnn_takes(x, w_hh, peephole, w_hr, lengths):
         return _cudnn_forward(x, directions, h0, c0, time_major, save)
     return _recurrence(_input_gates(x, directions), directions, h0, c0, lengths, time_major, save)
 
@@ -550,7 +550,7 @@ def lstm_backward(
     needs: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     directions = _directions(w_ih, w_hh, bias, peephole, w_hr, w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r)
-    if not _on_chip(w_hh, w_hr) and _cudnn_takes(x, w_hh, peephole, lengths):
+    if not _on_chip(w_hh, w_hr) and _cudnn_takes(x, w_hh, peephole, w_hr, lengths):
         return _cudnn_backward(dy, dh_n, dc_n, x, directions, h0, c0, needs)
     (batch, time), hidden, size, count = x.shape[:2], w_hh.shape[0] // 4, w_hh.shape[1], len(directions)
     time_major = _is_time_major(x)
@@ -696,10 +696,14 @@ def _weight_gradients(
     return found
 
 
-def _cudnn_takes(x: Tensor, w_hh: Tensor, peephole: Tensor | None, lengths: Tensor | None) -> bool:
-    """Whether cuDNN computes this layer as we call it: it has no peepholes, and lengths only for packed input."""
+def _cudnn_takes(
+    x: Tensor, w_hh: Tensor, peephole: Tensor | None, w_hr: Tensor | None, lengths: Tensor | None
+) -> bool:
+    """Whether cuDNN computes this layer as we call it: it has no peepholes, projections only to fewer numbers, and
+    lengths only for packed input."""
     return (
         w_hh.device.type == "cuda" and torch.version.hip is None and peephole is None and lengths is None
+        and (w_hr is None or w_hr.shape[0] < w_hr.shape[1])
         and x.shape[0] > 0 and torch.cudnn_is_acceptable(w_hh)
     )  # fmt: skip
 

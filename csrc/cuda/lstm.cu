@@ -53,7 +53,9 @@ __global__ void __launch_bounds__(kThreads) cell_step(CellStep<A> p) {
     z[g] = to_float(p.z[(b * 4 + g) * p.hidden + u]) + to_float(p.gates_x[b * p.gates_b + g * p.hidden + u]);
   float c = p.c[at];
   const Peephole<float> peephole = load_peephole(p.peephole, p.hidden, u);
-  const CellForward<float> r = lstm_cell_forward<DeviceMath, true>(z[0], z[1], z[2], z[3], c, peephole);
+  // Without peepholes no product with a zero one: an infinite c would make it NaN.
+  const CellForward<float> r = p.peephole ? lstm_cell_forward<DeviceMath, true>(z[0], z[1], z[2], z[3], c, peephole)
+                                          : lstm_cell_forward<DeviceMath, false>(z[0], z[1], z[2], z[3], c, peephole);
   const bool active = !p.lengths || p.t < p.lengths[b];
   if (active) p.c[at] = c = r.c;
   if (p.projected || active) p.h[at] = from_float<A>(r.h);
@@ -144,15 +146,17 @@ __global__ void __launch_bounds__(kThreads) cell_gradient(CellGradient<A> p) {
   const int64_t b = at / p.hidden, u = at % p.hidden, gates = b * 4 * p.hidden + u;
   const float dh = p.dhidden ? to_float(p.dhidden[at]) : p.from.gradient(at);
   const float c = p.c[at], c_before = p.c_before ? p.c_before[at] : 0.f;
-  const CellBackward<float> r = lstm_cell_backward<DeviceMath, true>(
-      to_float(p.gates[gates]), to_float(p.gates[gates + p.hidden]), to_float(p.gates[gates + 2 * p.hidden]),
-      to_float(p.gates[gates + 3 * p.hidden]), c_before, c, dh, p.dc[at], load_peephole(p.peephole, p.hidden, u));
+  const float i = to_float(p.gates[gates]), f = to_float(p.gates[gates + p.hidden]), g = to_float(p.gates[gates + 2 * p.hidden]),
+              o = to_float(p.gates[gates + 3 * p.hidden]);
+  const Peephole<float> peephole = load_peephole(p.peephole, p.hidden, u);
+  const CellBackward<float> r = p.peephole ? lstm_cell_backward<DeviceMath, true>(i, f, g, o, c_before, c, dh, p.dc[at], peephole)
+                                           : lstm_cell_backward<DeviceMath, false>(i, f, g, o, c_before, c, dh, p.dc[at], peephole);
   const bool active = p.from.active(p.from.t, b);
   if (active) p.dc[at] = r.dc;
   const float d[4] = {r.di, r.df, r.dg, r.d_o};
 #pragma unroll
-  for (int g = 0; g < 4; ++g)
-    p.z[gates + g * p.hidden] = p.dgates[b * p.dgates_b + g * p.hidden + u] = from_float<A>(active ? d[g] : 0.f);
+  for (int gate = 0; gate < 4; ++gate)
+    p.z[gates + gate * p.hidden] = p.dgates[b * p.dgates_b + gate * p.hidden + u] = from_float<A>(active ? d[gate] : 0.f);
   if (!p.dpeephole || !active) return;
   float* const sums = p.dpeephole + 3 * b * p.hidden + u;
   sums[0] += r.di * c_before, sums[p.hidden] += r.df * c_before, sums[2 * p.hidden] += r.d_o * c;
