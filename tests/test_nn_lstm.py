@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import os
 import pickle
 import re
@@ -315,6 +316,15 @@ def test_weights_may_be_parametrized() -> None:
     torch.testing.assert_close(output, expected)
     output.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in module.parametrizations.weight_hh_l0.parameters())
+
+
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_infinite_cell_state_is_what_it_is_in_torch(proj_size: int, backend: str) -> None:
+    module = build(proj_size=proj_size, backend=backend)
+    x, (h, c) = sequence(module), state_of(module)
+    found, expected = (flat(m(x, (h, c * math.inf))) for m in (module, twin(module, torch.float32)))
+    assert not any(part.isnan().any() for part in expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lstm", "cnn_lstm"])

@@ -460,7 +460,7 @@ def _fused_input(
     """→ x as a step reads it, (height, width and strides), (Cin, kernel, stride, padding, dilation and UNIT)."""
     stride, padding, dilation, _ = options
     # Within a frame offsets have 32 bits.
-    if x.shape[2] >= 8 and x.stride(2) != 1 or runtime.needs_wide_offsets(x[:1, :1]):
+    if (x.shape[2] >= 8 and x.stride(2) != 1) or runtime.needs_wide_offsets(x[:1, :1]):
         x = channels_last(x, 2)
     frames = _last(x)
     unit = outer_unit(frames)
