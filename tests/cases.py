@@ -341,6 +341,12 @@ CONV1D_CASES = [
     Conv1dCase("groups_of_16", channels=32, lengths=(9, 4, 0), options={"groups": 2, "activation": "tanh"}),
     Conv1dCase("depthwise", channels=4, options={"groups": 4}),
     Conv1dCase("depthwise_16", features=16, channels=16, options={"groups": 16, "activation": "sigmoid"}),
+    Conv1dCase(
+        "depthwise_6_of_3", time=75, features=3, kernel=11, lengths=(75, 0, 66),
+        options={"groups": 3, "padding": "same", "activation": "gelu"},
+    ),
+    Conv1dCase("depthwise_7", time=70, features=7, channels=7, kernel=5, options={"groups": 7, "padding": "full"}),
+    Conv1dCase("depthwise_stride", time=20, features=7, channels=7, options={"groups": 7, "stride": 2}),
     *(Conv1dCase(name, options={"activation": name, "padding": 1}) for name in ("relu", "tanh", "sigmoid")),
     *(Conv1dCase(name, options={"activation": name, "padding": 1}) for name in ("gelu", "silu", "leaky_relu")),
     Conv1dCase("channels_first", options={"channels_first": True, "padding": "same"}),

@@ -284,7 +284,7 @@ def test_outer_sum(kernels: ModuleType, isa: str, dtype: type, rows: int, k: int
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [1, 16, 37])
-@pytest.mark.parametrize("taps, stride, dilation", [(1, 1, 1), (3, 1, 1), (5, 2, 3)])
+@pytest.mark.parametrize("taps, stride, dilation", [(1, 1, 1), (3, 1, 1), (5, 2, 3), (14, 1, 1)])
 def test_depthwise(
     kernels: ModuleType, isa: str, dtype: type, channels: int, taps: int, stride: int, dilation: int
 ) -> None:

@@ -7,6 +7,7 @@
 // Floor: 2 k F/groups C operations per output row at the FMA peak, three times that for training.
 #include <torch/csrc/stable/library.h>
 
+#include <numeric>
 #include <tuple>
 
 #include "conv1d_winograd.h"
@@ -214,14 +215,24 @@ struct Engine {
   // Whether it pays for weights' gradients: their sums are larger.
   bool sums_by_winograd() const { return winograd && p.batch * p.out_time >= 3 * kRows; }
 
-  // Weights as a GEMM operand, [group][tap][feature] by channels; or, depthwise, [tap][channel].
+  // Channels that a depthwise convolution takes for one row's: those of so many rows as fill whole vectors, where one row's would leave
+  // much of them empty. 0: each row by itself.
+  long flat_channels() const {
+    constexpr long kFewVectors = 4;
+    if (!p.depthwise() || p.stride > 1 || width % k.lanes == 0 || width > kFewVectors * k.lanes) return 0;
+    return std::lcm(width, k.lanes);
+  }
+  const long flat = flat_channels();
+
+  // Weights as a GEMM operand, [group][tap][feature] by channels; or, depthwise, [tap][channel], and behind them the same for the flat ones.
   const T* pack_weights() {
     const A* w = data(weight);
     const long s0 = weight.stride(0), s1 = weight.stride(1), s2 = weight.stride(2);
     if (p.depthwise()) {
-      T* packed = workspace.take<T>(p.taps * width);
+      T* packed = workspace.take<T>(p.taps * (width + flat));
       for (long j = 0; j < p.taps; ++j)
         for (long c = 0; c < width; ++c) packed[j * width + c] = static_cast<T>(w[c * s0 + j * s2]);
+      for (long i = 0; i < p.taps * flat; ++i) packed[p.taps * width + i] = packed[i / flat * width + i % flat % width];
       return packed;
     }
     if (winograd) return winograd.pack(workspace, width, p.channels, [&](long first, long n, long lanes, T* to) { read_taps(first, n, lanes, to); });
@@ -261,8 +272,9 @@ struct Engine {
 
   const T* pack_bias() {
     if (!bias && !by_parts()) return nullptr;
-    T* packed = workspace.take<T>(ldc);
+    T* packed = workspace.take<T>(std::max(ldc, flat));
     for (long c = 0; c < ldc; ++c) packed[c] = bias && c < p.channels ? static_cast<T>(data(*bias)[c * bias->stride(0)]) : T(0);
+    for (long c = width; c < flat; ++c) packed[c] = packed[c - width];
     return packed;
   }
 
@@ -273,7 +285,11 @@ struct Engine {
   void convolve(long rows, const T* packed, const T* w, const T* b, T* z, long ldz, bool in_place, T* scratch) const {
     if (winograd) return winograd.convolve(rows, packed, width, p.features, p.channels, w, b, in_place && relu_in_gemm(), z, ldz, scratch);
     const Runs runs = window();
-    if (p.depthwise()) return k.depthwise(rows, packed, runs, w, b, z, ldz);
+    if (p.depthwise()) {
+      const long whole = flat && ldz == width ? rows * width / flat * flat : 0;
+      if (whole) k.depthwise(whole / flat, packed, {tap_offsets.data(), p.taps, flat, flat}, w + p.taps * width, b, z, flat);
+      return k.depthwise(rows - whole / width, packed + whole, runs, w, b, z + whole, ldz);
+    }
     const long deep = p.taps * p.group_features(), columns = p.group_channels(), size = deep * round_up(columns, k.lanes);
     for (long g = 0; g < p.groups; ++g)  // what a group's last vector writes past its end, the next one writes over
       k.gemm({rows, {packed + g * p.group_features()}, {runs}, w + g * size, deep, columns, b ? b + g * columns : nullptr, 0, z + g * columns, ldz, 0,
@@ -321,7 +337,8 @@ struct Engine {
     const SequenceOf<A> results(y);
     const SequenceOf<A> kept(pre);
     // Whole vectors of results are written where they belong, without scratch between.
-    const bool in_place = !parts && !keep && p.channels % k.lanes == 0 && (p.depthwise() || p.group_channels() % k.lanes == 0);
+    const bool in_place = !parts && !keep && (p.depthwise() ? !flat || results.step == p.channels : p.channels % k.lanes == 0 && p.group_channels() % k.lanes == 0);
+    const long ldz = flat ? p.channels : ldc;
     const auto chunk = [=](long sample, long begin, long rows, long thread) {
       const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
       for (long r = valid; r < rows; ++r) std::fill_n(results.at(sample, begin + r), p.channels, static_cast<A>(T(0)));
@@ -339,17 +356,18 @@ struct Engine {
         }
       }
       if (parts) convolve_parts(valid, packed, parts, b, split + thread * split_size, z);
-      else convolve(valid, packed, w, b, z, ldc, false, own);
-      for (long r = 0; r < valid; ++r) {
-        T* row = z + r * ldc;
+      else convolve(valid, packed, w, b, z, ldz, false, own);
+      const long together = ldz == p.channels && results.step == p.channels ? valid : 1, n = together * p.channels;
+      for (long r = 0; r < valid; r += together) {
+        T* row = z + r * ldz;
         A* to = results.at(sample, begin + r);
-        if (keep) convert(row, p.channels, kept.at(sample, begin + r));
+        if (keep) convert(row, n, kept.at(sample, begin + r));
         if constexpr (!kNarrow) {
-          if (act.forward) act.forward(p.channels, row, to);
-          else std::memcpy(static_cast<void*>(to), row, p.channels * sizeof(T));
+          if (act.forward) act.forward(n, row, to);
+          else std::memcpy(static_cast<void*>(to), row, n * sizeof(T));
         } else {
-          if (act.forward) act.forward(p.channels, row, row);
-          write(row, p.channels, to);
+          if (act.forward) act.forward(n, row, row);
+          write(row, n, to);
         }
       }
     };

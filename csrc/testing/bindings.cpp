@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstring>
 #include <ctime>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -207,6 +208,14 @@ struct Depthwise {
   }
 };
 
+// A copy with so many NaN behind it, for who reads whole vectors.
+template <class T>
+static std::vector<T> with_more(const Array<T>& x, long more) {
+  std::vector<T> all(x.data(), x.data() + x.size());
+  all.resize(all.size() + more, std::numeric_limits<T>::quiet_NaN());
+  return all;
+}
+
 // x [time, channels], w [taps, channels], bias [channels] -> [rows, channels]
 template <class T>
 static Array<T> depthwise(const std::string& isa, const Array<T>& x, const Array<T>& w, const OptionalArray<T>& bias, long stride, long dilation) {
@@ -214,7 +223,9 @@ static Array<T> depthwise(const std::string& isa, const Array<T>& x, const Array
   check<T>(w, "w", {w.shape(0), x.shape(1)});
   check(bias, "bias", {x.shape(1)});
   Array<T> out({d.rows, long(x.shape(1))});
-  kernels<T>(isa).depthwise(d.rows, x.data(), d.runs, w.data(), data(bias), out.mutable_data(), x.shape(1));
+  const Kernels<T>& table = kernels<T>(isa);
+  const std::vector<T> wide_x = with_more(x, table.lanes), wide_w = with_more(w, table.lanes), wide_bias = bias ? with_more(*bias, table.lanes) : std::vector<T>();
+  table.depthwise(d.rows, wide_x.data(), d.runs, wide_w.data(), bias ? wide_bias.data() : nullptr, out.mutable_data(), x.shape(1));
   return out;
 }
 
@@ -224,7 +235,9 @@ static Array<T> depthwise_weight_grad(const std::string& isa, const Array<T>& x,
   const Depthwise<T> d(x, taps, stride, dilation);
   check<T>(g, "g", {d.rows, x.shape(1)});
   Array<T> dw = zeros<T>({taps, x.shape(1)});
-  kernels<T>(isa).depthwise_weight_grad(d.rows, x.data(), d.runs, g.data(), x.shape(1), dw.mutable_data());
+  const Kernels<T>& table = kernels<T>(isa);
+  const std::vector<T> wide_x = with_more(x, table.lanes), wide_g = with_more(g, table.lanes);
+  table.depthwise_weight_grad(d.rows, wide_x.data(), d.runs, wide_g.data(), x.shape(1), dw.mutable_data());
   return dw;
 }
 

@@ -44,30 +44,79 @@ static void map_rows(long n, const T* dy, const T* x, T* out) {
   if (i < n) S::storen(out + i, F(S::loadn(dy + i, n - i), S::loadn(x + i, n - i)), n - i);
 }
 
-// out[row, c] = bias[c] + sum over runs i of x[row * stride + offset[i] + c] w[i, c]
+// R rows by NV vectors of channels, the last one's `lanes`.
+template <class T, int R, int NV>
+static INLINE void depthwise_tile(const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo, long lanes) {
+  typedef Simd<T> S;
+  typename S::V sum[R][NV];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) sum[r][v] = bias ? S::load(bias + v * S::W) : typename S::V{};
+  for (long i = 0; i < runs.count; ++i, w += runs.length) {
+    const T* const from = x + runs.offset[i];
+    for (int v = 0; v < NV; ++v) {
+      const typename S::V weight = S::load(w + v * S::W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][v] += S::load(from + r * runs.stride + v * S::W) * weight;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < NV; ++v) {
+      if (v + 1 < NV || lanes == S::W) S::store(out + r * ldo + v * S::W, sum[r][v]);
+      else S::storen(out + r * ldo + v * S::W, sum[r][v], lanes);
+    }
+}
+
+template <class T, int R, int NV>
+static INLINE void depthwise_columns(long rows, const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo, long lanes) {
+  long r = 0;
+  for (; r + R <= rows; r += R) depthwise_tile<T, R, NV>(x + r * runs.stride, runs, w, bias, out + r * ldo, ldo, lanes);
+  for (; r < rows; ++r) depthwise_tile<T, 1, NV>(x + r * runs.stride, runs, w, bias, out + r * ldo, ldo, lanes);
+}
+
+// out[row, c] = bias[c] + sum over runs i of x[row * stride + offset[i] + c] w[i, c]; whole vectors are read. As many sums at once as hide
+// the latency of an FMA.
 template <class T>
 static void depthwise(long rows, const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo) {
-  typedef Simd<T> S;
-  for (long c = 0; c < runs.length; c += S::W) {
-    const long lanes = runs.length - c < S::W ? runs.length - c : (long)S::W;
-    for (long r = 0; r < rows; ++r) {
-      typename S::V sum = bias ? S::loadn(bias + c, lanes) : typename S::V{};
-      for (long i = 0; i < runs.count; ++i) sum += S::loadn(x + r * runs.stride + runs.offset[i] + c, lanes) * S::loadn(w + i * runs.length + c, lanes);
-      S::storen(out + r * ldo + c, sum, lanes);
-    }
+  enum { W = Simd<T>::W };
+  for (long c = 0; c < runs.length; c += 2 * W) {
+    const long left = runs.length - c, lanes = left > W ? (left < 2 * W ? left - W : (long)W) : left;
+    if (left > W) depthwise_columns<T, 4, 2>(rows, x + c, runs, w + c, bias ? bias + c : 0, out + c, ldo, lanes);
+    else depthwise_columns<T, 8, 1>(rows, x + c, runs, w + c, bias ? bias + c : 0, out + c, ldo, lanes);
   }
 }
 
-// dw[i, c] += sum over rows of x[row * stride + offset[i] + c] g[row, c]
+// N taps, R rows at a time.
+template <class T, int N, int R>
+static void depthwise_sums(long rows, const T* x, const long* offset, long stride, const T* g, long ldg, T* dw, long ldw, long lanes) {
+  typedef Simd<T> S;
+  typename S::V sum[R][N] = {};
+  long row = 0;
+  for (; row + R <= rows; row += R)
+    for (int r = 0; r < R; ++r) {
+      const typename S::V gradient = S::load(g + (row + r) * ldg);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[r][n] += S::load(x + (row + r) * stride + offset[n]) * gradient;
+    }
+  for (; row < rows; ++row)
+    for (int n = 0; n < N; ++n) sum[0][n] += S::load(x + row * stride + offset[n]) * S::load(g + row * ldg);
+  for (int n = 0; n < N; ++n) {
+    typename S::V all = sum[0][n];
+    for (int r = 1; r < R; ++r) all += sum[r][n];
+    T* const to = dw + n * ldw;
+    S::storen(to, S::loadn(to, lanes) + all, lanes);
+  }
+}
+
+// dw[i, c] += sum over rows of x[row * stride + offset[i] + c] g[row, c]; whole vectors of x and g are read.
 template <class T>
 static void depthwise_weight_grad(long rows, const T* x, const Runs& runs, const T* g, long ldg, T* dw) {
-  typedef Simd<T> S;
-  for (long i = 0; i < runs.count; ++i)
-    for (long c = 0; c < runs.length; c += S::W) {
-      const long lanes = runs.length - c < S::W ? runs.length - c : (long)S::W;
-      typename S::V sum = {};
-      for (long r = 0; r < rows; ++r) sum += S::loadn(x + r * runs.stride + runs.offset[i] + c, lanes) * S::loadn(g + r * ldg + c, lanes);
-      T* q = dw + i * runs.length + c;
-      S::storen(q, S::loadn(q, lanes) + sum, lanes);
-    }
+  typedef void (*Sums)(long, const T*, const long*, long, const T*, long, T*, long, long);
+  static const Sums sums[] = {depthwise_sums<T, 1, 4>, depthwise_sums<T, 2, 4>, depthwise_sums<T, 3, 2>, depthwise_sums<T, 4, 2>,
+                              depthwise_sums<T, 5, 2>, depthwise_sums<T, 6, 1>, depthwise_sums<T, 7, 1>, depthwise_sums<T, 8, 1>};
+  enum { W = Simd<T>::W, kMost = 8 };
+  for (long i = 0; i < runs.count; i += kMost) {
+    const long taps = runs.count - i < kMost ? runs.count - i : (long)kMost;
+    for (long c = 0; c < runs.length; c += W)
+      sums[taps - 1](rows, x + c, runs.offset + i, runs.stride, g + c, ldg, dw + i * runs.length + c, runs.length, runs.length - c < W ? runs.length - c : (long)W);
+  }
 }

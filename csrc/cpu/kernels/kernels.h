@@ -335,7 +335,7 @@ struct Kernels {
   void (*widen)(long n, const unsigned short* from, Format, T* to);
   void (*narrow)(long n, const T* from, Format, unsigned short* to);
   void (*pair_rows)(long n, const unsigned short* const* row, unsigned short* to, long panel);
-  // runs: one a tap, `length` channels long; w [tap][channel]; bias null = zero.
+  // runs: one a tap, `length` channels long; w [tap][channel]; bias null = zero. Whole vectors of all but dw are read.
   void (*depthwise)(long rows, const T* x, const Runs& runs, const T* w, const T* bias, T* out, long ldo);
   void (*depthwise_weight_grad)(long rows, const T* x, const Runs& runs, const T* g, long ldg, T* dw);
   const WinogradKernels<T>* winograd[2];  // F(4×4, 3×3), F(2×2, 5×5); null for double
