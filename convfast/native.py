@@ -459,7 +459,8 @@ def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
                 where = f" (log: {log_file})"
             raise NativeUnavailable(f"the build failed: {_cause(shown)}{where}") from error
         except OSError as error:
-            if not list(folder.glob("*.so")):
+            forbidden = getattr(os, "ST_NOEXEC", 0) & os.statvfs(folder).f_flag  # another folder may do
+            if forbidden or not list(folder.glob("*.so")):
                 raise
             raise NativeUnavailable(f"what was built does not load: {_reason_of(error)}") from error
     return next(folder.glob("*.so"))

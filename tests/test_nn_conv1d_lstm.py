@@ -231,6 +231,17 @@ def test_chunks_under_autocast_have_one_dtype() -> None:
         assert module.step(x[:, 2:], state)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("under", ["second", "both"])
+def test_stream_goes_on_under_autocast(under: str) -> None:
+    module = build(padding="causal")
+    x = sequence(module)
+    with torch.autocast("cpu", torch.bfloat16, enabled=under == "both"):
+        _, state = module.step(x[:, :5])
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = module.step(x[:, 5:].bfloat16() if under == "both" else x[:, 5:], state)
+    torch.testing.assert_close(found.float(), module(x)[0][:, 5:], atol=0.02, rtol=0)
+
+
 # No copies.
 
 

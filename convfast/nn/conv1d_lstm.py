@@ -252,6 +252,8 @@ def _complete(conv: Conv1d, x: Tensor, tail: ConvTail | None, shown: str) -> tup
     if tail is None:
         tail = ConvTail(x.new_zeros(x.shape[0], conv.pads()[0], x.shape[2]), 0)
     else:
+        if autocast_dtype(conv.weight) is not None and x.is_floating_point():
+            tail = tail._replace(frames=autocast_to(x.dtype, tail.frames)[0])  # as h and c
         _check_tail(tail.frames, x, max(0, extent - conv.stride) if conv.pads()[0] else 0, extent - 1, shown)
     skip = max(tail.skip - x.shape[1], 0)
     x = torch.cat([tail.frames, x[:, tail.skip :]], dim=1)

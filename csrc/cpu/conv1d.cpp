@@ -220,7 +220,8 @@ struct Engine {
   long flat_channels() const {
     constexpr long kFewVectors = 4;
     if (!p.depthwise() || p.stride > 1 || width % k.lanes == 0 || width > kFewVectors * k.lanes) return 0;
-    return std::lcm(width, k.lanes);
+    const long channels = std::lcm(width, k.lanes);
+    return std::min(kRows, p.out_time) * width >= channels ? channels : 0;
   }
   const long flat = flat_channels();
 
@@ -232,7 +233,8 @@ struct Engine {
       T* packed = workspace.take<T>(p.taps * (width + flat));
       for (long j = 0; j < p.taps; ++j)
         for (long c = 0; c < width; ++c) packed[j * width + c] = static_cast<T>(w[c * s0 + j * s2]);
-      for (long i = 0; i < p.taps * flat; ++i) packed[p.taps * width + i] = packed[i / flat * width + i % flat % width];
+      for (long j = 0; j < p.taps; ++j)
+        for (long i = 0; i < flat; i += width) std::copy_n(packed + j * width, width, packed + p.taps * width + j * flat + i);
       return packed;
     }
     if (winograd) return winograd.pack(workspace, width, p.channels, [&](long first, long n, long lanes, T* to) { read_taps(first, n, lanes, to); });

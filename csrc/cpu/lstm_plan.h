@@ -98,8 +98,10 @@ struct Plan {
   long steps_of_chunk() const {
     if (pass.forward && together()) return turn;
     if (stages > 1) return std::clamp<long>(p.time / 32, 1, 16);  // the next stage begins so much later
-    // The weights' gradients pass through a cache that does not hold them once a chunk: the larger they are the more steps it has.
-    const long bytes = pass.forward ? pass.bytes : std::clamp(operand_bytes() / 4, pass.bytes, 4 * pass.bytes);
+    // The weights' gradients pass through a cache that does not hold them once a chunk: the larger they are the more steps it has, as far
+    // as x of a step is no larger than its gates.
+    const long most = std::clamp(4 * pass.bytes * p.ldz() / std::max(p.ldz(), p.inputs), pass.bytes, 4 * pass.bytes);
+    const long bytes = pass.forward ? pass.bytes : std::clamp(operand_bytes() / 4, pass.bytes, most);
     return std::min(p.time, std::max<long>(1, bytes / (most_rows(sharing()) * p.ldz() * long(sizeof(T)))));
   }
 
