@@ -631,7 +631,7 @@ BAD_CALLS = {
         r"input has 13 features, expected input_size=4 \(input shape \[3, 13, 4\], layout \[B, F, T\]\)",
     ),
     "dtype": ({}, (X.double(),), TypeError, "conv1d: input has dtype torch.float64, expected torch.float32 like wei"),
-    "sparse": ({}, (X.to_sparse(),), TypeError, "conv1d: input is a torch.sparse_coo tensor, expected a dense"),
+    "sparse": ({}, (X.to_sparse(),), TypeError, "Conv1dLSTM: input is a torch.sparse_coo tensor, expected a den"),
     "device": ({}, (X.to("meta"),), ValueError, "conv1d: input is on meta, expected cpu like weight"),
     "device_of_state": ({}, (X, (H, H.to("meta"))), ValueError, "state c is on meta, expected cpu"),
     "no_time": ({}, (X[:, :0],), ValueError, "Conv1dLSTM: input has 0 time steps, expected at least 1"),
@@ -710,6 +710,12 @@ def test_state_of_a_stream_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "state.pt")
     again = torch.load(tmp_path / "state.pt", weights_only=True)
     assert torch.equal(module.step(X, again)[0], module.step(X, state)[0])
+
+
+@pytest.mark.parametrize("make", [lambda: build(), lambda: LSTM(INPUT, 5, batch_first=True)], ids=["conv", "lstm"])
+def test_nested_tensor_is_refused(make) -> None:
+    with pytest.raises(TypeError, match="LSTM: input is a nested tensor, expected a dense"):
+        make()(torch.nested.nested_tensor([X[0, :3], X[0]]))
 
 
 def test_bad_state_of_a_step() -> None:
