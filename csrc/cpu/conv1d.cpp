@@ -338,7 +338,7 @@ struct Engine {
     Part* split = workspace.take<Part>(threads * split_size);
     const SequenceOf<A> results(y);
     const SequenceOf<A> kept(pre);
-    // Whole vectors of results are written where they belong, without scratch between.
+    // Results are written where they belong, without scratch between: by GEMMs whole vectors of them, depthwise no number more than there are.
     const bool in_place = !parts && !keep && (p.depthwise() ? !flat || results.step == p.channels : p.channels % k.lanes == 0 && p.group_channels() % k.lanes == 0);
     const long ldz = flat ? p.channels : ldc;
     const auto chunk = [=](long sample, long begin, long rows, long thread) {
