@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -329,6 +330,17 @@ def test_infinite_input_saturates(backend: str) -> None:
         output, _, c_n = case.call(conv_lstm, a, backend=backend)
     torch.testing.assert_close(c_n, torch.full_like(c_n, case.time))
     torch.testing.assert_close(output[:, 0], torch.full_like(output[:, 0], torch.tensor(1.0).tanh().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_infinite_cell_state_saturates(dtype: torch.dtype, backend: str) -> None:
+    case = BY_ID["kernel_hh_1_channels_32"]
+    a = case.arguments(dtype)
+    with torch.no_grad():
+        a["c0"].fill_(math.inf)
+        output, _, c_n = case.call(conv_lstm, a, backend=backend)
+    assert (c_n == math.inf).all()
+    assert not output.isnan().any()
 
 
 BAD = {

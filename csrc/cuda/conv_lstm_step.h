@@ -296,16 +296,21 @@ __device__ __forceinline__ void forward_cells(const ForwardStep<A>& s, int64_t b
   }
   float c_old[N] = {}, c[N], h[N];
   if (s.c_before) load(s.c_before + b * s.c_before_sample + at, c_old);
-  float w[3][N] = {};  // no peepholes are such of zero: one piece of code
+  float w[3][N] = {};
+  const auto cells = [&](auto with_peephole) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const auto r = lstm_cell_forward<DeviceMath, decltype(with_peephole)::value>(z[0][i], z[1][i], z[2][i], z[3][i], c_old[i],
+                                                                                   Peephole<float>{w[0][i], w[1][i], w[2][i]});
+      z[0][i] = r.i, z[1][i] = r.f, z[2][i] = r.g, z[3][i] = r.o, c[i] = r.c, h[i] = r.h;
+    }
+  };
   if (s.peephole) {
 #pragma unroll
     for (int g = 0; g < 3; ++g) load(s.peephole + int64_t(g) * s.area * s.channels + at, w[g]);
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const auto r = lstm_cell_forward<DeviceMath, true>(z[0][i], z[1][i], z[2][i], z[3][i], c_old[i],
-                                                       Peephole<float>{w[0][i], w[1][i], w[2][i]});
-    z[0][i] = r.i, z[1][i] = r.f, z[2][i] = r.g, z[3][i] = r.o, c[i] = r.c, h[i] = r.h;
+    cells(std::true_type());
+  } else {
+    cells(std::false_type());  // peepholes of zero would make NaN of an infinite c
   }
   if (s.gates) {
 #pragma unroll
