@@ -80,16 +80,8 @@ BACKENDS = {
     ),
     "reference": Backend(None, None, OPS, lambda: None, lambda name: getattr(reference, name)),
 }  # fmt: skip
-# Why triton comes before cuda, for `convfast.explain`.
-_BUILD = "triton needs no nvcc and no minutes of building"
-GPU_ORDER = {
-    "lstm_gates": f"not measured against it: both are one pass over memory, and {_BUILD}",
-    "conv_lstm": f"not measured against it: {_BUILD}, and its products run as wgmma on sm_90, those of cuda as "
-    "mma.sync; but cuda has no Python between the steps, which should pay where they are short",
-    "conv1d": f"not measured against it: {_BUILD}, and it multiplies by the weights of an LSTM on the same tile",
-    "lstm": f"not measured against it: both are one kernel over all steps, and {_BUILD}; "
-    "but cuda spreads a large hidden size over a cluster of blocks",
-}
+# For `convfast.explain`.
+WHY_TRITON_FIRST = "not measured against it, and triton needs no nvcc and no minutes of building"
 
 
 def available(op: str) -> dict[str, bool | str]:
@@ -112,9 +104,7 @@ def choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype | 
             if (reason := why_not(op, name, device_type, dtype)) is None:
                 return name, passed
             passed.append(reason)
-    if wanted not in BACKENDS:
-        source = "backend" if backend else "CONVFAST_BACKEND"
-        raise ValueError(f"{op}: {source} is {wanted!r}, expected one of {', '.join(BACKENDS)}")
+    check_name(op, wanted, "backend" if backend else "CONVFAST_BACKEND")
     reason = why_not(op, wanted, device_type, dtype)
     if reason is not None:
         raise RuntimeError(f"{op}: backend {wanted!r} is not available: {reason}")
@@ -175,6 +165,11 @@ def release_workspace() -> None:
     """Free the memory that the native library keeps between calls; the next call takes it anew."""
     if native.origin() is not None:
         torch.ops.convfast.release_workspace()
+
+
+def check_name(owner: str, backend: str | None, source: str = "backend") -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{owner}: {source} is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def _check_op(op: str) -> None:

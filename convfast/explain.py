@@ -7,7 +7,7 @@ from torch import Tensor
 from . import backends
 from .nn import CNN_LSTM, LSTM, Conv1d, Conv1dLSTM, ConvLSTM, ConvLSTMCell, RegLSTM
 from .nn.conv_lstm import State
-from .ops.conv_lstm import algorithm_of
+from .ops.conv_lstm import algorithm_of, given_once
 
 Explained = ConvLSTM | ConvLSTMCell | LSTM | Conv1d | Conv1dLSTM | CNN_LSTM | RegLSTM
 
@@ -59,6 +59,7 @@ def _conv_lstm(module: ConvLSTM | ConvLSTMCell, input: Tensor | None, state: Sta
     else:
         frames, steps, _ = module._frames(input)
         steps = frames.shape[1] if steps is None else steps
+        frames = None if frames is None else given_once(frames)
         first, pair = module._first_state_size(input, state), module._states(state)[0]
     if frames is None:
         module._check_state(0, pair, None)
@@ -111,5 +112,5 @@ def _line(
     name, passed = backends.choose(op, module.backend, device, weight.dtype)
     reasons = [f"{other}: {why}" for other, why in zip(backends.BACKENDS, passed)]
     if module.backend is None and device == "cuda" and name == "triton":
-        reasons.append(f"cuda: {backends.GPU_ORDER[op]}")
+        reasons.append(f"cuda: {backends.WHY_TRITON_FIRST}")
     return f"{where}: backend {name}{how}" + "".join(f" ({reason})" for reason in reasons)

@@ -1,8 +1,9 @@
 // Messages: op, argument, what was expected, what came.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -22,8 +23,16 @@ inline std::vector<int64_t> shape_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
+// As STD_TORCH_CHECK, which puts the function and the folder of the sources before the message.
+template <class... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error(message.str());
+}
+
 #define CONVFAST_CHECK(condition, op, argument, expected, got) \
-  STD_TORCH_CHECK(condition, op, ": ", argument, " must be ", expected, ", got ", got)
+  if (!(condition)) refuse(op, ": ", argument, " must be ", expected, ", got ", got)
 
 // Of strides, paddings and dilations, so that sums and products of them and of sizes fit 64 bits.
 constexpr int64_t kMostOfOption = int64_t(1) << 31;

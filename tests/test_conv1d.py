@@ -385,7 +385,22 @@ def test_relu_keeps_a_nan(backend: str, channels: int) -> None:
     assert (y[~within] == 0).any() and (y[~within] >= 0).all()
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_activations_of_the_largest_numbers(activation: str, backend: str) -> None:
+    values = torch.tensor([-3e38, -1e38, -200, -90, -1, 0, 1, 90, 1e38, 3e38])
+    x = values.view(1, -1, 1).requires_grad_()
+    y = conv1d(x, torch.ones(1, 1, 1), activation=activation, backend=backend)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    plain = values.double().requires_grad_()
+    expected = getattr(torch.nn.functional, activation)(plain)
+    (slope,) = torch.autograd.grad(expected.sum(), plain)
+    torch.testing.assert_close(y.detach().flatten().double(), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dx.flatten().double(), slope, rtol=1e-6, atol=1e-6)
+
+
 BAD = {
+    "time_major": ({"time_major": 1}, TypeError, "time_major is 1, expected True or False"),
+    "channels_first_none": ({"channels_first": None}, TypeError, "channels_first is None, expected True or False"),
     "rank": ({"input": torch.zeros(9, 4)}, ValueError, "input has 2 dims, expected 3"),
     "features": ({"input": torch.zeros(3, 9, 5)}, ValueError, r"input has 5 features, expected 4 .*\[B, T, F\]"),
     "channels_first": ({"channels_first": True}, ValueError, r"input has 9 features, expected 4 .*\[B, F, T\]"),
@@ -430,7 +445,7 @@ BAD = {
     "padding_name": (
         {"padding": "half"},
         ValueError,
-        "padding is 'half', expected an int >= 0, 'valid', 'same', 'full', 'causal'",
+        "padding is 'half', expected an int >= 0 or one of valid, same, full, causal",
     ),
     "padding_negative": ({"padding": -1}, ValueError, "padding is -1, expected an int >= 0"),
     "padding_list": ({"padding": [1]}, ValueError, r"padding is \[1\], expected an int >= 0"),

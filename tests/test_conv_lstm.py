@@ -344,6 +344,7 @@ def test_infinite_cell_state_saturates(dtype: torch.dtype, backend: str) -> None
 
 
 BAD = {
+    "reverse": ({"reverse": "yes"}, TypeError, "reverse is 'yes', expected True or False"),
     "rank": ({"input": torch.zeros(2, 3, 6, 5)}, ValueError, "input has 4 dims, expected 5"),
     "channels": ({"input": torch.zeros(2, 3, 7, 6, 5)}, ValueError, "input has 7 channels, expected 3"),
     "no_steps": ({"input": torch.zeros(2, 0, 3, 6, 5)}, ValueError, "input has 0 time steps, expected at least 1"),
@@ -383,8 +384,8 @@ BAD = {
         ValueError,
         r"peephole .*\[3, 4, 5, 5\], expected \[3, 4, 6, 5\]",
     ),
-    "state_one": ({"state": (torch.zeros(2, 4, 6, 5),)}, TypeError, r"state has 1 items, expected a pair \(h, c\)"),
-    "state_tensor": ({"state": torch.zeros(2, 4, 6, 5)}, TypeError, "state has a Tensor, expected a pair"),
+    "state_one": ({"state": (torch.zeros(2, 4, 6, 5),)}, TypeError, r"state is a tuple of 1, expected a pair \(h, c\)"),
+    "state_tensor": ({"state": torch.zeros(2, 4, 6, 5)}, TypeError, "state is a Tensor, expected a pair"),
     "state_h_shape": ({"state": (torch.zeros(1, 4, 6, 5), None)}, ValueError, r"state h .*expected \[2, 4, 6, 5\]"),
     "state_c_shape": ({"state": (None, torch.zeros(2, 4, 5, 6))}, ValueError, r"state c .*expected \[2, 4, 6, 5\]"),
     "state_c_dtype": ({"state": (None, torch.zeros(2, 4, 6, 5).half())}, TypeError, "state c .*expected .*float32"),
@@ -401,9 +402,9 @@ BAD = {
     "steps_bool": ({"steps": True}, ValueError, "steps is True, expected an int >= 1"),
     "steps_differ": ({"steps": 4}, ValueError, "steps is 4, expected None or the 3 steps of input"),
     "steps_zero": ({"steps": 0}, ValueError, "steps is 0, expected an int >= 1"),
-    "stride": ({"stride": 0}, ValueError, "stride is 0, expected an int >= 1 or 2 of them"),
-    "stride_bool": ({"stride": True}, ValueError, "stride is True, expected an int >= 1 or 2 of them"),
-    "stride_count": ({"stride": (1, 1, 1)}, ValueError, r"stride is \(1, 1, 1\), expected an int >= 1 or 2"),
+    "stride": ({"stride": 0}, ValueError, "stride is 0, expected an int >= 1 or a tuple of 2"),
+    "stride_bool": ({"stride": True}, ValueError, "stride is True, expected an int >= 1 or a tuple of 2"),
+    "stride_count": ({"stride": (1, 1, 1)}, ValueError, r"stride is \(1, 1, 1\), expected an int >= 1 or a tuple of 2"),
     "dilation": ({"dilation": -1}, ValueError, "dilation is -1, expected"),
     "padding_name": ({"padding": "full"}, ValueError, "padding is 'full', expected 'same', 'valid', an int"),
     "padding_negative": ({"padding": -1}, ValueError, "padding is -1, expected an int >= 0"),
@@ -414,7 +415,7 @@ BAD = {
     "groups": ({"groups": 3}, ValueError, "groups is 3, expected a positive divisor of 4C=16"),
     "groups_bool": ({"groups": True}, ValueError, "groups is True, expected an int >= 1"),
     "groups_channels": ({"groups": 2}, ValueError, "input has 3 channels, expected 6 from weight_ih .*groups=2"),
-    "memory": ({"memory": "slow"}, ValueError, "memory is 'slow', expected 'fast' or 'lean'"),
+    "memory": ({"memory": "slow"}, ValueError, "memory is 'slow', expected one of fast, lean"),
     "backend": ({"backend": "gpu"}, ValueError, "backend is 'gpu', expected one of .*reference"),
 }
 
@@ -439,6 +440,12 @@ def test_op_refuses_what_it_cannot_read(native_ops: Any) -> None:
     with pytest.raises(RuntimeError, match="padding, dilation must be at most 2147483648, got"):
         wide = (2, [1, 1], [1, 1, 1, 1], [2**62, 1], "zeros", False, "direct")
         native_ops.conv_lstm_forward(x, w_ih, w_hh, *[None] * 5, *wide, "none")
+    for empty, kernel in ((x[:, :, :0], w_ih[:, :0]), (x[..., :0, :], w_ih)):
+        with pytest.raises(RuntimeError, match="conv_lstm_forward: x must be of at least one channel and pixel, got"):
+            native_ops.conv_lstm_forward(empty, kernel, w_hh, *[None] * 5, *options, "none")
+    with pytest.raises(RuntimeError, match="conv_lstm_forward: h0 must be of at least one pixel, got"):
+        state = torch.zeros(1, 2, 0, 5)
+        native_ops.conv_lstm_forward(None, None, w_hh, None, None, state, *[None] * 2, *options[:-1], "auto", "none")
 
 
 def test_integers_of_numpy_are_taken(host_backend: str) -> None:

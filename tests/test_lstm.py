@@ -356,6 +356,7 @@ def weights_of(case: LSTMCase) -> tuple[Tensor | None, ...]:
 
 REVERSE = weights_of(LSTM["both_directions"])
 BAD = {
+    "time_major": ({"time_major": 1}, TypeError, "time_major is 1, expected True or False"),
     "rank": ({"input": torch.zeros(5, 4)}, ValueError, "input has 2 dims, expected 3"),
     "features": (
         {"input": torch.zeros(3, 5, 3)},
@@ -394,9 +395,9 @@ BAD = {
     "reverse_count": (
         {"reverse": REVERSE[:3]},
         TypeError,
-        r"reverse has 3 items, expected \(weight_ih, weight_hh, bias",
+        r"reverse is a tuple of 3, expected \(weight_ih, weight_hh, bias",
     ),
-    "reverse_tensor": ({"reverse": REVERSE[0]}, TypeError, "reverse has a Tensor, expected .weight_ih"),
+    "reverse_tensor": ({"reverse": REVERSE[0]}, TypeError, "reverse is a Tensor, expected .weight_ih"),
     "reverse_without_bias": (
         {"reverse": (*REVERSE[:2], None, None, None)},
         ValueError,
@@ -417,8 +418,8 @@ BAD = {
         TypeError,
         "reverse weight_ih has dtype .*float64, expected .*float32",
     ),
-    "state_one": ({"state": (torch.zeros(1, 3, 6),)}, TypeError, r"state has 1 items, expected a pair \(h, c\)"),
-    "state_tensor": ({"state": torch.zeros(2, 3, 6)}, TypeError, "state has a Tensor, expected a pair"),
+    "state_one": ({"state": (torch.zeros(1, 3, 6),)}, TypeError, r"state is a tuple of 1, expected a pair \(h, c\)"),
+    "state_tensor": ({"state": torch.zeros(2, 3, 6)}, TypeError, "state is a Tensor, expected a pair"),
     "state_h_shape": ({"state": (torch.zeros(3, 6), None)}, ValueError, r"state h .*\[3, 6\], expected \[1, 3, 6\]"),
     "state_c_shape": (
         {"state": (None, torch.zeros(2, 3, 6))},

@@ -173,6 +173,13 @@ def test_empty_batch(backend: str) -> None:
     assert torch.equal(d_peephole, torch.zeros(3, 2, 3, 3))
 
 
+def test_frames_without_pixels(backend: str) -> None:
+    gates = torch.zeros(2, 8, 0, 5, requires_grad=True)
+    h, c_next = lstm_gates(gates, torch.zeros(2, 2, 0, 5), backend=backend)
+    assert h.shape == c_next.shape == (2, 2, 0, 5)
+    assert torch.autograd.grad(h.sum() + c_next.sum(), gates)[0].shape == gates.shape
+
+
 def test_nan_and_infinity_stay_where_they_are(backend: str) -> None:
     gates, c = torch.randn(2, 12, 9), torch.randn(2, 3, 9)
     gates[0, 1, 4] = float("nan")  # input gate of channel 1
@@ -187,7 +194,7 @@ def test_nan_and_infinity_stay_where_they_are(backend: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs the memory of a GPU")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_offsets_of_more_than_32_bits(layout: str, triton_ops: Any) -> None:
+def test_triton_offsets_of_more_than_32_bits(layout: str, triton_ops: Any) -> None:
     gates = laid_out(torch.randn(9, 256, 1024, 1024, dtype=torch.bfloat16), layout)
     whole, alone = (triton_ops.lstm_gates_forward(g, None, None, True) for g in (gates, gates[-1:]))
     assert all(torch.equal(a[-1:], b) for a, b in zip(whole, alone))

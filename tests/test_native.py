@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -629,3 +630,43 @@ def test_quick_example_leaves_the_pictures_of_readme(tmp_path: Path) -> None:
     assert (tmp_path / "examples" / "out" / "digit_rows.png").read_bytes() == before
     picture = tmp_path / "build" / "examples" / "digit_rows.png"
     assert picture.is_file() and f"picture: {picture} (README's is of a whole run)" in done.stdout
+
+
+LEAKS = """
+import ctypes, gc, torch, convfast
+class Mallinfo(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+libc = ctypes.CDLL("libc.so.6")
+libc.mallinfo2.restype = Mallinfo
+def used():
+    gc.collect()
+    found = libc.mallinfo2()
+    return found.uordblks + found.hblkhd
+calls = {
+    "conv1d": (convfast.Conv1d(3, 4, 3, activation="relu"), torch.randn(2, 8, 3)),
+    "conv1d_lstm": (convfast.Conv1dLSTM(3, [4, 4], 5), torch.randn(2, 8, 3)),
+    "conv_lstm": (convfast.ConvLSTM(2, 3, 3), torch.randn(1, 2, 2, 4, 4)),
+}
+for name, (module, x) in calls.items():
+    for learns in (False, True):
+        def call():
+            with torch.set_grad_enabled(learns):
+                output = module(x)
+                if learns:
+                    (output if torch.is_tensor(output) else output[0]).sum().backward()
+        growth = []
+        for _ in range(4):
+            before = used()
+            for _ in range(1000):
+                call()
+            growth.append((used() - before) / 1000)
+        print(name, learns, growth)
+        assert min(growth) < 16, (name, learns, growth)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts by mallinfo2, which is glibc's")
+def test_calls_keep_no_memory(native_ops) -> None:
+    done = subprocess.run([sys.executable, "-c", LEAKS], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

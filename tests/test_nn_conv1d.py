@@ -204,6 +204,7 @@ def test_scripts_saves_and_loads(name: str, native_ops) -> None:
 # Bad arguments: what was wrong, what was expected, what came.
 
 BAD_CONSTRUCTION = {
+    "backend": ({"backend": "cudnn"}, "backend is 'cudnn', expected one of cpu, triton, cuda, reference"),
     "in_channels": ({"in_channels": 0}, "in_channels is 0, expected an int >= 1"),
     "out_channels": ({"out_channels": "4"}, "out_channels is '4', expected an int >= 1"),
     "kernel_size": ({"kernel_size": (3, 3)}, r"kernel_size is \(3, 3\), expected an int >= 1 or a tuple of 1"),

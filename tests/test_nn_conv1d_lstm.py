@@ -605,9 +605,9 @@ BAD_CONSTRUCTION = {
     "tuple": ({"kernel_size": (3, 5)}, r"Conv1dLSTM: kernel_size is \(3, 5\), expected .* a list, one per layer"),
     "hidden_size": ({"hidden_size": 0}, "LSTM: hidden_size is 0, expected an int >= 1"),
     "padding": ({"padding": ["same", "half"]}, "Conv1d: padding is 'half', expected .* valid, same, full, causal"),
-    "pool": ({"pool": ("min", 2)}, r"pool: spec is \('min', 2\), expected None or a tuple"),
-    "pool_kernel": ({"pool": ("max", 0)}, "pool: kernel is 0, expected an int >= 1"),
-    "pool_stride": ({"pool": ("max", 2, 0)}, "pool: stride is 0, expected an int >= 1"),
+    "pool": ({"pool": ("min", 2)}, r"Conv1dLSTM: pool is \('min', 2\), expected None or a tuple"),
+    "pool_kernel": ({"pool": ("max", 0)}, "Conv1dLSTM: kernel of pool is 0, expected an int >= 1"),
+    "pool_stride": ({"pool": ("max", 2, 0)}, "Conv1dLSTM: stride of pool is 0, expected an int >= 1"),
 }
 
 
@@ -636,7 +636,7 @@ BAD_CALLS = {
     "device_of_state": ({}, (X, (H, H.to("meta"))), ValueError, "state c is on meta, expected cpu"),
     "no_time": ({}, (X[:, :0],), ValueError, "Conv1dLSTM: input has 0 time steps, expected at least 1"),
     "too_short": ({"padding": "valid"}, (X[:, :4],), ValueError, "conv1d: input has size 2 in time, expected at le"),
-    "too_short_for_pool": ({"pool": ("max", 20)}, (X,), ValueError, "pool: input has 13 .*at least the kernel 20"),
+    "too_short_for_pool": ({"pool": ("max", 20)}, (X,), ValueError, "Conv1dLSTM: input of pool has 13 .* kernel 20"),
     "state": ({}, (X, (H, H[:, 1:])), ValueError, r"^Conv1dLSTM: state c has shape \[1, 2, 5\], expected \[1, 3, 5\]"),
     "state_type": ({}, (X, H), TypeError, r"^Conv1dLSTM: state is a Tensor, expected two tensors \(h, c\)"),
     "lengths_list": ({}, (X, None, [1, 2, 3]), TypeError, "^Conv1dLSTM: lengths has type list, expected a Tensor"),
@@ -653,6 +653,7 @@ def test_bad_call_is_named_with_what_was_expected(name: str, gradients: bool) ->
 
 
 BAD_CNN_LSTM = {
+    "cnn_kernel_size": 0,
     "input_dim": 0,
     "output_dim": 0,
     "cnn_out_channels": "6",
@@ -682,6 +683,37 @@ def test_cnn_lstm_names_an_input_that_it_cannot_take(gradients: bool) -> None:
 def test_cnn_lstm_names_lengths_that_are_no_tensor() -> None:
     with pytest.raises(TypeError, match=r"^CNN_LSTM: lengths has type list"):
         CNN_LSTM(INPUT, 2)(X, [1, 2, 3])
+
+
+def test_steps_see_what_hooks_make_of_weights(backend: str) -> None:
+    torch.manual_seed(0)
+    module = Conv1dLSTM(4, [5, 3], 6, padding=["causal", "valid"], backend=backend).eval()
+    for conv in module.conv:
+        torch.nn.utils.weight_norm(conv)
+        with torch.no_grad():
+            conv.weight_g.mul_(3)  # what the forward makes of it is not in conv.weight yet
+    module.conv[1].register_forward_hook(lambda conv, args, output: 2 * output)
+    x = torch.randn(2, 13, 4)
+    state, outputs = None, []
+    for chunk in x.split([3, 0, 6, 4], dim=1):
+        output, state = module.step(chunk, state)
+        outputs.append(output)
+    assert outputs[1].shape == (2, 0, 6)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), module(x)[0])
+
+
+def test_step_with_what_is_no_convolution() -> None:
+    module = Conv1dLSTM(4, 5, 6, padding="causal")
+    module.conv[0] = torch.nn.Sequential(module.conv[0])
+    with pytest.raises(TypeError, match=r"^Conv1dLSTM: conv.0 is a Sequential, expected a Conv1d for step\(\)"):
+        module.step(torch.randn(2, 3, 4))
+
+
+def test_lengths_with_what_takes_none() -> None:
+    module = Conv1dLSTM(4, 5, 6)
+    module.lstm = torch.nn.LSTM(5, 6, batch_first=True)
+    with pytest.raises(TypeError, match=r"lengths is a Tensor, expected None with a torch\.nn\.LSTM"):
+        module(torch.randn(2, 3, 4), lengths=torch.tensor([3, 2]))
 
 
 BAD_STEPS = {
@@ -720,7 +752,7 @@ def test_nested_tensor_is_refused(make) -> None:
 
 def test_bad_state_of_a_step() -> None:
     module = build(padding="causal")
-    with pytest.raises(TypeError, match=r"Conv1dLSTM: state is 2 items, expected None or what step\(\) returned"):
+    with pytest.raises(TypeError, match=r"Conv1dLSTM: state is a tuple of 2, expected None or what step\(\) returned"):
         module.step(X, (H, H))
     _, state = module.step(X)
     with pytest.raises(ValueError, match="Conv1dLSTM: input has 2 samples, expected 3 as state has"):

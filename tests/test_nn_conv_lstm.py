@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.amp.autocast_mode import _cast
 
-from convfast.nn import ConvLSTM, ConvLSTM1d, ConvLSTM3d, ConvLSTMCell, ConvLSTMState
+from convfast.nn import (
+    ConvLSTM,
+    ConvLSTM1d,
+    ConvLSTM3d,
+    ConvLSTMCell,
+    ConvLSTMCell1d,
+    ConvLSTMCell3d,
+    ConvLSTMState,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -150,6 +158,17 @@ def test_frames_of_one_and_three_dims_match_plain_loop(kind: type[ConvLSTM], spa
     check_against_loop(module, frames(space=space))
 
 
+@pytest.mark.parametrize(("kind", "space"), [(ConvLSTMCell1d, (7,)), (ConvLSTMCell3d, (3, 4, 5))])
+def test_cells_of_one_and_three_dims_are_a_step_of_the_stack(kind: type, space: tuple, backend: str) -> None:
+    cell = kind(CHANNELS, 4, 3, backend=backend)
+    stack = {1: ConvLSTM1d, 3: ConvLSTM3d}[cell.dims](CHANNELS, 4, 3, backend=backend)
+    stack.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()})
+    x, state = frames(space=space)[:, :1], (torch.randn(BATCH, 4, *space), torch.randn(BATCH, 4, *space))
+    assert all(torch.equal(*pair) for pair in zip(cell(x[:, 0], *state), stack(x, state)[1]))
+    with pytest.raises(ValueError, match=rf"^{kind.__name__}: input has 2 dims, expected {cell.dims + 2} "):
+        cell(x[0, 0, 0, :2].reshape(2, -1))
+
+
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
 def test_state_and_lengths_match_plain_loop(bidirectional: bool, backend: str) -> None:
     module = build(return_all_layers=True, bidirectional=bidirectional, backend=backend)
@@ -209,6 +228,16 @@ def test_effective_step_picks_steps_in_order_of_time(effective_step: list[int], 
     dim = 1 if batch_first else 0
     assert_same(picked, [output.index_select(dim, torch.tensor(wanted, dtype=torch.int64)) for output in expected])
     assert_same(state, expected_state)
+
+
+def test_effective_step_out_of_reach_is_refused_by_the_module_that_was_called() -> None:
+    with pytest.raises(ValueError, match=rf"^ConvLSTM1d: effective_step has {TIME}, expected"):
+        ConvLSTM1d(3, 4, 3, effective_step=[TIME])(torch.randn(2, TIME, 3, 6))
+
+
+def test_dropout_of_one_layer_warns() -> None:
+    with pytest.warns(UserWarning, match="ConvLSTM: dropout is 0.5, which has no effect with one layer"):
+        ConvLSTM(3, 4, 3, dropout=0.5)
 
 
 def test_effective_step_of_one_frame() -> None:
@@ -947,6 +976,7 @@ def test_scripted_module_refuses_what_does_not_fit(native_ops) -> None:
 # Bad arguments: what was wrong, what was expected, what came.
 
 BAD_CONSTRUCTION = {
+    "backend": ({"backend": "cudnn"}, "backend is 'cudnn', expected one of cpu, triton, cuda, reference"),
     "hidden_empty": ({"hidden_channels": []}, r"hidden_channels is \[\], expected positive ints"),
     "hidden_none": ({"hidden_channels": None}, "hidden_channels is None, expected positive ints"),
     "hidden_float": ({"hidden_channels": 4.0}, "hidden_channels is 4.0, expected positive ints"),
@@ -972,7 +1002,7 @@ BAD_CONSTRUCTION = {
     "dropout": ({"dropout": 1.5}, r"dropout is 1.5, expected a probability \(0 to 1\)"),
     "dropout_none": ({"dropout": None}, r"dropout is None, expected a probability \(0 to 1\)"),
     "dropout_text": ({"dropout": "a"}, r"dropout is 'a', expected a probability \(0 to 1\)"),
-    "memory": ({"memory": "slow"}, "memory is 'slow', expected 'fast' or 'lean'"),
+    "memory": ({"memory": "slow"}, "memory is 'slow', expected one of fast, lean"),
     "unit_forget_bias": ({"unit_forget_bias": True, "bias": False}, "unit_forget_bias is True with bias=False"),
     "image_size": ({"peephole": True, "image_size": (6,)}, r"image_size is \(6,\), expected .* a tuple of 2"),
     "image_small": (
@@ -1080,7 +1110,19 @@ BAD_CALLS = {
     "state_of_one_layer": ({}, (zeros(2, 4, 3, 6, 5), GOOD[1]), ValueError, "state is one .* return_all_layers=True"),
     "state_count": ({}, (zeros(2, 4, 3, 6, 5), GOOD[:1]), ValueError, "state has 1 entries, expected 2"),
     "state_type": ({}, (zeros(2, 4, 3, 6, 5), zeros(2)), TypeError, "state is a Tensor, expected"),
-    "state_entry": ({}, (zeros(2, 4, 3, 6, 5), [1, 2]), TypeError, "state of layer 0 is a int, expected two tensors"),
+    "state_entry": ({}, (zeros(2, 4, 3, 6, 5), [1, 2]), ValueError, r"state is one \(h, c\), expected a list"),
+    "state_part": (
+        {"hidden_channels": 4},
+        (zeros(2, 4, 3, 6, 5), (zeros(2, 4, 6, 5), None)),
+        TypeError,
+        "c of state of layer 0 is None, expected a Tensor",
+    ),
+    "state_numpy": (
+        {"hidden_channels": 4},
+        (zeros(2, 4, 3, 6, 5), (np.zeros(2), np.zeros(2))),
+        TypeError,
+        "h of state of layer 0 is a ndarray, expected a Tensor",
+    ),
     "state_batch": (
         {},
         (zeros(2, 4, 3, 6, 5), pairs((3, 4, 6, 5), (2, 6, 6, 5))),
@@ -1124,7 +1166,6 @@ BAD_CALLS = {
         "padding is 2 in spatial dim 0, expected at most 1 with padding_mode='reflect'",
     ),
     "frame_too_small": ({"padding": "valid"}, (zeros(2, 4, 3, 2, 5),), ValueError, "input has size 2 in spatial dim 0"),
-    "backend": ({"backend": "abacus"}, (zeros(2, 4, 3, 6, 5),), ValueError, "backend is 'abacus', expected one of"),
 }
 
 
@@ -1143,7 +1184,7 @@ def test_bad_call_is_named_with_what_was_expected(name: str) -> None:
         ((zeros(2, 5, 6, 5),), ValueError, "ConvLSTMCell: input has 5 channels, expected input_channels=3"),
         ((zeros(2, 3, 6, 5), zeros(2, 4, 6, 5)), ValueError, "expected h and c together"),
         ((None,), ValueError, r"given are \[\], expected h and c together, and at least them or input"),
-        ((zeros(2, 3, 6, 5), *pairs((2, 5, 6, 5))[0]), ValueError, r"state h of layer 0 has shape \[2, 5, 6, 5\]"),
+        ((zeros(2, 3, 6, 5), *pairs((2, 5, 6, 5))[0]), ValueError, r"^ConvLSTMCell: h has shape \[2, 5, 6, 5\]"),
         ((1,), TypeError, "ConvLSTMCell: input is a int, expected a Tensor or None"),
         ((zeros(2, 3, 6, 5).to_sparse(),), TypeError, "ConvLSTMCell: input is a torch.sparse_coo .* a dense"),
     ],

@@ -1,5 +1,6 @@
 """Transforms of torch.func under torch.compile, and tangents and batches of gradients."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -27,6 +28,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d_lstm": (lambda: convfast.Conv1dLSTM(2, [3, 4], 3, activation="tanh"), (1, 4, 2)),
     "lstm_gates": (Gates, (1, 8, 3, 2)),
 }
+IN_PARTS = {  # what convolves the input before the op
+    "groups": lambda: convfast.ConvLSTM(2, 4, 3, groups=2),
+    "groups_3d": lambda: convfast.ConvLSTM3d(2, 4, (1, 3, 3), groups=2),
+    "one_frame": lambda: convfast.ConvLSTM(2, 3, 3, step=3),
+}
 every = pytest.mark.parametrize("name", MODULES)
 
 
@@ -52,6 +58,31 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = 
     "vmap": lambda f, x: vmap(f)(torch.stack([x, -x])),
     "vmap_grad": lambda f, x: vmap(grad(lambda x: f(x).square().sum()))(torch.stack([x, -x])),
 }
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_transforms_of_what_convolves_the_input_before(name: str, transform: str, native_ops) -> None:
+    torch.manual_seed(0)
+    module = IN_PARTS[name]()
+    plain = copy.deepcopy(module)
+    plain.backend = "reference"
+    shape = {"groups": (1, 2, 2, 4, 3), "groups_3d": (1, 2, 2, 2, 4, 3), "one_frame": (1, 2, 4, 3)}[name]
+    x = torch.randn(shape)
+    found, expected = (TRANSFORMS[transform](lambda x, m=m: m(x)[0], x) for m in (module, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    if transform == "vmap":
+        torch.testing.assert_close(found[1], module(-x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_under_a_default_device(native_ops) -> None:
+    x = torch.randn(1, 2, 2, 4, 3)
+    with torch.device("cpu"):
+        for make in (IN_PARTS["groups"], lambda: convfast.ConvLSTM(2, 3, 3, backend="reference")):
+            torch._dynamo.reset()
+            module = make()
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x)[0], module(x)[0])
 
 
 @every

@@ -13,6 +13,7 @@ from convfast.triton import tune
 RULE, FAST, TOO_LARGE = (128, 8), (64, 4), (256, 8)
 MILLISECONDS = {RULE: 2.0, FAST: 1.0}
 LIKE = torch.empty(1)
+of_this_gpu = tune._milliseconds
 
 
 class Kernel:
@@ -118,3 +119,10 @@ def test_measured_choice_holds_in_a_captured_graph(monkeypatch: pytest.MonkeyPat
     choose(Kernel())
     monkeypatch.setattr(tune, "_capturing", lambda: True)
     assert choose(Kernel()) == FAST
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the clock is a GPU's")
+def test_the_clock_of_a_gpu() -> None:
+    x = torch.zeros(1 << 24, device="cuda")
+    once, often = (of_this_gpu(lambda n=n: [x.add_(1) for _ in range(n)]) for n in (1, 8))
+    assert 0 < once < often < 1000

@@ -358,7 +358,7 @@ REFUSED = {
 @pytest.mark.parametrize("reason", REFUSED)
 def test_a_call_it_cannot_take_is_refused_with_the_reason(reason: str) -> None:
     case, dtype = REFUSED[reason]
-    with pytest.raises(RuntimeError, match=f"algorithm.*{reason}"):
+    with pytest.raises(RuntimeError, match=f"^conv_lstm_forward: algorithm is .winograd., expected .*{reason}"):
         case.call(conv_lstm, case.arguments(dtype), algorithm="winograd", backend="cpu")
     direct, auto = (case.call(conv_lstm, case.arguments(dtype), algorithm=a, backend="cpu") for a in ("direct", "auto"))
     assert all(torch.equal(a, b) for a, b in zip(direct, auto))
@@ -396,6 +396,8 @@ def test_explain_names_engine_and_reason() -> None:
     ]
     assert convfast.explain(convfast.ConvLSTM(16, 64, 5), x[..., :16, :16]).endswith("winograd F(2x2, 5x5)")
     assert convfast.explain(convfast.ConvLSTM(16, 32, 7), x).endswith("F(4x4, 3x3), the kernel in 9 pieces")
+    repeated = convfast.explain(convfast.ConvLSTM(16, 64, 3), x[:, :1].expand(x.shape))
+    assert repeated.endswith("winograd F(4x4, 3x3), input convolution by the library")  # once for all steps
     deep = torch.empty(1, 2, 16, 8, 16, 16, device="meta")
     assert convfast.explain(convfast.ConvLSTM3d(16, 16, 3), deep).endswith("F(4x4, 3x3), the kernel in 3 pieces")
     assert "direct: asked for" in convfast.explain(convfast.ConvLSTM(16, 64, 3, algorithm="direct"), x)

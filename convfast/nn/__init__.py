@@ -2,7 +2,7 @@
 
 from .conv1d import Conv1d
 from .conv1d_lstm import CNN_LSTM, Conv1dLSTM
-from .conv_lstm import ConvLSTM, ConvLSTM1d, ConvLSTM3d, ConvLSTMCell
+from .conv_lstm import ConvLSTM, ConvLSTM1d, ConvLSTM3d, ConvLSTMCell, ConvLSTMCell1d, ConvLSTMCell3d
 from .lstm import LSTM, RegLSTM
 from .state import Conv1dLSTMState, ConvLSTMState
 
@@ -16,6 +16,8 @@ __all__ = [
     "ConvLSTM1d",
     "ConvLSTM3d",
     "ConvLSTMCell",
+    "ConvLSTMCell1d",
+    "ConvLSTMCell3d",
     "ConvLSTMState",
     "RegLSTM",
 ]

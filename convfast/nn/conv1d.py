@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends import check_name
 from ..ops import conv1d
 from ..ops.checks import PADDING_MODES, check_choice, check_count, check_integers, integer
 from ..ops.conv1d import ACTIVATIONS, PADDINGS, conv1d_lengths, conv1d_pads
@@ -84,6 +85,7 @@ class Conv1d(nn.Module):
         check_choice(owner, "padding_mode", padding_mode, PADDING_MODES)
         check_choice(owner, "activation", activation, ACTIVATIONS)
         check_dtype(owner, dtype)
+        check_name(owner, backend)
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.groups = found
@@ -107,29 +109,25 @@ class Conv1d(nn.Module):
         """Padding before and behind."""
         return conv1d_pads(self.padding, self.kernel_size, self.stride, self.dilation)
 
-    def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, lengths: Tensor | None = None, *, padding: int | str | None = None) -> Tensor:
         """Convolve.
 
         Args:
             input: `[B, T, F]`, or `[B, F, T]` with `channels_first`, in any memory layout; without B a single sequence.
             lengths: `[B]` integers in 0..T. Sample b is its first `lengths[b]` steps: padding starts at its own end.
+            padding: in place of the module's.
 
         Returns:
             `[B, T', C]`, contiguous, zero past each sample's `output_lengths`; `[T', C]` of a single sequence.
         """
-        if isinstance(input, Tensor) and input.ndim == 2 and lengths is None:
-            return self.convolve(input.unsqueeze(0), None, self.padding).squeeze(0)
-        return self.convolve(input, lengths, self.padding)
-
-    def convolve(self, input: Tensor, lengths: Tensor | None, padding: int | str) -> Tensor:
-        """`forward` with padding given by the caller."""
-        return conv1d(
-            input,
+        single = isinstance(input, Tensor) and input.ndim == 2 and lengths is None
+        output = conv1d(
+            input.unsqueeze(0) if single else input,
             self.weight,
             self.bias,
             lengths,
             stride=self.stride,
-            padding=padding,
+            padding=self.padding if padding is None else padding,
             dilation=self.dilation,
             groups=self.groups,
             padding_mode=self.padding_mode,
@@ -137,6 +135,7 @@ class Conv1d(nn.Module):
             channels_first=self.channels_first,
             backend=self.backend,
         )
+        return output.squeeze(0) if single else output
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Steps of the output for each number of steps of the input."""

@@ -36,6 +36,7 @@ class Conv1dLSTM(nn.Module):
         channels_first: the input is `[B, F, T]`, whatever `batch_first`; the output is not.
         batch_first: input and output are `[B, T, ...]`, else `[T, B, ...]`. The state is the same in both.
         backend: a name from `convfast.available("conv1d")`; None takes the best.
+        device, dtype: of the parameters, as in all modules of torch.
 
     Options of convolutions, `pool` among them, hold for every layer; a list has one entry per layer.
 
@@ -93,7 +94,7 @@ class Conv1dLSTM(nn.Module):
         for k, sizes in enumerate(zip([input_size, *channels], channels)):
             layer = {name: value[k] for name, value in spread.items()} | {"bias": bias, **factory}
             self.conv.append(Conv1d(*sizes, **layer))
-        self.pools = nn.ModuleList(Pool1d(spec) for spec in per_layer(owner, "pool", pool, len(channels)))
+        self.pools = nn.ModuleList(Pool1d(spec, owner) for spec in per_layer(owner, "pool", pool, len(channels)))
         self.lstm = LSTM(
             channels[-1],
             hidden_size,
@@ -137,11 +138,11 @@ class Conv1dLSTM(nn.Module):
 
         Returns:
             output: `[B, T', D·P]` (`[T', B, D·P]` without `batch_first`), zero past each sample's `output_lengths`.
-            `(h, c)` after each sample's last step, shaped as `state`.
+            `(h, c)` after each sample's last step, shaped as `state`; c is float32 for bfloat16 and float16.
         """
         x = self._batch_first(input)
         if state is not None and isinstance(self.lstm, LSTM):
-            self.lstm.check_state(state, (x.shape[0],), f"{type(self).__name__}: state")
+            self.lstm.check_state(state, (x.shape[0],), type(self).__name__, "state")
         if lengths is not None:
             check_integers(type(self).__name__, lengths)
         layers = list(zip(self.conv, self.pools))
@@ -183,7 +184,7 @@ class Conv1dLSTM(nn.Module):
         """
         owner = type(self).__name__
         self._check_step(state)
-        x = self._batch_first(input)
+        x = self._batch_first(input, least=0)
         if state is not None and (batch := state.conv[0].frames.shape[0]) != x.shape[0]:
             raise ValueError(f"{owner}: input has {x.shape[0]} samples, expected {batch} as state has")
         tails = []
@@ -191,6 +192,8 @@ class Conv1dLSTM(nn.Module):
             x, tail = _complete(conv, x, None if state is None else state.conv[k], f"{owner}: state of layer {k}")
             tails.append(tail)
         hx = None if state is None else state.lstm
+        if isinstance(self.lstm, LSTM):
+            self.lstm.check_state(hx, (x.shape[0],), owner, "lstm of state")
         if not self.batch_first:
             x = x.transpose(0, 1)
         if x.numel() == 0:
@@ -199,15 +202,15 @@ class Conv1dLSTM(nn.Module):
             output, hx = call_lstm(self.lstm, x, hx, None)
         return output, Conv1dLSTMState(tails, hx)
 
-    def _batch_first(self, input: Tensor) -> Tensor:
-        """→ `[B, T, F]`, a view."""
+    def _batch_first(self, input: Tensor, least: int = 1) -> Tensor:
+        """→ `[B, T, F]`, a view, of at least so many steps."""
         owner = type(self).__name__
         if not isinstance(input, Tensor):
             raise TypeError(f"{owner}: input is a {type(input).__name__}, expected a Tensor")
         check_dense(owner, {"input": input})
         letters = "BFT" if self.channels_first else "BTF" if self.batch_first else "TBF"
         sizes = dict(zip(letters, input.shape))
-        if input.ndim == 3 and sizes["F"] == self.input_size and sizes["T"] > 0:
+        if input.ndim == 3 and sizes["F"] == self.input_size and sizes["T"] >= least:
             return input if letters == "BTF" else input.permute([letters.index(letter) for letter in "BTF"])
         legend = f"input shape {list(input.shape)}, layout [{', '.join(letters)}]"
         if input.ndim != 3:
@@ -227,6 +230,8 @@ class Conv1dLSTM(nn.Module):
         if self.bidirectional:
             raise ValueError(f"{owner}: bidirectional is True, expected False for step()")
         for k, (conv, pool) in enumerate(zip(self.conv, self.pools)):
+            if not isinstance(conv, Conv1d):
+                raise TypeError(f"{owner}: conv.{k} is {kind(conv)}, expected a Conv1d for step()")
             if pool.kind != "none":
                 raise ValueError(f"{owner}: pool of layer {k} is {pool.kind!r}, expected None for step()")
             if conv.padding not in ("valid", "causal", 0):
@@ -259,7 +264,7 @@ def _complete(conv: Conv1d, x: Tensor, tail: ConvTail | None, shown: str) -> tup
     x = torch.cat([tail.frames, x[:, tail.skip :]], dim=1)
     steps = max((x.shape[1] - extent) // conv.stride + 1, 0)
     if steps > 0:
-        y = conv.convolve(x, None, "valid")
+        y = conv(x) if conv.padding in ("valid", 0) else conv(x, padding="valid")
     else:
         y = x.new_zeros(x.shape[0], 0, conv.out_channels)
         if (dtype := autocast_dtype(conv.weight)) is not None:
@@ -285,7 +290,8 @@ class CNN_LSTM(nn.Module):
     """Two convolutions with ReLU, an LSTM, and a linear layer at every step.
 
     What `Sequential(Conv1d(F, c, k, padding=1), ReLU(), Conv1d(c, 2c, k, padding=1), ReLU())`, `LSTM` and `Linear` of
-    torch give, with their parameters: `cnn.0`, `cnn.2`, `lstm` and `fc`.
+    torch give, with their parameters: `cnn.0`, `cnn.2`, `lstm` and `fc`; equations are those of `convfast.conv1d` and
+    `convfast.lstm`.
 
     Args:
         input_dim: F.
@@ -295,6 +301,10 @@ class CNN_LSTM(nn.Module):
         lstm_hidden_size, lstm_num_layers: of the LSTM.
         dropout: between the layers of the LSTM.
         backend: a name from `convfast.available("lstm")`; None takes the best.
+        device, dtype: of the parameters, as in all modules of torch.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, what was expected and what came.
     """
 
     def __init__(
@@ -317,6 +327,7 @@ class CNN_LSTM(nn.Module):
             "input_dim": input_dim,
             "output_dim": output_dim,
             "cnn_out_channels": cnn_out_channels,
+            "cnn_kernel_size": cnn_kernel_size,
             "lstm_hidden_size": lstm_hidden_size,
             "lstm_num_layers": lstm_num_layers,
         }

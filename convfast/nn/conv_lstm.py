@@ -1,5 +1,6 @@
 """ConvLSTM modules: stacks of layers over sequences of frames of one to three dims, and the single cell."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import check_count, check_dense, integer, kind
+from ..ops.checks import check_count, check_dense, check_pair, integer
 from .layers import ConvLSTMLayers
 from .options import Numbers, check_dropout, counts, make_layers, numbers, shown
 from .scripted import ScriptedConvLSTM, ScriptedConvLSTMAllLayers, ScriptedConvLSTMCell, pick_steps
@@ -103,6 +104,12 @@ class ConvLSTM(ConvLSTMLayers):
             if None in steps:
                 raise ValueError(f"{owner}: effective_step is {effective_step!r}, expected None or a list of ints")
         check_dropout(owner, dropout)
+        if dropout > 0 and len(hidden) == 1:
+            warnings.warn(
+                f"{owner}: dropout is {dropout}, which has no effect with one layer: it is on the outputs of all but "
+                "the last",
+                stacklevel=2,
+            )
         directions = ["", "_reverse"] if bidirectional else [""]
         layers = make_layers(
             owner, self.dims, input_channels, hidden, len(directions), kernel_size=kernel_size, stride=stride,
@@ -160,10 +167,11 @@ class ConvLSTM(ConvLSTMLayers):
             `(h, c)` with `return_all_layers`. To change the state of several layers between calls, say to detach it,
             use that list.
         """
+        owner = type(self).__name__
         frames, steps, time_first = self._frames(input)
         states = self._states(state)
         if frames is None and states[0] is None:
-            raise ValueError(f"{type(self).__name__}: state is None, expected one where input is None")
+            raise ValueError(f"{owner}: state is None, expected one where input is None")
         outputs, last = [], []
         for index in range(self.num_layers):
             if index > 0 and self.dropout > 0:
@@ -175,7 +183,7 @@ class ConvLSTM(ConvLSTMLayers):
         if not self.return_all_layers:
             outputs = outputs[-1:]
         if self.effective_step is not None:
-            outputs = [pick_steps(output, self.effective_step) for output in outputs]
+            outputs = [pick_steps(owner, output, self.effective_step) for output in outputs]
         if time_first:
             outputs = [output.transpose(0, 1) for output in outputs]
         if self.return_all_layers:
@@ -219,7 +227,8 @@ class ConvLSTM(ConvLSTMLayers):
         if isinstance(state, ConvLSTMState) and self.num_layers > 1:
             state = state.layers
             hint = "; code that takes a state apart, as FSDP's, keeps its last layer: use return_all_layers=True"
-        if len(state) == 2 and isinstance(state[0], Tensor):
+        pairs = any(part is None or isinstance(part, (tuple, list)) for part in state)
+        if len(state) == 2 and (isinstance(state[0], Tensor) or not pairs):
             if self.num_layers > 1:
                 raise ValueError(
                     f"{owner}: state is one (h, c), expected a list with one per layer ({self.num_layers}), as "
@@ -231,10 +240,8 @@ class ConvLSTM(ConvLSTMLayers):
                 f"{owner}: state has {len(state)} entries, expected {self.num_layers}, one per layer{hint}"
             )
         for index, pair in enumerate(state):
-            ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
-            if pair is not None and not ok:
-                raise TypeError(f"{owner}: state of layer {index} is {kind(pair)}, expected two tensors (h, c)")
             if pair is not None:
+                check_pair(owner, f"state of layer {index}", pair)
                 check_dense(owner, {f"state {name} of layer {index}": part for name, part in zip("hc", pair)})
         return state
 
@@ -364,13 +371,14 @@ class ConvLSTMCell(ConvLSTMLayers):
         _, pair = self._run(0, 0, frames, 1, None if h is None else (h, c), None)
         return pair
 
-    def init_hidden(self, batch_size: int, hidden: int, shape: Sequence[int]) -> Pair:
-        """Zero states `(h, c)`, each `[batch_size, hidden, *shape]`."""
+    def init_hidden(self, batch_size: int, hidden: int, shape: int | Sequence[int]) -> Pair:
+        """Zero states `(h, c)`, each `[batch_size, hidden, *shape]`; name and arguments are automan000's."""
+        shape = numbers(type(self).__name__, "shape", tuple(shape) if isinstance(shape, list) else shape, self.dims, 1)
         zeros = self.weight_hh.new_zeros(batch_size, hidden, *shape)
         return zeros, zeros.clone()
 
     def _check(self, input: Tensor | None, h: Tensor | None, c: Tensor | None) -> None:
-        owner = type(self).__name__
+        owner, letters = type(self).__name__, "BC" + "DHW"[-self.dims :]
         given = {"input": input, "h": h, "c": c}
         for name, value in given.items():
             if value is not None and not isinstance(value, Tensor):
@@ -383,9 +391,9 @@ class ConvLSTMCell(ConvLSTMLayers):
             if input.ndim != self.dims + 2:
                 raise ValueError(
                     f"{owner}: input has {input.ndim} dims, expected {self.dims + 2} "
-                    f"(input shape {list(input.shape)}, layout [B, C, H, W])"
+                    f"(input shape {list(input.shape)}, layout [{', '.join(letters)}])"
                 )
-            self._check_frame(input, 1, "BCHW")
+            self._check_frame(input, 1, letters)
 
     def _first_state_size(
         self, input: Tensor | None, h: Tensor | None = None, c: Tensor | None = None
@@ -396,8 +404,23 @@ class ConvLSTMCell(ConvLSTMLayers):
     def _original_prefix(self, index: int, stacked: str) -> str:
         return ""
 
+    def _state_name(self, index: int, name: str) -> str:
+        return name
+
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedConvLSTMCell(self)
 
     def extra_repr(self) -> str:
         return shown(self, ConvLSTMCell.__init__)
+
+
+class ConvLSTMCell1d(ConvLSTMCell):
+    """`ConvLSTMCell` over 1-D frames, `[B, C, L]`."""
+
+    dims = 1
+
+
+class ConvLSTMCell3d(ConvLSTMCell):
+    """`ConvLSTMCell` over 3-D frames, `[B, C, D, H, W]`."""
+
+    dims = 3

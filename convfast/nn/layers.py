@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import Parameter, UninitializedParameter
 
+from ..backends import check_name
 from ..compat import automan000, ndrplz
 from ..ops import conv_lstm
 from ..ops.checks import check_choice
-from ..ops.conv_lstm import ALGORITHMS
+from ..ops.conv_lstm import ALGORITHMS, MEMORIES
 from .options import Layer, check_dtype
 from .state import Pair
 
@@ -45,12 +46,12 @@ class ConvLSTMLayers(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        if memory not in ("fast", "lean"):
-            raise ValueError(f"{owner}: memory is {memory!r}, expected 'fast' or 'lean'")
+        check_choice(owner, "memory", memory, MEMORIES)
         check_choice(owner, "algorithm", algorithm, ALGORITHMS)
         if unit_forget_bias and not bias:
             raise ValueError(f"{owner}: unit_forget_bias is True with bias=False, expected bias=True")
         check_dtype(owner, dtype)
+        check_name(owner, backend)
         self.image_size = image_size
         self.unit_forget_bias = unit_forget_bias
         self.memory = memory
@@ -169,7 +170,7 @@ class ConvLSTMLayers(nn.Module):
             if tuple(part.shape) != expected or len(size) != len(layer.kernel):
                 shown = [*expected[: len(leading) + 1], *(size if len(size) == len(layer.kernel) else ["*S'"])]
                 raise ValueError(
-                    f"{type(self).__name__}: state {name} of layer {index} has shape {list(part.shape)}, "
+                    f"{type(self).__name__}: {self._state_name(index, name)} has shape {list(part.shape)}, "
                     f"expected [{', '.join(map(str, shown))}]"
                 )
 
@@ -180,6 +181,10 @@ class ConvLSTMLayers(nn.Module):
     def _original_prefix(self, index: int, stacked: str) -> str:
         """Where the class of another project keeps the weights of a layer, `stacked` in a stack."""
         raise NotImplementedError
+
+    def _state_name(self, index: int, name: str) -> str:
+        """What messages call the h or c that a layer is given."""
+        return f"state {name} of layer {index}"
 
     def _state_sizes(self, first: tuple[int, ...], source: str) -> list[tuple[int, ...]]:
         """Spatial size of each layer's state from that of the first one's, which comes from `source`."""

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from ..backends import check_name
 from ..ops import lstm
-from ..ops.checks import check_count, check_dense, kind, needs_function
+from ..ops.checks import check_count, check_dense, check_pair, needs_function
 from ..ops.lstm import backend_of_layers, lstm_layers
 from .hooks import plain
 from .options import check_dropout, check_dtype
@@ -19,7 +20,7 @@ from .state import Pair
 
 class LSTM(nn.RNNBase):
     """`torch.nn.LSTM` with the same arguments, parameters, initial values and checkpoints; each layer is one op,
-    without gradients on the CPU all layers are one.
+    without gradients all layers are one with the compiled backends (`cpu`, `cuda`).
 
     i = σ(W_xi x + W_hi h + p_i∘c + b_i), f = σ(W_xf x + W_hf h + p_f∘c + b_f), g = tanh(W_xg x + W_hg h + b_g),
     c' = f∘c + i∘g, o = σ(W_xo x + W_ho h + p_o∘c' + b_o), h' = o∘tanh(c'), or W_hr (o∘tanh(c')) with `proj_size`.
@@ -69,6 +70,7 @@ class LSTM(nn.RNNBase):
             raise ValueError(f"{owner}: proj_size is {proj_size}, expected less than hidden_size={hidden_size}")
         check_dropout(owner, dropout)
         check_dtype(owner, dtype)
+        check_name(owner, backend)
         sizes = (input_size, hidden_size, num_layers)
         super().__init__("LSTM", *sizes, bias, batch_first, dropout, bidirectional, proj_size, device, dtype)
         self.peephole = peephole
@@ -113,6 +115,11 @@ class LSTM(nn.RNNBase):
             raise ValueError(
                 f"{owner}: input has {input.ndim} dims, expected 3, layout {legend}, or 2 for a single sequence "
                 f"(input shape {list(input.shape)})"
+            )
+        if input.shape[-2 if self.batch_first else 0] == 0:
+            raise ValueError(
+                f"{owner}: input has 0 time steps, expected at least 1 (input shape {list(input.shape)}, layout "
+                f"{legend if input.ndim == 3 else '[T, I]'})"
             )
         if input.ndim == 2:
             if lengths is not None:
@@ -239,6 +246,11 @@ class LSTM(nn.RNNBase):
             if name.startswith("peephole"):
                 nn.init.zeros_(parameter)
 
+    # Of torch's LSTM, not of its base, whose state is h alone.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
+
     def flatten_parameters(self) -> None:
         """Does nothing: there is no other memory layout that would be faster."""
 
@@ -249,17 +261,19 @@ class LSTM(nn.RNNBase):
     def _directions(self) -> list[str]:
         return ["", "_reverse"] if self.bidirectional else [""]
 
-    def check_state(self, hx: Pair | None, batch: tuple[int, ...], shown: str | None = None) -> None:
-        """`shown` is how messages start, if not with this module and hx."""
+    def check_state(
+        self, hx: Pair | None, batch: tuple[int, ...], owner: str | None = None, shown: str = "hx"
+    ) -> None:
+        """`owner` is the module that was called, if not this one, and `shown` its argument."""
         if hx is None:
             return
-        shown = shown or f"{type(self).__name__}: hx"
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(part, Tensor) for part in hx):
-            raise TypeError(f"{shown} is {kind(hx)}, expected two tensors (h, c)")
+        owner = owner or type(self).__name__
+        check_pair(owner, shown, hx)
         rows = self.num_layers * len(self._directions())
         for name, part, size in zip("hc", hx, (self.proj_size or self.hidden_size, self.hidden_size)):
             if tuple(part.shape) != (rows, *batch, size):
-                raise ValueError(f"{shown} {name} has shape {list(part.shape)}, expected {[rows, *batch, size]}")
+                expected = [rows, *batch, size]
+                raise ValueError(f"{owner}: {shown} {name} has shape {list(part.shape)}, expected {expected}")
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedLSTM(self)
@@ -282,6 +296,9 @@ class RegLSTM(nn.Module):
     Args:
         input_size, hidden_size, num_layers: of the LSTM.
         backend, device, dtype: as in `LSTM`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong; the message names it, what was expected and what came.
     """
 
     def __init__(

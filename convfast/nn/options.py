@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ops import checks
 from ..ops.checks import PADDING_MODES, check_choice, check_count, integer
 from ..reference.conv1d import output_length
 from ..reference.padded_conv import same_padding
@@ -39,11 +40,8 @@ class Layer:
 
 
 def numbers(owner: str, name: str, value: Any, dims: int, least: int) -> tuple[int, ...]:
-    """An int, or one for each spatial dim."""
-    found = tuple(integer(n) for n in (value if isinstance(value, tuple) else (value,) * dims))
-    if len(found) != dims or not all(n is not None and n >= least for n in found):
-        raise ValueError(f"{owner}: {name} is {value!r}, expected an int >= {least} or a tuple of {dims}")
-    return found
+    """An int, or a tuple with one for each spatial dim: a list has one for each layer."""
+    return checks.numbers(owner, name, value, dims, least, tuple)
 
 
 def counts(owner: str, name: str, value: Any) -> list[int]:

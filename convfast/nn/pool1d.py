@@ -14,22 +14,27 @@ class Pool1d(nn.Module):
     Args:
         spec: `("max", kernel)`, `("avg", kernel)`, or with a stride other than the kernel `("max", kernel, stride)`;
             None passes the input on.
+        owner: how messages start.
     """
 
-    def __init__(self, spec: Pool) -> None:
+    def __init__(self, spec: Pool, owner: str = "Pool1d") -> None:
         super().__init__()
+        self.owner = owner
         spec = ("none", 1) if spec is None else spec
         if not isinstance(spec, tuple) or len(spec) not in (2, 3) or spec[0] not in ("none", "max", "avg"):
-            raise ValueError(f"pool: spec is {spec!r}, expected None or a tuple ('max' or 'avg', kernel[, stride])")
-        sizes = [check_count("pool", name, number, 1) for name, number in zip(("kernel", "stride"), spec[1:])]
+            raise ValueError(f"{owner}: pool is {spec!r}, expected None or a tuple ('max' or 'avg', kernel[, stride])")
+        named = zip(("kernel of pool", "stride of pool"), spec[1:])
+        sizes = [check_count(owner, name, number, 1) for name, number in named]
         self.kind, self.kernel, self.stride = spec[0], sizes[0], sizes[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[B, T, C]` → `[B, T', C]`, T' = (T - kernel) / stride + 1."""
+        """x `[B, T, C]` → `[B, T', C]`, T' = ⌊(T - kernel) / stride⌋ + 1."""
         if self.kind == "none":
             return x
         if x.size(1) < self.kernel:
-            raise ValueError(f"pool: input has {x.size(1)} time steps, expected at least the kernel {self.kernel}")
+            raise ValueError(
+                f"{self.owner}: input of pool has {x.size(1)} time steps, expected at least its kernel {self.kernel}"
+            )
         # A frame of T rows and one column in channels_last memory.
         frames = x.unsqueeze(2).permute(0, 3, 1, 2)
         if self.kind == "max":

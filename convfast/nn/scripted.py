@@ -38,7 +38,7 @@ class Twin(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        name = type(module).__name__
+        self.owner = name = type(module).__name__  # how messages start
         own = next(base for base in type(module).__mro__ if "__prepare_scriptable__" in vars(base))
         if any(is_lazy(parameter) for parameter in module.parameters()):
             raise RuntimeError(f"{name}: peepholes have no size yet, expected a call (or image_size) before scripting")
@@ -77,12 +77,12 @@ def integers(owner: str, lengths: Tensor) -> Tensor:
     return lengths.to(torch.int64)
 
 
-def pick_steps(output: Tensor, effective_step: list[int]) -> Tensor:
+def pick_steps(owner: str, output: Tensor, effective_step: list[int]) -> Tensor:
     """output [B, T, C, *S] → [B, T', C, *S] at the steps wanted, in order of time, channels-last."""
     time = output.size(1)
     for step in effective_step:
         if step >= time or step < -time:
-            raise ValueError(f"ConvLSTM: effective_step has {step}, expected {-time} to {time - 1} ({time} steps)")
+            raise ValueError(f"{owner}: effective_step has {step}, expected {-time} to {time - 1} ({time} steps)")
     if len(effective_step) == 1:
         step = effective_step[0]
         return output.narrow(1, step if step >= 0 else step + time, 1)
@@ -163,11 +163,12 @@ class _Stack(Twin):
         ).train(module.training)
 
     def run(self, input: Tensor | None, state: Pairs | None, lengths: Tensor | None) -> tuple[list[Tensor], Pairs]:
+        owner = self.owner
         frames = input
         steps = self.step
         if frames is None:
             if state is None:
-                raise ValueError("ConvLSTM: state is None, expected one where input is None")
+                raise ValueError(f"{owner}: state is None, expected one where input is None")
         elif frames.dim() == self.dims + 2:
             frames = frames.unsqueeze(1)
         elif frames.dim() == self.dims + 3:
@@ -175,11 +176,11 @@ class _Stack(Twin):
                 frames = frames.transpose(0, 1)
             steps = frames.size(1)
         else:
-            raise ValueError(f"ConvLSTM: input has {frames.dim()} dims, expected {self.dims + 3} or {self.dims + 2}")
+            raise ValueError(f"{owner}: input has {frames.dim()} dims, expected {self.dims + 3} or {self.dims + 2}")
         if state is not None and len(state) != len(self.layers):
-            raise ValueError(f"ConvLSTM: state has {len(state)} entries, expected {len(self.layers)}, one per layer")
+            raise ValueError(f"{owner}: state has {len(state)} entries, expected {len(self.layers)}, one per layer")
         if lengths is not None:
-            lengths = integers("ConvLSTM", lengths)
+            lengths = integers(owner, lengths)
 
         outputs: list[Tensor] = []
         last: list[tuple[Tensor, Tensor]] = []
@@ -210,7 +211,7 @@ class _Stack(Twin):
     def pick(self, output: Tensor, time_first: bool) -> Tensor:
         effective_step = self.effective_step
         if effective_step is not None:
-            output = pick_steps(output, effective_step)
+            output = pick_steps(self.owner, output, effective_step)
         return output.transpose(0, 1) if time_first else output
 
     def is_time_first(self, input: Tensor | None) -> bool:
@@ -248,11 +249,11 @@ class ScriptedConvLSTMCell(Twin):
 
     def forward(self, input: Tensor | None, h: Tensor | None = None, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if (h is None) != (c is None) or (h is None and input is None):
-            raise ValueError("ConvLSTMCell: expected h and c together, and at least them or input")
+            raise ValueError(f"{self.owner}: expected h and c together, and at least them or input")
         frames: Tensor | None = None
         if input is not None:
             if input.dim() != self.dims + 2:
-                raise ValueError(f"ConvLSTMCell: input has {input.dim()} dims, expected {self.dims + 2}")
+                raise ValueError(f"{self.owner}: input has {input.dim()} dims, expected {self.dims + 2}")
             frames = input.unsqueeze(1)
         _, h_n, c_n = self.layer(frames, 1, h, c, None)
         return h_n, c_n

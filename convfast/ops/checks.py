@@ -30,13 +30,38 @@ def integer(value: Any) -> int | None:
 
 def kind(value: Any) -> str:
     """What a value of the wrong type is, for messages."""
-    return f"{len(value)} items" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
 
 
 def check_count(op: str, name: str, value: Any, least: int) -> int:
     found = integer(value)
     if found is None or found < least:
         raise ValueError(f"{op}: {name} is {value!r}, expected an int >= {least}")
+    return found
+
+
+def check_pair(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{op}: {name} is {kind(value)}, expected two tensors (h, c)")
+    for part, t in zip("hc", value):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {part} of {name} is {kind(t)}, expected a Tensor")
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r}, expected True or False")
+
+
+def numbers(op: str, name: str, value: Any, dims: int, least: int, several: Any = (tuple, list)) -> tuple[int, ...]:
+    """An int, or one for each spatial dim, in one of the types in `several`."""
+    found = tuple(integer(n) for n in (value if isinstance(value, several) else (value,) * dims))
+    if len(found) != dims or not all(n is not None and n >= least for n in found):
+        raise ValueError(f"{op}: {name} is {value!r}, expected an int >= {least} or a tuple of {dims}")
     return found
 
 
@@ -160,7 +185,7 @@ def unpack_state(op: str, state: tuple[Tensor | None, Tensor | None] | None) -> 
     if state is None:
         return None, None
     if not isinstance(state, (tuple, list)) or len(state) != 2:
-        raise TypeError(f"{op}: state has {kind(state)}, expected a pair (h, c)")
+        raise TypeError(f"{op}: state is {kind(state)}, expected a pair (h, c)")
     return state[0], state[1]
 
 

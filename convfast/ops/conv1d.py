@@ -17,6 +17,7 @@ from .checks import (
     check_choice,
     check_count,
     check_dense,
+    check_flag,
     check_given,
     check_integers,
     check_lengths,
@@ -60,6 +61,7 @@ def conv1d(
         bias: `[C]`.
         lengths: `[B]` integers in 0..T: sample b is its first `lengths[b]` frames, padded at its own end, and the
             result is zero past its own output length (`conv1d_lengths`).
+        stride, dilation, groups: as in `torch.nn.Conv1d`.
         padding: frames on either side; "valid" none, "same" d(k-1) in all, half of it (rounded down) before, with
             stride 1 only, "full" d(k-1) on either side, "causal" d(k-1) before.
         padding_mode: "zeros", "reflect" (padding below the length), "replicate" or "circular" (at most the length).
@@ -69,11 +71,12 @@ def conv1d(
         backend: a name from `convfast.available("conv1d")`; None takes the best.
 
     Returns:
-        `[B, T', C]` in the dtype of `weight`.
+        `[B, T', C]` in the dtype of `weight`, T' = ⌊(T + padding before and behind - d(k-1) - 1) / stride⌋ + 1.
 
     Raises:
-        ValueError: a shape, a size, an option or a device is wrong.
-        TypeError: dtypes are mixed (outside autocast), not floating, or `lengths` is not of an integer type.
+        ValueError: a shape, a size, an option, a device or a value of `lengths` is wrong.
+        TypeError: an argument is not a dense tensor, dtypes are mixed (outside autocast) or not floating, or `lengths`
+            is not of an integer type.
         RuntimeError: the backend asked for cannot be had.
     """
     if isinstance(weight, Tensor) and (dtype := autocast_dtype(weight)) is not None:
@@ -86,6 +89,8 @@ def conv1d(
             )  # fmt: skip
 
     check_given(_OP, {"weight": weight, "input": input})
+    check_flag(_OP, "channels_first", channels_first)
+    check_flag(_OP, "time_major", time_major)
     options = (stride, padding, dilation, groups, padding_mode, activation)
     input, lengths, pads = check_conv1d(input, weight, bias, lengths, *options, channels_first)
     name = backends.select(_OP, backend, weight.device.type, weight.dtype)
@@ -133,7 +138,7 @@ def conv1d_pads(padding: int | str, kernel: int, stride: int, dilation: int, op:
     named = {"valid": 0, "full": dilation * (kernel - 1)}
     frames = named.get(padding) if isinstance(padding, str) else integer(padding)
     if frames is None or frames < 0:
-        raise ValueError(f"{op}: padding is {padding!r}, expected an int >= 0, {', '.join(map(repr, PADDINGS))}")
+        raise ValueError(f"{op}: padding is {padding!r}, expected an int >= 0 or one of {', '.join(PADDINGS)}")
     return [frames, frames]
 
 

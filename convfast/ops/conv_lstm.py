@@ -19,21 +19,23 @@ from .checks import (
     check_choice,
     check_count,
     check_dense,
+    check_flag,
     check_given,
     check_lengths,
     check_shape,
     check_tensors,
     empty_channels_last,
     exporting,
-    integer,
     needs_function,
     needs_reference,
+    numbers,
     output_size,
     unpack_state,
     without_autocast,
 )
 
 _OP = "conv_lstm"
+MEMORIES = ("fast", "lean")
 ALGORITHMS = ("auto", "direct", "winograd")
 WITH_WINOGRAD = ("cpu",)
 
@@ -90,8 +92,9 @@ def conv_lstm(
         bfloat16 and float16. Memory is channels-last.
 
     Raises:
-        ValueError: a shape, a size, an option or a device is wrong.
-        TypeError: dtypes are mixed (outside autocast), not floating, or `lengths` is not of an integer type.
+        ValueError: a shape, a size, an option, a device or a value of `lengths` is wrong.
+        TypeError: an argument is not a dense tensor, dtypes are mixed (outside autocast) or not floating, `lengths` is
+            not of an integer type, or `state` not a pair.
         RuntimeError: the backend or the algorithm asked for cannot be had.
     """
     if isinstance(weight_hh, Tensor) and (dtype := autocast_dtype(weight_hh)) is not None:
@@ -111,11 +114,12 @@ def conv_lstm(
     check_tensors(_OP, {**tensors, **states}, state="state c")
     check_dense(_OP, {"input": input, **states})
     _check_options(padding_mode, memory, algorithm)
+    check_flag(_OP, "reverse", reverse)
     groups = check_count(_OP, "groups", groups, 1)
     steps = None if steps is None else check_count(_OP, "steps", steps, 1)
     dims, channels = _check_weights(weight_ih, weight_hh, groups)
-    stride = _numbers("stride", stride, dims, 1)
-    dilation = _numbers("dilation", dilation, dims, 1)
+    stride = list(numbers(_OP, "stride", stride, dims, 1))
+    dilation = list(numbers(_OP, "dilation", dilation, dims, 1))
     pads = _padding(padding, weight_ih, dilation, dims)
     batch, time, space = _check_input(input, weight_ih, weight_hh, h0, c0, steps, groups)
     if input is not None and weight_ih is not None:
@@ -135,10 +139,7 @@ def conv_lstm(
     _check_algorithm(algorithm, name)
 
     if input is not None and weight_ih is not None:
-        # The gradient of an expanded frame, unlike its result, has T parts; only a frame that is given once has one.
-        repeated = input.stride(1) == 0 and input.shape[1] > 1 and not needs_function(input)
-        if repeated and not exporting():  # other inputs of the program need not be
-            input = input[:, :1]
+        input = given_once(input)
         if groups > 1 or input.shape[1] < time:
             input = _input_convolution(input, weight_ih, stride, pads, dilation, padding_mode, groups)
             weight_ih = None
@@ -158,8 +159,7 @@ def conv_lstm(
 
 def _check_options(padding_mode: str, memory: str, algorithm: str) -> None:
     check_choice(_OP, "padding_mode", padding_mode, PADDING_MODES)
-    if memory not in ("fast", "lean"):
-        raise ValueError(f"{_OP}: memory is {memory!r}, expected 'fast' or 'lean'")
+    check_choice(_OP, "memory", memory, MEMORIES)
     check_choice(_OP, "algorithm", algorithm, ALGORITHMS)
 
 
@@ -187,24 +187,17 @@ def _check_weights(weight_ih: Tensor | None, weight_hh: Tensor, groups: int) -> 
     return weight_hh.ndim - 2, shape[1]
 
 
-def _numbers(name: str, value: int | tuple[int, ...], dims: int, least: int) -> list[int]:
-    numbers = [integer(n) for n in (value if isinstance(value, (tuple, list)) else [value] * dims)]
-    if len(numbers) != dims or not all(n is not None and n >= least for n in numbers):
-        raise ValueError(f"{_OP}: {name} is {value!r}, expected an int >= {least} or {dims} of them")
-    return numbers
-
-
 def _padding(
     padding: str | int | tuple[int, ...], weight_ih: Tensor | None, dilation: list[int], dims: int
 ) -> list[int]:
     """→ (before, behind) of each dim."""
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
-            raise ValueError(f"{_OP}: padding is {padding!r}, expected 'same', 'valid', an int or {dims} of them")
+            raise ValueError(f"{_OP}: padding is {padding!r}, expected 'same', 'valid', an int or a tuple of {dims}")
         if padding == "valid" or weight_ih is None:
             return [0] * (2 * dims)
         return same_padding(weight_ih.shape[2:], dilation)
-    return [p for p in _numbers("padding", padding, dims, 0) for _ in range(2)]
+    return [p for p in numbers(_OP, "padding", padding, dims, 0) for _ in range(2)]
 
 
 def _check_input(
@@ -245,6 +238,13 @@ def _check_input(
     return input.shape[0], input.shape[1] if steps is None else steps, list(input.shape[3:])
 
 
+def given_once(input: Tensor) -> Tensor:
+    """The one frame `[B, 1, Cin, *S]` that is expanded over all steps, where input is one and may be treated so."""
+    # The gradient of an expanded frame, unlike its result, has T parts; only a frame that is given once has one.
+    repeated = input.stride(1) == 0 and input.shape[1] > 1 and not needs_function(input)
+    return input[:, :1] if repeated and not exporting() else input  # other inputs of an exported program need not be
+
+
 def _input_convolution(
     input: Tensor,
     weight_ih: Tensor,
@@ -256,9 +256,12 @@ def _input_convolution(
 ) -> Tensor:
     """`[B, T, 4C, *S']` by the library's convolution."""
     frames = input.flatten(0, 1)
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(frames.ndim, torch.contiguous_format)
-    gates = conv(frames.contiguous(memory_format=layout), weight_ih, None, stride, pads, dilation, padding_mode, groups)
-    return gates.unflatten(0, input.shape[:2])
+    if not torch._C._are_functorch_transforms_active():  # vmap knows no channels_last
+        layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(frames.ndim, torch.contiguous_format)
+        frames = frames.contiguous(memory_format=layout)
+    gates = conv(frames, weight_ih, None, stride, pads, dilation, padding_mode, groups)
+    # Not by unflatten(), which torch.compile does not trace under a default device.
+    return gates.reshape(*input.shape[:2], *gates.shape[1:])
 
 
 class _ConvLSTM(torch.autograd.Function):

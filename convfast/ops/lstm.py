@@ -15,6 +15,7 @@ from .checks import (
     autocast_state,
     autocast_to,
     check_dense,
+    check_flag,
     check_given,
     check_lengths,
     check_shape,
@@ -73,8 +74,10 @@ def lstm(
         `[D, B, H]`, each sample's state after its last step; c_n float32 for bfloat16 and float16.
 
     Raises:
-        ValueError: a shape or a device is wrong.
-        TypeError: dtypes are mixed (outside autocast), not floating, or `lengths` is not of an integer type.
+        ValueError: a shape, a device or a value of `lengths` is wrong, or `reverse` has other weights than the first
+            direction.
+        TypeError: an argument is not a dense tensor, dtypes are mixed (outside autocast) or not floating, `lengths` is
+            not of an integer type, or `state` or `reverse` not of so many parts.
         RuntimeError: the backend asked for cannot be had.
     """
     if isinstance(weight_hh, Tensor) and (dtype := autocast_dtype(weight_hh)) is not None:
@@ -90,6 +93,7 @@ def lstm(
                 time_major=time_major, backend=backend,
             )  # fmt: skip
 
+    check_flag(_OP, "time_major", time_major)
     h0, c0 = unpack_state(_OP, state)
     weights = (weight_ih, weight_hh, bias, peephole, weight_hr)
     weights_r = _unpack_reverse(reverse, weights)
@@ -180,7 +184,7 @@ def _unpack_reverse(
     if reverse is None:
         return (None,) * len(_WEIGHTS)
     if not isinstance(reverse, (tuple, list)) or len(reverse) != len(_WEIGHTS):
-        raise TypeError(f"{_OP}: reverse has {kind(reverse)}, expected ({', '.join(_WEIGHTS)})")
+        raise TypeError(f"{_OP}: reverse is {kind(reverse)}, expected ({', '.join(_WEIGHTS)})")
     for name, t, other in zip(_WEIGHTS, reverse, weights):
         if (t is None) != (other is None):
             wanted = "None" if other is None else "a Tensor"

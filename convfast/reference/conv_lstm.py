@@ -36,7 +36,9 @@ def _input_gates(
     x = keep(x, active)
     if w_ih is None:
         return x
-    return conv(rows(x), w_ih, None, stride, padding, dilation, padding_mode).unflatten(0, x.shape[:2])
+    gates = conv(rows(x), w_ih, None, stride, padding, dilation, padding_mode)
+    # Not by unflatten(), which torch.compile does not trace under a default device.
+    return gates.reshape(*x.shape[:2], *gates.shape[1:])
 
 
 def conv_lstm_forward(
@@ -141,7 +143,8 @@ def conv_lstm_backward(
             pre = pre + rows(gates_x.to(dtype))
         if bias is not None:
             pre = pre + bias.to(dtype).view(-1, *[1] * dims)
-        gates = cell_forward(pre, rows(c_before), peephole)[2].unflatten(0, batch_time)
+        gates = cell_forward(pre, rows(c_before), peephole)[2]
+        gates = gates.reshape(*batch_time, *gates.shape[1:])
 
     dgates: list[Tensor] = [c] * time
     dh_step = torch.zeros_like(h[:, 0]) if dh_n is None else dh_n

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "../text.h"
 #include "conv1d_winograd.h"
 #include "frames.h"
 #include "split.h"
@@ -626,19 +627,19 @@ struct Engine {
 
 std::tuple<Tensor, Tensor, Tensor> conv1d_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, Tensor y, Tensor pre,
                                                    int64_t stride, std::vector<int64_t> padding, int64_t dilation, int64_t groups,
-                                                   std::string padding_mode, std::string activation, std::vector<int64_t> needs) {
+                                                   Text padding_mode, Text activation, std::vector<int64_t> needs) {
   const Problem p = make_problem(kBackward, x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation);
   CONVFAST_CHECK(needs.size() == 3, kBackward, "needs", "3 flags", needs.size());
   const ScalarType dtype = weight.scalar_type();
   check_shape(kBackward, "dy", dy, {p.batch, p.out_time, p.channels});
   check_dtype(kBackward, "dy", dy, dtype, dtype);
   check_shape(kBackward, "y", y, {p.batch, p.out_time, p.channels});
-  CONVFAST_CHECK(y.stride(2) == 1 || y.numel() == 0, kBackward, "y", "as the forward returned it", "other strides");
+  CONVFAST_CHECK(y.stride(2) == 1 || p.channels == 1 || y.numel() == 0, kBackward, "y", "as the forward returned it", "other strides");
   check_dtype(kBackward, "y", y, dtype, dtype);
   if (pre.numel() || activation == "gelu" || activation == "silu") {
     check_shape(kBackward, "pre", pre, {p.batch, p.out_time, p.channels});
     check_dtype(kBackward, "pre", pre, dtype, dtype);
-    CONVFAST_CHECK(pre.stride(2) == 1 || pre.numel() == 0, kBackward, "pre", "as the forward returned it", "other strides");
+    CONVFAST_CHECK(pre.stride(2) == 1 || p.channels == 1 || pre.numel() == 0, kBackward, "pre", "as the forward returned it", "other strides");
   }
   return switch_dtype(kBackward, "weight", weight, [&](auto a) { return Engine<decltype(a)>(kBackward, p, x, weight, bias).backward(dy, y, pre, needs); });
 }
@@ -646,8 +647,8 @@ std::tuple<Tensor, Tensor, Tensor> conv1d_backward(Tensor dy, Tensor x, Tensor w
 }  // namespace
 
 std::tuple<Tensor, Tensor> conv1d_forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, int64_t stride,
-                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, std::string padding_mode,
-                                          std::string activation, bool time_major, bool save) {
+                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, Text padding_mode,
+                                          Text activation, bool time_major, bool save) {
   const Problem p = make_problem(kForward, x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation);
   return switch_dtype(kForward, "weight", weight, [&](auto a) { return Engine<decltype(a)>(kForward, p, x, weight, bias).forward(time_major, save); });
 }

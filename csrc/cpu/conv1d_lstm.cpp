@@ -7,13 +7,14 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../text.h"
 
 namespace convfast {
 namespace cpu {
 
 std::tuple<Tensor, Tensor> conv1d_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> lengths, int64_t stride,
-                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, std::string padding_mode,
-                                          std::string activation, bool time_major, bool save);
+                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, Text padding_mode,
+                                          Text activation, bool time_major, bool save);
 
 namespace lstm {
 
@@ -29,7 +30,7 @@ constexpr const char* kOp = "conv1d_lstm_layers";
 
 std::tuple<Tensor, Tensor, Tensor> conv1d_lstm_layers(Tensor x, std::vector<Tensor> convolutions, bool conv_bias, std::vector<int64_t> stride,
                                                       std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> groups,
-                                                      std::string padding_mode, std::string activation, std::vector<Tensor> weights,
+                                                      Text padding_mode, Text activation, std::vector<Tensor> weights,
                                                       std::vector<Tensor> peepholes, bool bias, bool projection, bool bidirectional,
                                                       std::optional<Tensor> h0, std::optional<Tensor> c0, std::optional<Tensor> head,
                                                       std::optional<Tensor> head_bias, bool time_major) {

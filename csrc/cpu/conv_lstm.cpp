@@ -11,6 +11,7 @@
 
 #include <tuple>
 
+#include "../text.h"
 #include "conv_lstm_backward.h"
 
 namespace convfast {
@@ -25,7 +26,7 @@ constexpr const char* kAlgorithm = "conv_lstm_algorithm";
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_forward(
     OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor bias, OptionalTensor peephole, OptionalTensor h0, OptionalTensor c0,
     OptionalTensor lengths, int64_t time, std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-    std::string padding_mode, bool reverse, std::string algorithm, std::string save) {
+    Text padding_mode, bool reverse, Text algorithm, Text save) {
   const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
   CONVFAST_CHECK(save == "none" || save == "fast" || save == "lean", kForward, "save", "none, fast or lean", save);
   Problem p = make_problem(kForward, in, time, stride, padding, dilation, padding_mode, reverse);
@@ -36,8 +37,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_backward(
     OptionalTensor dh, OptionalTensor dh_n, OptionalTensor dc_n, OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor bias,
     OptionalTensor peephole, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths, Tensor h, Tensor c, Tensor gates, int64_t time,
-    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, std::string padding_mode, bool reverse,
-    std::string algorithm, std::vector<int64_t> needs) {
+    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, Text padding_mode, bool reverse,
+    Text algorithm, std::vector<int64_t> needs) {
   const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
   Problem p = make_problem(kBackward, in, time, stride, padding, dilation, padding_mode, reverse);
   choose_algorithm(kBackward, p, w_hh.scalar_type(), algorithm);
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_lstm_bac
 
 std::string conv_lstm_algorithm(OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor h0, OptionalTensor c0, int64_t time,
                                 std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                                std::string padding_mode, std::string algorithm) {
+                                Text padding_mode, Text algorithm) {
   const Inputs in{x, w_ih, w_hh, {}, {}, h0, c0, {}};
   Problem p = make_problem(kAlgorithm, in, time, stride, padding, dilation, padding_mode, false);
   return choose_algorithm(kAlgorithm, p, w_hh.scalar_type(), algorithm);

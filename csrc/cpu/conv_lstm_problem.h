@@ -187,6 +187,8 @@ inline Problem make_problem(const char* op, const Inputs& in, int64_t time, cons
     p.batch = in.x->size(0);
     p.in = extent_from(shape_of(*in.x), 3);
     p.x_channels = in.x->size(2);
+    CONVFAST_CHECK(p.x_channels >= 1 && p.in.d >= 1 && p.in.h >= 1 && p.in.w >= 1, op, "x", "of at least one channel and pixel",
+                   shape_string(shape_of(*in.x)));
     p.out = p.in;
     check_dtype(op, "x", *in.x, dtype, dtype);
     if (p.convolved) {
@@ -228,6 +230,8 @@ inline Problem make_problem(const char* op, const Inputs& in, int64_t time, cons
     CONVFAST_CHECK(state.dim() == rank, op, defined(in.h0) ? "h0" : "c0", "of rank " + std::to_string(rank), shape_string(shape_of(state)));
     p.batch = state.size(0);
     p.out = p.in = extent_from(shape_of(state), 2);
+    CONVFAST_CHECK(p.out.d >= 1 && p.out.h >= 1 && p.out.w >= 1, op, defined(in.h0) ? "h0" : "c0", "of at least one pixel",
+                   shape_string(shape_of(state)));
   }
   const auto state_shape = p.shape({p.batch, p.channels});
   if (defined(in.h0)) {
@@ -296,7 +300,7 @@ inline std::string choose_algorithm(const char* op, Problem& p, ScalarType dtype
   CONVFAST_CHECK(algorithm == "auto" || algorithm == "direct" || algorithm == "winograd", op, "algorithm", "auto, direct or winograd", algorithm);
   if (algorithm == "direct") return "direct: asked for";
   const std::string obstacle = winograd_obstacle(p, dtype);
-  CONVFAST_CHECK(obstacle.empty() || algorithm == "auto", op, "algorithm", "auto or direct, because " + obstacle, algorithm);
+  if (!obstacle.empty() && algorithm != "auto") refuse(op, ": algorithm is 'winograd', expected 'auto' or 'direct': ", obstacle);
   const WinogradCut cut = winograd_cut(p);
   const std::string reason = obstacle.empty() && algorithm == "auto" ? winograd_loss(p, cut) : obstacle;
   if (!reason.empty()) return "direct: " + reason;

@@ -11,8 +11,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <type_traits>
 
@@ -221,7 +223,24 @@ inline Tensor empty_cpu(const std::vector<int64_t>& shape, ScalarType dtype) {
 // `grain`: for fewer than so many of n to wake a thread takes longer.
 template <class F>
 void parallel(long n, const F& f, long grain = 1) {
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { f(long(begin), long(end)); });
+  // torch would keep the text of a failure on another thread to itself, and the type of any.
+  std::mutex mutex;
+  std::exception_ptr failure;
+  bool abandoned = false;  // whether it is that of a thread that waited for one that failed
+  const auto keep = [&](bool follows) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (!failure || (abandoned && !follows)) failure = std::current_exception(), abandoned = follows;
+  };
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(long(begin), long(end));
+    } catch (const Abandoned&) {
+      keep(true);
+    } catch (...) {
+      keep(false);
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 // call(part, member) on every member of `parts` teams of so many threads each.

@@ -34,10 +34,10 @@ struct Piece {
   long sample, rows, n, at, at4;  // at: offset in [C, *S] of the sample; at4: in [4C, *S]
 };
 
-struct Pieces {
+struct Spans {
   const Layout& l;
   long per_sample, size;  // size: pixels (channels-last) or elements a piece
-  explicit Pieces(const Layout& l) : l(l) {
+  explicit Spans(const Layout& l) : l(l) {
     size = l.last ? std::max<long>(1, kSpan / std::max<long>(1, l.channels)) : kSpan;
     const long stretches = (l.pixels + size - 1) / size;
     per_sample = l.last ? stretches : l.channels * stretches;
@@ -60,6 +60,7 @@ void copy_gates(const Piece& piece, const From* src, long src_stride, long src_n
 }
 
 bool laid_out(const Tensor& t, const std::vector<int64_t>& order) {
+  if (t.numel() == 0) return true;
   int64_t expected = 1;
   for (size_t i = order.size(); i-- > 0;) {
     if (t.size(order[i]) > 1 && t.stride(order[i]) != expected) return false;
@@ -83,7 +84,6 @@ Layout make_layout(const char* op, const char* argument, const Tensor& gates) {
   l.batch = shape[0];
   l.channels = shape[1] / 4;
   for (size_t i = 2; i < shape.size(); ++i) l.pixels *= shape[i];
-  l.last = false;
   Layout last = l;
   last.last = true;
   return !laid_out(gates, l.order(shape.size())) && laid_out(gates, last.order(shape.size())) ? last : l;
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& gates_in, const Optiona
   A* h_data = static_cast<A*>(h.mutable_data_ptr());
   T* c_data = static_cast<T*>(c_out.mutable_data_ptr());
   A* a_data = save ? static_cast<A*>(activated.mutable_data_ptr()) : nullptr;
-  const Pieces pieces(l);
+  const Spans pieces(l);
   const long plane = l.plane();
   parallel(l.batch * pieces.per_sample, [&](long begin, long end) {
     const long m = pieces.scratch();
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& activated, const Optio
   Tensor dp = need_peephole ? empty_cpu(shape_of(*peephole), scalar_type<A>()) : empty_cpu({0}, scalar_type<A>());
   Workspace workspace;
   const T* p = pack_peephole<A, T>(workspace, peephole, l);
-  const Pieces pieces(l);
+  const Spans pieces(l);
   const long plane = l.plane();
   T* dp_data = need_peephole ? workspace.take<T>(3 * plane) : nullptr;
   if (dp_data) std::memset(static_cast<void*>(dp_data), 0, 3 * plane * sizeof(T));

@@ -62,6 +62,7 @@ struct Plan {
   // members' shares it holds.
   Sharing sharing() const {
     constexpr long kFewRows = 4, kSomeRows = 16, kFewOfLarge = 6, kFewSteps = 16, kRowsOfFewSteps = 12;
+    constexpr long kMostCopies = 256 << 20;  // bytes
     if (once()) return {1, std::min(threads, units())};
     const long few = !by_dots() ? kFewRows : pass.forward && 2 * weight_bytes() > l2_bytes() ? kFewOfLarge : kFewDots;
     if (stages > 1) return {threads / stages, stages};
@@ -70,6 +71,10 @@ struct Plan {
       const bool brief = pass.forward && p.time <= kFewSteps && p.batch <= kRowsOfFewSteps;
       if (brief || p.batch < few * threads) team = std::min(threads, units());
       else if (p.batch < kSomeRows * threads && !by_tiles() && !by_dots()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
+      if (!pass.forward) {  // each part has sums of its own for the gradients of the weights
+        const long copies = std::min(threads, p.batch) * operand_bytes();
+        team = std::max(team, std::min({threads, units(), (copies + kMostCopies - 1) / kMostCopies}));
+      }
     }
     return {std::clamp<long>(p.batch, 1, threads / team), team};
   }

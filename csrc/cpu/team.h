@@ -26,6 +26,11 @@ inline void pause() {
 #endif
 }
 
+// A thread waited for one that has failed.
+struct Abandoned : std::runtime_error {
+  Abandoned() : std::runtime_error("convfast: another thread failed") {}
+};
+
 // Where threads wait for what another one does. They look for about as long as going to sleep takes, then sleep: the other one may need
 // this core, and who gives it away by yielding gets it back only after a whole time slice of whoever else wants it.
 class Bell {
@@ -76,7 +81,7 @@ class alignas(64) Count {
   void wait(Bell& bell, long n) const {
     long seen;
     bell.wait([&] { return (seen = n_.load(std::memory_order_acquire)) >= n; });
-    if (seen == kFailed) throw std::runtime_error("convfast: another thread failed");
+    if (seen == kFailed) throw Abandoned();
   }
 
  private:

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
@@ -58,7 +59,12 @@ std::pair<void*, size_t> borrow(size_t bytes) {
     }
   }
   if (!buffer.first) {
-    STD_TORCH_CHECK(posix_memalign(&buffer.first, unit, bytes) == 0, "convfast: cannot allocate ", bytes, " bytes of memory");
+    int error = posix_memalign(&buffer.first, unit, bytes);
+    if (error) {
+      release_workspace();  // what lies idle may be what is missing
+      error = posix_memalign(&buffer.first, unit, bytes);
+    }
+    STD_TORCH_CHECK(error == 0, "convfast: cannot allocate ", bytes, " bytes of memory");
 #if defined(MADV_HUGEPAGE)
     if (unit == kHugePage) madvise(buffer.first, bytes, MADV_HUGEPAGE);  // a hint: failure is no error
 #endif
@@ -70,7 +76,11 @@ std::pair<void*, size_t> borrow(size_t bytes) {
 void give_back(void* data, size_t bytes) {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
-  p.idle.emplace_back(data, bytes);
+  try {
+    p.idle.emplace_back(data, bytes);
+  } catch (const std::bad_alloc&) {  // destructors call this
+    return free(data);
+  }
   p.idle_bytes += bytes;
   while (p.idle_bytes > kMostIdle) {
     p.idle_bytes -= p.idle.front().second;

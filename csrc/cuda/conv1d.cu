@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../text.h"
 #include "aten.h"
 
 namespace convfast {
@@ -336,15 +337,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Problem& p, const Tensor& dy, 
 }
 
 std::tuple<Tensor, Tensor> conv1d_forward(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, int64_t stride,
-                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, std::string padding_mode,
-                                          std::string activation, bool time_major, bool save) {
+                                          std::vector<int64_t> padding, int64_t dilation, int64_t groups, Text padding_mode,
+                                          Text activation, bool time_major, bool save) {
   const Problem p(kForward, x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation);
   return switch_dtype(kForward, "weight", weight.scalar_type(), [&](auto a) { return forward<decltype(a)>(p, x, weight, bias, time_major, save); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv1d_backward(Tensor dy, Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor lengths, Tensor y,
                                                    Tensor pre, int64_t stride, std::vector<int64_t> padding, int64_t dilation, int64_t groups,
-                                                   std::string padding_mode, std::string activation, std::vector<int64_t> needs) {
+                                                   Text padding_mode, Text activation, std::vector<int64_t> needs) {
   const Problem p(kBackward, x, weight, bias, lengths, stride, padding, dilation, groups, padding_mode, activation);
   CONVFAST_CHECK(needs.size() == 3, kBackward, "needs", "3 flags", needs.size());
   const std::vector<int64_t> shape{p.walk.batch, p.walk.out_time, p.channels};

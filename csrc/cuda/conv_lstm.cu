@@ -12,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../text.h"
 #include "aten.h"
 #include "conv_lstm_step.h"
 
@@ -644,7 +645,7 @@ struct Backward {
 
 Outputs conv_lstm_forward(OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor bias, OptionalTensor peephole, OptionalTensor h0,
                           OptionalTensor c0, OptionalTensor lengths, int64_t time, Sizes stride, Sizes padding, Sizes dilation,
-                          std::string padding_mode, bool reverse, std::string algorithm, std::string save) {
+                          Text padding_mode, bool reverse, Text algorithm, Text save) {
   const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
   const Problem p(kForward, in, time, stride, padding, dilation, padding_mode, reverse);
   return switch_dtype(kForward, "w_hh", w_hh.scalar_type(), [&](auto a) { return forward<decltype(a)>(p, in, save); });
@@ -653,7 +654,7 @@ Outputs conv_lstm_forward(OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, Op
 Gradients conv_lstm_backward(OptionalTensor dh, OptionalTensor dh_n, OptionalTensor dc_n, OptionalTensor x, OptionalTensor w_ih, Tensor w_hh,
                              OptionalTensor bias, OptionalTensor peephole, OptionalTensor h0, OptionalTensor c0, OptionalTensor lengths,
                              Tensor h, Tensor c, Tensor gates, int64_t time, Sizes stride, Sizes padding, Sizes dilation,
-                             std::string padding_mode, bool reverse, std::string algorithm, Sizes needs) {
+                             Text padding_mode, bool reverse, Text algorithm, Sizes needs) {
   const Inputs in{x, w_ih, w_hh, bias, peephole, h0, c0, lengths};
   const Problem p(kBackward, in, time, stride, padding, dilation, padding_mode, reverse);
   CONVFAST_CHECK(needs.size() == 7, kBackward, "needs", "7 flags", needs.size());
@@ -663,7 +664,7 @@ Gradients conv_lstm_backward(OptionalTensor dh, OptionalTensor dh_n, OptionalTen
 }
 
 std::string conv_lstm_algorithm(OptionalTensor x, OptionalTensor w_ih, Tensor w_hh, OptionalTensor h0, OptionalTensor c0, int64_t time, Sizes stride,
-                                Sizes padding, Sizes dilation, std::string padding_mode, std::string algorithm) {
+                                Sizes padding, Sizes dilation, Text padding_mode, Text algorithm) {
   const Inputs in{x, w_ih, w_hh, {}, {}, h0, c0, {}};
   const Problem p("conv_lstm_algorithm", in, time, stride, padding, dilation, padding_mode, false);
   if (engine(p, w_hh.scalar_type()) == Engine::kLibrary) return "direct: the library's convolution and one launch of the cell a step";

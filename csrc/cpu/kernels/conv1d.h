@@ -9,7 +9,12 @@ struct Activate {
   static INLINE V slope() { return S::set1(T(0.01)); }
   static INLINE V relu(V x) { return relu_of(x); }
   static INLINE V leaky_relu(V x) { return x > V{} ? x : slope() * x; }
-  static INLINE V silu(V x) { return x * M::sigmoid(x); }
+  // Beyond it a sigmoid or a density is zero, but is computed as no less than the smallest normal number: a factor of 1e38 would
+  // make something of that. A NaN passes.
+  static INLINE V far() { return S::set1(T(sizeof(T) == 4 ? 100 : 750)); }
+  static INLINE V not_below(V x) { return x < -far() ? -far() : x; }
+  static INLINE V not_above(V x) { return x > far() ? far() : x; }
+  static INLINE V silu(V x) { return not_below(x) * M::sigmoid(x); }
   static INLINE V normal_cdf(V x) { return S::set1(T(.5)) * (M::one() + M::erf(x * S::set1(T(0.70710678118654752440)))); }
   static INLINE V gelu(V x) { return x * normal_cdf(x); }
 
@@ -21,10 +26,10 @@ struct Activate {
   // From the pre-activation.
   static INLINE V silu_backward(V dy, V x) {
     const V s = M::sigmoid(x);
-    return dy * s * (M::one() + x * (M::one() - s));
+    return dy * s * (M::one() + not_below(x) * (M::one() - s));
   }
   static INLINE V gelu_backward(V dy, V x) {
-    return dy * (normal_cdf(x) + x * S::set1(T(0.39894228040143267794)) * M::exp_minus(S::set1(T(.5)) * x * x));
+    return dy * (normal_cdf(x) + not_below(not_above(x)) * S::set1(T(0.39894228040143267794)) * M::exp_minus(S::set1(T(.5)) * x * x));
   }
 };
 

@@ -304,7 +304,6 @@ struct Kernels {
   const char* name;
   long lanes;            // of one vector
   long panel;            // columns of a full panel
-  long rows_per_tile;
   void (*rows_gemm)(const RowsGemm<T>&, long begin, long end);        // over samples * rows
   void (*conv_lstm_step)(const ConvLSTMStep<T>&, long begin, long end);
   void (*gates_backward)(const GatesBackward<T>&, long begin, long end);  // over rows when dpeephole, else samples * rows
