@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.conv_lstm import channels_last
-from ..reference.padded_conv import conv, conv_backward, same_padding
+from ..reference.conv_lstm import channels_last, recurrent_options
+from ..reference.padded_conv import conv, conv_backward, output_length
 from ..reference.sequence import active_frames, keep, order
 from . import runtime, tune
 from .cell import cell_backward, cell_forward
@@ -448,12 +448,6 @@ def _backward_weight(w: Tensor, tile: Tile) -> Tensor:
     return F.pad(rows, (0, behind[0], 0, behind[1])) if any(behind) else rows
 
 
-def _recurrent(w_hh: Tensor) -> tuple[list[int], list[int], list[int], str]:
-    """Options of the library's convolution: stride, padding, dilation and mode."""
-    ones = [1] * (w_hh.ndim - 2)
-    return ones, same_padding(w_hh.shape[2:], ones), ones, "zeros"
-
-
 def _fused_input(
     x: Tensor, w_ih: Tensor, options: tuple[Sequence[int], Sequence[int], Sequence[int], str]
 ) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
@@ -547,7 +541,7 @@ class _Forward:
         T_x = 1 if gates_x is None else gates_x.shape[1]
         t_x = t if T_x == self.time else 0
         if self.by_library and h_before is not None:
-            recurrent = conv(h_before[:, t_before], self.w_hh, None, *_recurrent(self.w_hh))
+            recurrent = conv(h_before[:, t_before], self.w_hh, None, *recurrent_options(self.w_hh))
             gates_x = recurrent if gates_x is None else recurrent + gates_x[:, t_x]
             gates_x, t_x, T_x = channels_last(gates_x, 1), 0, 1
         # Left alone, ptxas spills in the first step to run more of its programs at once.
@@ -582,7 +576,7 @@ def conv_lstm_forward(
     space = list(source.shape[3 if x is not None else 2 :])
     if x is not None and w_ih is not None:
         space = [
-            (size + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (w_ih.shape[2 + d] - 1) - 1) // stride[d] + 1
+            output_length(size, w_ih.shape[2 + d], stride[d], padding[2 * d : 2 * d + 2], dilation[d])
             for d, size in enumerate(space)
         ]
     saved = save != "none"
@@ -762,11 +756,11 @@ def _backward(
     launch = _backward_step[(tiles(tile, pixels, channels),)]
 
     def recurrent_backward(dgates: Tensor) -> Tensor:
-        found, _ = conv_backward(dgates, h[:, 0], w_hh, *_recurrent(w_hh), needs=(True, False))
+        found, _ = conv_backward(dgates, h[:, 0], w_hh, *recurrent_options(w_hh), needs=(True, False))
         return channels_last(found, 1)
 
     grads_ih = _WeightGrads(w_ih, input_options) if needs[1] else None
-    grads_hh = _WeightGrads(w_hh, _recurrent(w_hh)) if needs[2] else None
+    grads_hh = _WeightGrads(w_hh, recurrent_options(w_hh)) if needs[2] else None
     dx = torch.empty_like(x) if needs[0] and not dgates_are_dx else None
     # The step after the one at hand: none is as if all samples were within their length there.
     after, slot_after, t_after = None, 0, -1
