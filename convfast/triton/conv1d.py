@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.checks import empty_sequence
-from ..reference.conv1d import BY_INPUT, output_length
+from ..reference.conv1d import BY_INPUT
+from ..reference.padded_conv import output_length
 from . import runtime, tune
 from .cell import sigmoid, tanh
 
