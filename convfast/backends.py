@@ -3,6 +3,7 @@
 `CONVFAST_BACKEND` in the environment names the backend of every call that does not name one itself.
 """
 
+import functools
 import importlib
 import os
 import threading
@@ -14,53 +15,72 @@ from typing import Any
 import torch
 
 from . import native, reference
+from .native import OLDEST_GPU
 from .triton import runtime as triton_runtime
 
 OPS = ("lstm_gates", "conv_lstm", "conv1d", "lstm")
-# Where the ops of the compiled libraries are in `torch.ops`.
-NAMESPACES = {"cpu": "convfast", "cuda": "convfast", "emulated": "convfast_emulated"}
-# The library of the backend "cuda" in this process.
-CUDA_LIBRARY = "emulated" if native.emulated() else "cuda"
+COMPILED = ("cpu", "cuda")  # the backends of the compiled libraries
+_EMULATED = native.emulated()
+# Where the ops of the backends that have some are: `torch.ops.<namespace>`.
+NAMESPACES = {
+    "cpu": "convfast",
+    "triton": "convfast_triton",
+    "cuda": "convfast_emulated" if _EMULATED else "convfast",
+}
+CUDA_LIBRARY = "cuda"  # for flops.py, until it takes NAMESPACES
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What a backend can take: devices and dtypes (None: any); why it cannot be had at all; its functions by name."""
+    """What a backend can take: devices and dtypes (None: any); why it cannot be had at all."""
 
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...] | None
-    ops: tuple[str, ...]
     reason: Callable[[], str | None]
-    function: Callable[[str], Callable[..., Any]]
 
 
 _fakes_lock = threading.Lock()
 _with_fakes: set[str] = set()
 
 
-def _native_reason(library: str = "cpu") -> str | None:
-    """Why a compiled library cannot be had; where it can, its ops are there, with their fakes."""
-    reason = native.reason(library)
-    if reason is None and library not in _with_fakes:
+def _native_reason(backend: str = "cpu", library: str = "cpu") -> str | None:
+    """Why a compiled library cannot be had; where it can, the backend's ops are there, with their fakes."""
+    reason, namespace = native.reason(library), NAMESPACES[backend]
+    if reason is None and namespace not in _with_fakes:
         from . import ops
 
         with _fakes_lock:
-            if library not in _with_fakes:
-                ops.register_fakes(NAMESPACES[library])
-                _with_fakes.add(library)
+            if namespace not in _with_fakes:
+                ops.register_fakes(namespace)
+                _with_fakes.add(namespace)
     return reason
 
 
+@functools.cache
+def gpu_reason() -> str | None:
+    """Why there is no GPU that kernels can run on, None where there is one among those here."""
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    found = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if torch.version.hip is None and found < OLDEST_GPU:
+        has, expected = (".".join(map(str, version)) for version in (found, OLDEST_GPU))
+        return f"the GPU has compute capability {has}, expected at least {expected}"
+    return None
+
+
 def _cuda_reason() -> str | None:
-    if CUDA_LIBRARY == "emulated":
-        return _native_reason("emulated")
+    if _EMULATED:
+        return _native_reason("cuda", "emulated")
     if torch.version.cuda is None:
         return "torch is built without CUDA"
-    return triton_runtime.gpu_reason() or _native_reason() or native.reason("cuda")
+    return gpu_reason() or _native_reason() or native.reason("cuda")
 
 
 def _triton_reason() -> str | None:
     reason = triton_runtime.reason()
+    if reason is None and not triton_runtime.interpreted():
+        reason = gpu_reason() or triton_runtime.driver_reason()
     if reason is None:
         importlib.import_module(".triton.ops", __package__)
     return reason
@@ -69,17 +89,11 @@ def _triton_reason() -> str | None:
 # Best first: an automatic choice takes the first that can run the call. Batch, time and frame have no say in it, so
 # that a graph with dynamic shapes stays one graph.
 BACKENDS = {
-    "cpu": Backend(("cpu",), None, OPS, _native_reason, lambda name: getattr(torch.ops.convfast, name)),
-    "triton": Backend(
-        triton_runtime.devices(), triton_runtime.DTYPES, OPS, _triton_reason,
-        lambda name: getattr(torch.ops.convfast_triton, name),
-    ),
-    "cuda": Backend(
-        ("cpu",) if CUDA_LIBRARY == "emulated" else ("cuda",), triton_runtime.DTYPES, OPS, _cuda_reason,
-        lambda name: getattr(getattr(torch.ops, NAMESPACES[CUDA_LIBRARY]), name),
-    ),
-    "reference": Backend(None, None, OPS, lambda: None, lambda name: getattr(reference, name)),
-}  # fmt: skip
+    "cpu": Backend(("cpu",), None, _native_reason),
+    "triton": Backend(triton_runtime.devices(), GPU_DTYPES, _triton_reason),
+    "cuda": Backend(("cpu",) if _EMULATED else ("cuda",), GPU_DTYPES, _cuda_reason),
+    "reference": Backend(None, None, lambda: None),
+}
 # For `convfast.explain`.
 WHY_TRITON_FIRST = "not measured against it, and triton needs no nvcc and no minutes of building"
 
@@ -90,13 +104,11 @@ def available(op: str) -> dict[str, bool | str]:
     Raises:
         ValueError: there is no such op.
     """
-    _check_op(op)
     return {name: why_not(op, name) or True for name in reversed(BACKENDS)}
 
 
 def choose(op: str, backend: str | None, device_type: str, dtype: torch.dtype | None = None) -> tuple[str, list[str]]:
     """As `select`, without its warning: the name, and why an automatic choice passed each of those before it."""
-    _check_op(op)
     wanted = backend or os.environ.get("CONVFAST_BACKEND") or None
     if wanted is None:
         passed: list[str] = []
@@ -139,7 +151,7 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def function(backend: str, name: str) -> Callable[..., Any]:
     """`<op>_forward` or `<op>_backward` of a backend that `select` returned."""
-    return BACKENDS[backend].function(name)
+    return getattr(reference if backend == "reference" else getattr(torch.ops, NAMESPACES[backend]), name)
 
 
 def load_ops(device: str | torch.device = "cpu") -> None:
@@ -172,16 +184,11 @@ def check_name(owner: str, backend: str | None, source: str = "backend") -> None
         raise ValueError(f"{owner}: {source} is {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
-def _check_op(op: str) -> None:
-    if op not in OPS:
-        raise ValueError(f"convfast: op is {op!r}, expected one of {', '.join(OPS)}")
-
-
 def why_not(op: str, name: str, device_type: str | None = None, dtype: torch.dtype | None = None) -> str | None:
     """The reason why a backend cannot run `op` (on tensors of `device_type` and `dtype`), None where it can."""
+    if op not in OPS:
+        raise ValueError(f"convfast: op is {op!r}, expected one of {', '.join(OPS)}")
     backend = BACKENDS[name]
-    if op not in backend.ops:
-        return f"it has no {op}"
     if device_type is not None and backend.devices is not None and device_type not in backend.devices:
         return f"tensors are on {device_type}, expected {' or '.join(backend.devices)}"
     if dtype is not None and backend.dtypes is not None and dtype not in backend.dtypes:

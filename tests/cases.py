@@ -10,18 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from convfast.native import emulated
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "time_first", "sliced", "expanded")
 SEQUENCE_LAYOUTS = ("contiguous", "features_first", "time_first", "sliced", "expanded")
 TENSORS = ("input", "weight_ih", "weight_hh", "bias", "peephole", "h0", "c0")
-# Where the ops of the backends that have some are: `torch.ops.<namespace>`.
-NAMESPACES = {
-    "cpu": "convfast",
-    "triton": "convfast_triton",
-    "cuda": "convfast_emulated" if emulated() else "convfast",
-}
 
 
 @contextlib.contextmanager

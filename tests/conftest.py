@@ -18,7 +18,7 @@ import torch
 
 from convfast import backends, native
 from convfast.triton.runtime import interpreted
-from tests.cases import DTYPES, NAMESPACES
+from tests.cases import DTYPES
 
 ON_GPU = ("triton", "cuda")
 ALONE = "triton" if interpreted() else "cuda" if native.emulated() else None
@@ -136,14 +136,14 @@ def widest(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-@pytest.fixture(params=[name for name in PRESENT if name in NAMESPACES])
+@pytest.fixture(params=[name for name in PRESENT if name in backends.NAMESPACES])
 def kernel_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend with kernels, whose calls are one op each."""
     with usable(request, request.param):
         yield request.param
 
 
-@pytest.fixture(params=[name for name in PRESENT if name in backends.NAMESPACES])
+@pytest.fixture(params=[name for name in PRESENT if name in backends.COMPILED])
 def compiled_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """A backend of the compiled libraries."""
     with usable(request, request.param):
@@ -153,7 +153,7 @@ def compiled_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def kernel_ops(kernel_backend: str) -> Any:
     """The ops of a backend with kernels, with their fakes."""
-    return getattr(torch.ops, NAMESPACES[kernel_backend])
+    return getattr(torch.ops, backends.NAMESPACES[kernel_backend])
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def triton_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
 def cuda_ops(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The ops of the backend cuda with their fakes, for a test of it alone."""
     with usable(request, "cuda"):
-        yield getattr(torch.ops, NAMESPACES["cuda"])
+        yield getattr(torch.ops, backends.NAMESPACES["cuda"])
 
 
 @pytest.fixture(autouse=True)

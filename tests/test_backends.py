@@ -18,7 +18,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     reasons: dict[str, str | None] = {"triton": None, "cuda": None}
     for name in reasons:
         backend = backends.BACKENDS[name]
-        given = backends.Backend(("cuda",), backend.dtypes, backend.ops, lambda n=name: reasons[n], backend.function)
+        given = backends.Backend(("cuda",), backend.dtypes, lambda n=name: reasons[n])
         monkeypatch.setitem(backends.BACKENDS, name, given)
     return reasons
 

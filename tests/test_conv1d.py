@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, library
 
 from convfast import conv1d
+from convfast.backends import NAMESPACES
 from convfast.ops import conv1d_lengths
 from convfast.reference.conv1d import ACTIVATIONS
 from tests.cases import (
@@ -18,7 +19,6 @@ from tests.cases import (
     CONV1D_CASES,
     DTYPES,
     EMPTY_CONV1D,
-    NAMESPACES,
     SEQUENCE_LAYOUTS,
     Conv1dCase,
     arrange,

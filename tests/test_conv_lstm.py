@@ -18,6 +18,7 @@ from torch import Tensor, library
 
 import convfast
 from convfast import conv_lstm
+from convfast.backends import NAMESPACES
 from convfast.triton import runtime as triton_runtime
 from tests.cases import (
     BY_ID,
@@ -26,7 +27,6 @@ from tests.cases import (
     EMPTY_BATCH,
     EVERYTHING,
     LAYOUTS,
-    NAMESPACES,
     TENSORS,
     Case,
     arrange,

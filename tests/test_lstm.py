@@ -19,6 +19,7 @@ from torch import Tensor, library, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from convfast import lstm
+from convfast.backends import NAMESPACES
 from tests.cases import (
     DTYPES,
     EMPTY_LSTM,
@@ -27,7 +28,6 @@ from tests.cases import (
     LSTM_EVERYTHING,
     LSTM_STATE,
     LSTM_WEIGHTS,
-    NAMESPACES,
     SEQUENCE_LAYOUTS,
     LSTMCase,
     arrange,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import NAMESPACES, threads
+from cases import threads
 from modules import Called, assert_close, assert_same, check_against, flat, scripted, watching, without_gradients
 from oracle import assert_close_to_oracle, lstm_gates
 from torch import Tensor, library, nn
@@ -24,6 +24,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import convfast
+from convfast.backends import NAMESPACES
 from convfast.nn import LSTM, RegLSTM
 
 OPS = ("lstm",)

@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
-from convfast.triton import conv1d, conv_lstm, lstm, lstm_gates, runtime, tune, weight_grad
+from convfast.triton import conv1d, conv_lstm, lstm, lstm_gates, runtime, tune
 from tests.triton_target import CHIPS, Kernel, compiling_for
 
 if runtime.interpreted():
@@ -163,10 +163,20 @@ def run_all(name: str, key: Any, like: Tensor, candidates: Sequence[Any], run: C
     return candidates[0]
 
 
+# Registers a thread, of kernels that are not to have all that their threads can share.
+REGISTERS = lstm.REGISTERS | {
+    "conv_kernel": 255,
+    "small_groups_kernel": 80,
+    "dpre_kernel": 64,
+    "fold_kernel": 176,
+    "weight_kernel": 255,
+    "small_groups_weight_kernel": 48,
+    "gates_kernel": 255,
+}
+
+
 def budget(kernel: Kernel) -> int:
-    """Registers that a thread may have: what the kernel's module says, or all that the threads can share."""
-    module = next(m for m in (conv1d, conv_lstm, lstm, lstm_gates, weight_grad) if hasattr(m, kernel.name))
-    return getattr(module, "REGISTERS", {}).get(kernel.name, min(255, 65536 // (32 * kernel.warps)))
+    return REGISTERS.get(kernel.name, min(255, 65536 // (32 * kernel.warps)))
 
 
 @CELLS

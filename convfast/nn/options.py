@@ -11,8 +11,7 @@ from torch import nn
 
 from ..ops import checks
 from ..ops.checks import PADDING_MODES, check_choice, check_count, integer
-from ..reference.conv1d import output_length
-from ..reference.padded_conv import same_padding
+from ..reference.padded_conv import output_length, same_padding
 
 Numbers = int | tuple[int, ...]
 

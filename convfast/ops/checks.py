@@ -1,7 +1,7 @@
 """What the ops share: argument checks (a message names op, argument, expected, got), autocast, transforms, layouts."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
@@ -281,13 +281,25 @@ def _in_one(function: type[Function]) -> type[Function]:
 
 
 def empty_channels_last(like: Tensor, shape: list[int], channel_dim: int, dtype: torch.dtype) -> Tensor:
-    """For fakes: fresh memory with the channels innermost."""
+    """Fresh memory with the channels innermost."""
     shape = shape[:channel_dim] + shape[channel_dim + 1 :] + [shape[channel_dim]]
     return like.new_empty(shape, dtype=dtype).movedim(-1, channel_dim)
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Of `[B, C, *S]`; what is contiguous as well is not."""
+    return x.ndim > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def empty_in_layout_of(layout: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Fresh memory, channels-last where `layout` is, else contiguous."""
+    if is_channels_last(layout):
+        return empty_channels_last(layout, list(shape), 1, dtype)
+    return layout.new_empty(shape, dtype=dtype)
+
+
 def empty_sequence(like: Tensor, shape: tuple[int, int, int], time_major: bool, dtype: torch.dtype) -> Tensor:
-    """For fakes: fresh memory of `[B, T, C]`, or of `[T, B, C]` if `time_major`."""
+    """Fresh memory of `[B, T, C]`, or of `[T, B, C]` if `time_major`."""
     batch, time, channels = shape
     if time_major:
         return like.new_empty((time, batch, channels), dtype=dtype).transpose(0, 1)

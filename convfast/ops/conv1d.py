@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, library
 
 from .. import backends, reference
-from ..reference.conv1d import ACTIVATIONS, BY_INPUT, output_length, output_lengths
-from ..reference.padded_conv import same_padding
+from ..reference.conv1d import ACTIVATIONS, BY_INPUT, output_lengths
+from ..reference.padded_conv import output_length, same_padding
 from ..reference.sequence import ordered
 from .checks import (
     PADDING_MODES,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, library
 
 from .. import backends
-from ..reference.conv1d import output_length
+from ..reference.padded_conv import output_length
 from .lstm import backend_of_layers, empty_of_layers
 
 
@@ -65,7 +65,7 @@ def conv1d_lstm_layers(
 
 def register_fakes(namespace: str) -> None:
     """Shapes and strides of the op in `namespace`; csrc/ops.h has the contract."""
-    if namespace not in backends.NAMESPACES.values():
+    if namespace not in (backends.NAMESPACES[name] for name in backends.COMPILED):
         return
 
     @library.register_fake(f"{namespace}::conv1d_lstm_layers")

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, library
 
 from .. import backends, reference
-from ..reference.conv1d import output_length
 from ..reference.conv_lstm import channels_last
 from ..reference.lstm_gates import state_dtype
-from ..reference.padded_conv import conv, same_padding
+from ..reference.padded_conv import conv, output_length, same_padding
 from .checks import (
     PADDING_MODES,
     apply,

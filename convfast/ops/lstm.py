@@ -138,7 +138,7 @@ def backend_of_layers(
     if autocast_dtype(weight) is not None:
         return None
     name = backends.select(_OP, backend, weight.device.type, weight.dtype)
-    return name if name in backends.NAMESPACES else None
+    return name if name in backends.COMPILED else None
 
 
 def lstm_layers(
@@ -358,7 +358,7 @@ def register_fakes(namespace: str) -> None:
             c0.new_empty(c0.shape) if needs[12] else w_hh.new_empty(0, dtype=c.dtype),
         )
 
-    if namespace not in backends.NAMESPACES.values():
+    if namespace not in (backends.NAMESPACES[name] for name in backends.COMPILED):
         return
 
     @library.register_fake(f"{namespace}::lstm_layers")

@@ -15,7 +15,7 @@ from .checks import (
     check_given,
     check_shape,
     check_tensors,
-    empty_channels_last,
+    empty_in_layout_of,
     needs_function,
     needs_reference,
 )
@@ -109,21 +109,15 @@ class _LSTMGates(torch.autograd.Function):
         )
 
 
-def _fake_like(layout: Tensor, shape: list[Any], dtype: torch.dtype) -> Tensor:
-    """Channels-last where `layout` is, else contiguous, as the native op does."""
-    if layout.ndim > 2 and not layout.is_contiguous() and layout.movedim(1, -1).is_contiguous():
-        return empty_channels_last(layout, shape, 1, dtype)
-    return layout.new_empty(shape, dtype=dtype)
-
-
 def register_fakes(namespace: str) -> None:
     """Shapes and strides of the ops in `namespace`; csrc/ops.h has the contract."""
 
     @library.register_fake(f"{namespace}::lstm_gates_forward")
     def _(gates: Tensor, c: Tensor | None, peephole: Tensor | None, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         shape = [gates.shape[0], gates.shape[1] // 4, *gates.shape[2:]]
-        activated = _fake_like(gates, list(gates.shape), gates.dtype) if save else gates.new_empty(0)
-        return _fake_like(gates, shape, gates.dtype), _fake_like(gates, shape, state_dtype(gates.dtype)), activated
+        activated = empty_in_layout_of(gates, gates.shape, gates.dtype) if save else gates.new_empty(0)
+        h, c_out = (empty_in_layout_of(gates, shape, dtype) for dtype in (gates.dtype, state_dtype(gates.dtype)))
+        return h, c_out, activated
 
     @library.register_fake(f"{namespace}::lstm_gates_backward")
     def _(
@@ -136,7 +130,7 @@ def register_fakes(namespace: str) -> None:
         needs: list[int],
     ) -> tuple[Tensor, Tensor, Tensor]:
         return (
-            _fake_like(activated, list(activated.shape), activated.dtype) if needs[0] else activated.new_empty(0),
-            _fake_like(activated, list(c_out.shape), c_out.dtype) if needs[1] else c_out.new_empty(0),
+            empty_in_layout_of(activated, activated.shape, activated.dtype) if needs[0] else activated.new_empty(0),
+            empty_in_layout_of(activated, c_out.shape, c_out.dtype) if needs[1] else c_out.new_empty(0),
             peephole.new_empty(peephole.shape) if needs[2] else activated.new_empty(0),
         )

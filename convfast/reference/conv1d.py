@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .lstm_gates import state_dtype
-from .padded_conv import conv, conv_backward, source
+from .padded_conv import conv, conv_backward, output_length, source
 from .sequence import active_frames, keep, ordered
 
 LEAK = 0.01
@@ -40,13 +40,6 @@ def _derivative(y: Tensor, pre: Tensor, activation: str) -> Tensor:
     assert activation == "gelu"
     density = (-0.5 * pre * pre).exp() * (2 * torch.pi) ** -0.5
     return torch.special.ndtr(pre) + pre * density
-
-
-def output_length(
-    length: int | Tensor, kernel: int, stride: int, padding: Sequence[int], dilation: int
-) -> int | Tensor:
-    """Positions of a kernel over `length` frames, below 1 where there are too few."""
-    return (length + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def output_lengths(lengths: Tensor, kernel: int, stride: int, padding: Sequence[int], dilation: int) -> Tensor:

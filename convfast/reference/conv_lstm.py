@@ -16,7 +16,8 @@ def channels_last(x: Tensor, channel_dim: int) -> Tensor:
     return x.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
 
 
-def _recurrent_options(w_hh: Tensor) -> tuple[list[int], list[int], list[int], str]:
+def recurrent_options(w_hh: Tensor) -> tuple[list[int], list[int], list[int], str]:
+    """Of the convolution by w_hh: stride, padding, dilation and mode."""
     ones = [1] * (w_hh.ndim - 2)
     return ones, same_padding(w_hh.shape[2:], ones), ones, "zeros"
 
@@ -77,7 +78,7 @@ def conv_lstm_forward(
     for t in order(time, reverse):
         gates = gates_x[:, t].to(dtype) + offset
         if h is not None:
-            gates = gates + conv(h, w_hh, None, *_recurrent_options(w_hh)).to(dtype)
+            gates = gates + conv(h, w_hh, None, *recurrent_options(w_hh)).to(dtype)
         h_new, c_new, activations[t] = cell_forward(gates, c, peephole)
         h_new = h_new.to(w_hh.dtype)
         if active is None:
@@ -131,7 +132,7 @@ def conv_lstm_backward(
     dims = w_hh.ndim - 2
     dtype = state_dtype(w_hh.dtype)
     batch_time = h.shape[:2]
-    recurrent = _recurrent_options(w_hh)
+    recurrent = recurrent_options(w_hh)
     active = active_frames(lengths, time, dims)
     c = keep(c, active)
     h_before = previous(h, h0, active, reverse)

@@ -67,7 +67,7 @@ def lstm_forward(
     active = active_frames(lengths, x.shape[1], 0)
     directions = [(w_ih, w_hh, bias, peephole, w_hr), (w_ih_r, w_hh_r, bias_r, peephole_r, w_hr_r)]
     found = [
-        _forward(x, weights, _of(h0, d), _of(c0, d), active, reverse=d == 1)
+        _forward(x, weights, one_of(h0, d), one_of(c0, d), active, reverse=d == 1)
         for d, weights in enumerate(directions[: 1 if w_hh_r is None else 2])
     ]
     h, h_n, c_n, c, gates = zip(*found)
@@ -81,7 +81,8 @@ def lstm_forward(
     )
 
 
-def _of(tensor: Tensor | None, direction: int) -> Tensor | None:
+def one_of(tensor: Tensor | None, direction: int) -> Tensor | None:
+    """One direction of what holds one or both."""
     return None if tensor is None else tensor[direction]
 
 
@@ -176,12 +177,12 @@ def lstm_backward(
         dy_d, y_d = (t if t is None or count == 1 else t[..., columns] for t in (dy, y))
         dx_d, *found, dh0_d, dc0_d = _backward(
             dy_d,
-            _of(dh_n, d),
-            _of(dc_n, d),
+            one_of(dh_n, d),
+            one_of(dc_n, d),
             x,
             weights,
-            _of(h0, d),
-            _of(c0, d),
+            one_of(h0, d),
+            one_of(c0, d),
             active,
             y_d,
             c[d],

@@ -58,6 +58,13 @@ def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
     return [p for total in totals for p in (total // 2, total - total // 2)]
 
 
+def output_length(
+    length: int | Tensor, kernel: int, stride: int, padding: Sequence[int], dilation: int
+) -> int | Tensor:
+    """Positions of a kernel over `length` elements, below 1 where there are too few."""
+    return (length + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
+
+
 def conv(
     x: Tensor,
     weight: Tensor,

@@ -14,22 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.checks import empty_sequence
-from ..reference.conv1d import BY_INPUT, output_length
+from ..reference.conv1d import BY_INPUT
+from ..reference.padded_conv import output_length
 from . import runtime, tune
 from .cell import sigmoid, tanh
 
 # What differs from call to call compiles nothing anew; alignment comes as the constexpr ..._UNIT instead.
 _VARYING = ["rows", "t_out", "t_in", "x_sb", "x_st", "y_sb", "y_st"]
-# Registers a thread that each kernel may take on NVIDIA.
-REGISTERS = {
-    "conv_kernel": 255,
-    "small_groups_kernel": 80,
-    "dpre_kernel": 64,
-    "fold_kernel": 176,
-    "weight_kernel": 255,
-    "small_groups_weight_kernel": 48,
-    "gates_kernel": 255,
-}
 _GATES = 64  # gates of the LSTM that `gates_kernel` computes at a time
 _SMALL_GROUP = 8  # groups of at most so many features and channels are no work for tensor cores
 
@@ -488,7 +479,7 @@ def _featured(t: Tensor) -> Tensor:
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
+def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
@@ -504,7 +495,7 @@ def _convolve(
     (batch, time, total), (_, taps, features) = y.shape, weight.shape
     rows, channels = batch * time, total // groups
     (x_sb, x_st, x_unit), (y_sb, y_st, y_unit) = _strides(x), _strides(y)
-    data = (x, weight, _dense(bias), y, pre, _dense(lengths), rows, time, x.shape[1], x_sb, x_st, y_sb, y_st)
+    data = (x, weight, _contiguous(bias), y, pre, _contiguous(lengths), rows, time, x.shape[1], x_sb, x_st, y_sb, y_st)
     options = (channels, features, taps, *walk, activation, x_unit, y_unit, runtime.needs_wide_offsets(x, y))
     with runtime.on_device_of(x):
         if _small_groups(groups, channels, features):
@@ -603,7 +594,7 @@ def _dpre(
     (d_sb, d_st, d_unit), (y_sb, y_st, y_unit) = _strides(dy), _strides(saved)
     with runtime.on_device_of(dy):
         dpre_kernel[(parts * triton.cdiv(channels, width),)](
-            dy, saved, dpre, sums, _dense(lengths), rows, time, d_sb, d_st, dy.stride(2), y_sb, y_st, channels,
+            dy, saved, dpre, sums, _contiguous(lengths), rows, time, d_sb, d_st, dy.stride(2), y_sb, y_st, channels,
             walk.stride, walk.slack, activation, d_unit, y_unit, runtime.needs_wide_offsets(dy, saved, dpre),
             4096 // width, width, num_warps=8, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
@@ -630,8 +621,8 @@ def _input_gradient(
         sb, st, unit = _strides(direct)
         with runtime.on_device_of(x):
             fold_kernel[grid](
-                padded, direct, _dense(lengths), batch * time, time, sb, st, features, before, behind, walk.mode, unit,
-                runtime.needs_wide_offsets(padded, direct), 4096 // width, width,
+                padded, direct, _contiguous(lengths), batch * time, time, sb, st, features, before, behind, walk.mode,
+                unit, runtime.needs_wide_offsets(padded, direct), 4096 // width, width,
                 num_warps=8, num_stages=1, enable_fp_fusion=True,
             )  # fmt: skip
     return dx if direct is dx else dx.copy_(direct)
@@ -656,7 +647,7 @@ def _weight_gradient(
     parts = triton.cdiv(rows, span)
     out = x.new_empty((parts, *weight.shape), dtype=torch.float32)
     (x_sb, x_st, x_unit), (d_sb, d_st, d_unit) = _strides(x), _strides(dpre)
-    data = (dpre, x, out, _dense(lengths), rows, time, x.shape[1], x_sb, x_st, d_sb, d_st, span)
+    data = (dpre, x, out, _contiguous(lengths), rows, time, x.shape[1], x_sb, x_st, d_sb, d_st, span)
     options = (
         channels, features, taps, walk.stride, walk.before, walk.dilation, walk.slack, walk.mode, x_unit, d_unit,
         runtime.needs_wide_offsets(x, dpre),
@@ -726,8 +717,8 @@ def conv1d_gates(
     x_sb, x_st, x_unit = _strides(x)
     with runtime.on_device_of(x):
         gates_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(blocks, span))](
-            x, weight.transpose(1, 2).contiguous(), _dense(bias), w_ih.contiguous(), _dense(gate_bias), gates,
-            _dense(lengths), rows, time, x.shape[1], x_sb, x_st, batch, span, channels, features, taps, size,
+            x, weight.transpose(1, 2).contiguous(), _contiguous(bias), w_ih.contiguous(), _contiguous(gate_bias), gates,
+            _contiguous(lengths), rows, time, x.shape[1], x_sb, x_st, batch, span, channels, features, taps, size,
             walk.stride, walk.before, walk.dilation, walk.slack, walk.mode, activation, x_unit,
             runtime.needs_wide_offsets(x, gates), runtime.input_precision(x.dtype), *tile[:4], _GATES,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,

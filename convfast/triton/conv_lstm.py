@@ -13,6 +13,7 @@ step by step, and the kernels for what comes after.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.conv_lstm import channels_last
-from ..reference.padded_conv import conv, conv_backward, same_padding
+from ..ops.checks import empty_channels_last
+from ..reference.conv_lstm import channels_last, recurrent_options
+from ..reference.padded_conv import conv, conv_backward, output_length
 from ..reference.sequence import active_frames, keep, order
 from . import runtime, tune
 from .cell import cell_backward, cell_forward
@@ -30,6 +32,8 @@ from .weight_grad import outer_unit, weight_grad
 
 # dgates of a sequence are kept for the weight gradients in chunks of this size, two at a time.
 CHUNK_BYTES = 256 * 2**20
+
+Options = tuple[Sequence[int], Sequence[int], Sequence[int], str]  # stride, padding, dilation and mode
 
 
 @triton.jit
@@ -448,15 +452,7 @@ def _backward_weight(w: Tensor, tile: Tile) -> Tensor:
     return F.pad(rows, (0, behind[0], 0, behind[1])) if any(behind) else rows
 
 
-def _recurrent(w_hh: Tensor) -> tuple[list[int], list[int], list[int], str]:
-    """Options of the library's convolution: stride, padding, dilation and mode."""
-    ones = [1] * (w_hh.ndim - 2)
-    return ones, same_padding(w_hh.shape[2:], ones), ones, "zeros"
-
-
-def _fused_input(
-    x: Tensor, w_ih: Tensor, options: tuple[Sequence[int], Sequence[int], Sequence[int], str]
-) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
+def _fused_input(x: Tensor, w_ih: Tensor, options: Options) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
     """→ x as a step reads it, (height, width and strides), (Cin, kernel, stride, padding, dilation and UNIT)."""
     stride, padding, dilation, _ = options
     # Within a frame offsets have 32 bits.
@@ -484,7 +480,7 @@ class _Forward:
         batch: int,
         time: int,
         space: Sequence[int],
-        input_options: tuple[Sequence[int], Sequence[int], Sequence[int], str],
+        input_options: Options,
         tile: Tile,
         c_sequence: bool,
         at_once: bool,
@@ -547,7 +543,7 @@ class _Forward:
         T_x = 1 if gates_x is None else gates_x.shape[1]
         t_x = t if T_x == self.time else 0
         if self.by_library and h_before is not None:
-            recurrent = conv(h_before[:, t_before], self.w_hh, None, *_recurrent(self.w_hh))
+            recurrent = conv(h_before[:, t_before], self.w_hh, None, *recurrent_options(self.w_hh))
             gates_x = recurrent if gates_x is None else recurrent + gates_x[:, t_x]
             gates_x, t_x, T_x = channels_last(gates_x, 1), 0, 1
         # Left alone, ptxas spills in the first step to run more of its programs at once.
@@ -582,17 +578,18 @@ def conv_lstm_forward(
     space = list(source.shape[3 if x is not None else 2 :])
     if x is not None and w_ih is not None:
         space = [
-            (size + padding[2 * d] + padding[2 * d + 1] - dilation[d] * (w_ih.shape[2 + d] - 1) - 1) // stride[d] + 1
+            output_length(size, w_ih.shape[2 + d], stride[d], padding[2 * d : 2 * d + 2], dilation[d])
             for d, size in enumerate(space)
         ]
     saved = save != "none"
 
-    h = w_hh.new_empty((batch, time, *space, channels)).movedim(-1, 2)
-    c_shape = (batch, time, *space, channels) if saved else (batch, *space, channels)
-    c = w_hh.new_empty(c_shape, dtype=torch.float32).movedim(-1, 2 if saved else 1)
+    sequence = [batch, time, channels, *space]
+    h = empty_channels_last(w_hh, sequence, 2, w_hh.dtype)
+    c_shape, channel_dim = (sequence, 2) if saved else ([batch, channels, *space], 1)
+    c = empty_channels_last(w_hh, c_shape, channel_dim, torch.float32)
     gates = None
     if save == "fast":
-        gates = w_hh.new_empty((batch, time, *space, 4 * channels)).movedim(-1, 2)
+        gates = empty_channels_last(w_hh, [batch, time, 4 * channels, *space], 2, w_hh.dtype)
     frames = list(order(time, reverse))
     if h.numel() > 0:
         with runtime.on_device_of(w_hh):
@@ -626,10 +623,10 @@ def _frame(sequence: Tensor, t: int) -> Tensor:
     return sequence[:, t].movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
 
 
-class _WeightGrads:
-    """Gradients of one convolution's weight, added up over chunks of frames."""
+class _WeightGrad:
+    """Gradient of one convolution's weight, added up over chunks of frames."""
 
-    def __init__(self, w: Tensor, options: tuple[Sequence[int], Sequence[int], Sequence[int], str]) -> None:
+    def __init__(self, w: Tensor, options: Options) -> None:
         self.w, self.options, self.total = w, options, None
 
     def add(self, dgates: Tensor, source: Tensor) -> None:
@@ -647,6 +644,177 @@ class _WeightGrads:
             ).view_as(self.w)  # fmt: skip
         part = part.float().contiguous()  # the library's is of the weight's dtype
         self.total = part if self.total is None else self.total + part
+
+    def result(self) -> Tensor:
+        return torch.zeros_like(self.w) if self.total is None else self.total.to(self.w.dtype)
+
+
+class _ConvolutionGrads:
+    """Gradients of x and of both convolutions' weights, from dgates a chunk of frames at a time."""
+
+    def __init__(
+        self,
+        x: Tensor | None,
+        w_ih: Tensor | None,
+        w_hh: Tensor,
+        h0: Tensor | None,
+        h: Tensor,
+        active: Tensor | None,
+        input_options: Options,
+        reverse: bool,
+        needs: Sequence[int],
+    ) -> None:
+        """h0 [B, 1, C, *S'] and h are channels-last in memory."""
+        self.w_ih, self.h0, self.h, self.input_options, self.reverse = w_ih, h0, h, input_options, reverse
+        reads_x = x is not None and w_ih is not None and (needs[0] or needs[1])
+        self.x = channels_last(keep(x, active), 2) if reads_x else None
+        self.dx = torch.empty_like(x) if needs[0] else None
+        self.dw_ih = _WeightGrad(w_ih, input_options) if needs[1] else None
+        self.dw_hh = _WeightGrad(w_hh, recurrent_options(w_hh)) if needs[2] else None
+
+    def add(self, dgates: Tensor, first: int, last: int) -> None:
+        """dgates of the frames from `first` to `last`."""
+        if self.dx is not None:
+            self._put_dx(dgates, first, last)
+        if self.dw_ih is not None:
+            self.dw_ih.add(dgates, self.x[:, first : last + 1])
+        if self.dw_hh is not None:
+            self._add_recurrent(self.dw_hh, dgates, first, last)
+
+    def _put_dx(self, dgates: Tensor, first: int, last: int) -> None:
+        part = dgates
+        if self.w_ih is not None:
+            source = self.x[:, first : last + 1].flatten(0, 1)
+            part, _ = conv_backward(dgates.flatten(0, 1), source, self.w_ih, *self.input_options, (True, False))
+            part = part.unflatten(0, dgates.shape[:2])
+        if part.shape == self.dx.shape and part.stride() == self.dx.stride():
+            self.dx = part
+        else:
+            self.dx[:, first : last + 1] = part
+
+    def _add_recurrent(self, dw_hh: _WeightGrad, dgates: Tensor, first: int, last: int) -> None:
+        """dgates of a step meet the h that it started from."""
+        time = self.h.shape[1]
+        start = time - 1 if self.reverse else 0
+        if self.reverse:
+            end = min(last, time - 2)
+            dw_hh.add(dgates[:, : end + 1 - first], self.h[:, first + 1 : end + 2])
+        else:
+            begin = max(first, 1)
+            dw_hh.add(dgates[:, begin - first :], self.h[:, begin - 1 : last])
+        if self.h0 is not None and first <= start <= last:
+            dw_hh.add(dgates[:, start - first].unsqueeze(1), self.h0)
+
+    def of_weights(self) -> list[Tensor | None]:
+        """dw_ih and dw_hh."""
+        return [None if grad is None else grad.result() for grad in (self.dw_ih, self.dw_hh)]
+
+
+class _Backward:
+    """What the backward steps of a call share, their launch, and what each leaves to the step before it."""
+
+    def __init__(
+        self,
+        dh: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        w_hh: Tensor,
+        peephole: Tensor | None,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        h: Tensor,
+        c: Tensor,
+        gates: Tensor,
+        forward: _Forward | None,
+        reverse: bool,
+        needs: Sequence[int],
+        tile: Tile,
+    ) -> None:
+        """h0 [B, 1, C, *S'] and h are channels-last in memory; `forward` computes the gates of a step anew."""
+        (batch, self.time, channels, *space), self.by_library = h.shape, w_hh.ndim == 5
+        self.w_hh, self.forward = w_hh, forward
+        self.lengths = None if lengths is None else lengths.contiguous()
+        self.shape, self.pixels = [batch, channels, *space], batch * torch.Size(space).numel()
+        self.first, self.back = (self.time - 1, 1) if reverse else (0, -1)
+        self.h, self.c = h, c
+        self.h0, self.c0 = h0, None if c0 is None else channels_last(c0, 1)
+        self.dh = None if dh is None else channels_last(dh, 2)
+        self.gates = self._empty(w_hh.dtype, 4) if forward is not None else gates
+        # Before any step it is as if all samples were within their length at the step after.
+        self.after, self.slot_after, self.t_after = None, 0, -1
+        self.dh_after = None if dh_n is None else channels_last(dh_n, 1)
+        self.dc_after = None if dc_n is None else channels_last(dc_n, 1)
+
+        self.dc = self._empty(torch.float32)
+        self.carry = None if lengths is None else self._empty(torch.float32)
+        rows, zeros = triton.cdiv(self.pixels, tile.pixels), partial(w_hh.new_zeros, dtype=torch.float32)
+        self.dbias = zeros((rows, 4 * channels)) if needs[3] else None
+        self.dpeephole = zeros((batch, 3, *space, channels)) if needs[4] else None
+        self.weights = None if self.by_library else _backward_weight(w_hh, tile)
+        self.peephole = None if peephole is None else peephole.movedim(1, -1).float().contiguous()
+        self.sizes = self.pixels, *((1, torch.Size(space).numel()) if self.by_library else _pair(space))
+        self.constants = (
+            channels, *((1, 1) if self.by_library else _pair(w_hh.shape[2:])), forward is None,
+            4 * self.time * self.pixels * channels >= 2**31, runtime.input_precision(w_hh.dtype),
+            tile.parts, tile.pixels, tile.channels, _depth(4 * w_hh[0].numel(), tile.depth),
+        )  # fmt: skip
+        self.options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+        self.launch = _backward_step[(tiles(tile, self.pixels, channels),)]
+
+    def _empty(self, dtype: torch.dtype, factor: int = 1) -> Tensor:
+        batch, channels, *space = self.shape
+        return empty_channels_last(self.w_hh, [batch, factor * channels, *space], 1, dtype)
+
+    def run(self, frames: Sequence[int], into: Tensor) -> Tensor:
+        """The steps of a chunk of frames, the last step first → dgates of these frames, a part of `into`."""
+        first = min(frames)
+        for t in frames:
+            self._step(t, into, t - first)
+        return into[:, : len(frames)]
+
+    def _step(self, t: int, into: Tensor, slot: int) -> None:
+        h_before, c_before, t_before, T_before = self.h, self.c, t + self.back, self.time
+        if t == self.first:
+            h_before, c_before, t_before, T_before = self.h0, self.c0, 0, 1
+        if self.forward is not None:
+            self.forward.step(t, t_before, T_before, h_before, c_before, None, None, self.gates)
+        self._convolve_dgates()
+        self.launch(
+            self.after, None if self.after is None else self.weights, self.dh_after, self.dc_after, self.dh,
+            self.gates, c_before, self.c, self.peephole, self.lengths, self.carry, into, self.dc, self.dbias,
+            self.dpeephole, None, *self.sizes, t, self.time, t_before, T_before, self.t_after, slot, self.slot_after,
+            into.shape[1], *self.constants, **self.options,
+        )  # fmt: skip
+        self.after, self.slot_after, self.t_after = into, slot, t
+        self.dh_after, self.dc_after = None, self.dc
+
+    def _convolve_dgates(self) -> None:
+        """dh_after from the dgates of the step after, where the library convolves."""
+        if self.by_library and self.after is not None:
+            dgates, options = self.after[:, self.slot_after], recurrent_options(self.w_hh)
+            found, _ = conv_backward(dgates, self.h[:, 0], self.w_hh, *options, needs=(True, False))
+            self.dh_after = channels_last(found, 1)
+
+    def dh0(self) -> Tensor:
+        """After all steps."""
+        dh0 = self._empty(self.w_hh.dtype)
+        if self.pixels:
+            self._convolve_dgates()
+            self.launch(
+                self.after, self.weights, self.dh_after, None, None, None, None, None, None, self.lengths, self.carry,
+                None, None, None, None, dh0, *self.sizes, 0, self.time, 0, 1, self.t_after, 0, self.slot_after,
+                self.after.shape[1], *self.constants, **self.options,
+            )  # fmt: skip
+        return dh0
+
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        """dbias and dpeephole, after all steps."""
+        dbias, dpeephole, dtype = self.dbias, self.dpeephole, self.w_hh.dtype
+        return (
+            None if dbias is None else dbias.sum(0).to(dtype),
+            None if dpeephole is None else dpeephole.sum(0).movedim(-1, 1).to(dtype).contiguous(),
+        )
 
 
 def conv_lstm_backward(
@@ -677,162 +845,45 @@ def conv_lstm_backward(
 
     dx is the library's: it takes every stride and padding, and no cell follows that could share its pass.
     """
+    batch, _, channels, *space = h.shape
+    pixels, input_options = batch * torch.Size(space).numel(), (stride, padding, dilation, padding_mode)
+    # One chunk where dgates are dx.
+    most = max(1, CHUNK_BYTES // max(1, 4 * pixels * channels * w_hh.dtype.itemsize))
+    size = time if needs[0] and w_ih is None else triton.cdiv(time, triton.cdiv(time, most))
     with runtime.on_device_of(w_hh):
+        active = active_frames(lengths, time, w_hh.ndim - 2)
+        if reverse and active is not None and h0 is not None:
+            # A sample's first step started from h0, which no frame of h holds.
+            h = torch.where(active, h, h0.unsqueeze(1))
+        h = channels_last(h, 2)
+        h0 = None if h0 is None else channels_last(h0, 1).unsqueeze(1)
 
         def run(tile: Tile) -> tuple[Tensor, ...]:
-            return _backward(
-                dh, dh_n, dc_n, x, w_ih, w_hh, bias, peephole, h0, c0, lengths, h, c, gates, time,
-                (stride, padding, dilation, padding_mode), reverse, needs, tile,
-            )  # fmt: skip
-
-        pixels = h.shape[0] * torch.Size(h.shape[3:]).numel()
-        return run(_best_tile("conv_lstm_backward", w_ih, w_hh, pixels, "fast" if gates.numel() else "lean", run))
-
-
-def _backward(
-    dh: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    x: Tensor | None,
-    w_ih: Tensor | None,
-    w_hh: Tensor,
-    bias: Tensor | None,
-    peephole: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    h: Tensor,
-    c: Tensor,
-    gates: Tensor,
-    time: int,
-    input_options: tuple[Sequence[int], Sequence[int], Sequence[int], str],
-    reverse: bool,
-    needs: Sequence[int],
-    tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, space, channels, dtype = h.shape[0], list(h.shape[3:]), w_hh.shape[1], w_hh.dtype
-    area, by_library, lean = torch.Size(space).numel(), w_hh.ndim == 5, gates.numel() == 0
-    height, width = (1, area) if by_library else _pair(space)
-    pixels = batch * area
-    frames, back = list(order(time, not reverse)), 1 if reverse else -1
-    dgates_are_dx = x is not None and w_ih is None and bool(needs[0])
-    most = time if dgates_are_dx else max(1, CHUNK_BYTES // max(1, 4 * pixels * channels * dtype.itemsize))
-    size = triton.cdiv(time, triton.cdiv(time, most))
-
-    active = active_frames(lengths, time, w_hh.ndim - 2)
-    lengths = None if lengths is None else lengths.contiguous()
-    if reverse and active is not None and h0 is not None:
-        # A sample's first step started from h0, which no frame of h holds.
-        h = torch.where(active, h, h0.unsqueeze(1))
-    h = channels_last(h, 2)
-    x_read = None
-    if x is not None and w_ih is not None and (needs[0] or needs[1]):
-        x_read = channels_last(keep(x, active), 2)
-    dh = None if dh is None else channels_last(dh, 2)
-    dh_after = None if dh_n is None else channels_last(dh_n, 1)
-    dc_after = None if dc_n is None else channels_last(dc_n, 1)
-    h0 = None if h0 is None else channels_last(h0, 1).unsqueeze(1)
-    c0_read = None if c0 is None else channels_last(c0, 1)
-
-    def state(last: int, wanted: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return w_hh.new_empty((batch, *space, last), dtype=dtype).movedim(-1, 1) if wanted else None
-
-    buffers = [
-        w_hh.new_empty((batch, size, *space, 4 * channels)).movedim(-1, 2) for _ in range(1 if size == time else 2)
-    ]
-    forward = None
-    if lean:
-        forward = _Forward(
-            x, w_ih, w_hh, bias, peephole, lengths, batch, time, space, input_options, tile,
-            c_sequence=True, at_once=False,
-        )  # fmt: skip
-        gates = state(4 * channels, dtype=dtype)
-    dc, carry = state(channels), state(channels, lengths is not None)
-    dh0 = state(channels, bool(needs[5]), dtype)
-    dbias = w_hh.new_zeros((triton.cdiv(pixels, tile.pixels), 4 * channels), dtype=torch.float32) if needs[3] else None
-    dpeephole = w_hh.new_zeros((batch, 3, *space, channels), dtype=torch.float32) if needs[4] else None
-    weights = None if by_library else _backward_weight(w_hh, tile)
-    peephole_last = None if peephole is None else peephole.movedim(1, -1).float().contiguous()
-    kernel = [1, 1] if by_library else _pair(w_hh.shape[2:])
-    constants = (
-        channels, *kernel, not lean, 4 * time * pixels * channels >= 2**31, runtime.input_precision(dtype),
-        tile.parts, tile.pixels, tile.channels, _depth(4 * w_hh[0].numel(), tile.depth),
-    )  # fmt: skip
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    launch = _backward_step[(tiles(tile, pixels, channels),)]
-
-    def recurrent_backward(dgates: Tensor) -> Tensor:
-        found, _ = conv_backward(dgates, h[:, 0], w_hh, *_recurrent(w_hh), needs=(True, False))
-        return channels_last(found, 1)
-
-    grads_ih = _WeightGrads(w_ih, input_options) if needs[1] else None
-    grads_hh = _WeightGrads(w_hh, _recurrent(w_hh)) if needs[2] else None
-    dx = torch.empty_like(x) if needs[0] and not dgates_are_dx else None
-    # The step after the one at hand: none is as if all samples were within their length there.
-    after, slot_after, t_after = None, 0, -1
-    for start in range(0, time if pixels else 0, size):
-        chunk = frames[start : start + size]
-        first, last = min(chunk), max(chunk)
-        into = buffers[start // size % 2]
-        for t in chunk:
-            if t == frames[-1]:
-                h_before, c_before, t_before, T_before = h0, c0_read, 0, 1
-            else:
-                h_before, c_before, t_before, T_before = h, c, t + back, time
-            if forward is not None:
-                forward.step(t, t_before, T_before, h_before, c_before, None, None, gates)
-            if by_library and after is not None:
-                dh_after = recurrent_backward(after[:, slot_after])
-            launch(
-                after, None if after is None else weights, dh_after, dc_after, dh, gates, c_before, c, peephole_last,
-                lengths, carry, into, dc, dbias, dpeephole, None, pixels, height, width, t, time, t_before, T_before,
-                t_after, t - first, slot_after, size, *constants, **options,
-            )  # fmt: skip
-            after, slot_after, t_after, dc_after, dh_after = into, t - first, t, dc, None
-
-        dgates = into[:, : last - first + 1]
-        if grads_ih is not None:
-            grads_ih.add(dgates, x_read[:, first : last + 1])
-        if grads_hh is not None:
-            if reverse:
-                end = min(last, time - 2)
-                grads_hh.add(dgates[:, : end + 1 - first], h[:, first + 1 : end + 2])
-            else:
-                begin = max(first, 1)
-                grads_hh.add(dgates[:, begin - first :], h[:, begin - 1 : last])
-            if h0 is not None and first <= frames[-1] <= last:
-                grads_hh.add(dgates[:, frames[-1] - first].unsqueeze(1), h0)
-        if dx is not None:
-            part, _ = conv_backward(
-                dgates.flatten(0, 1), x_read[:, first : last + 1].flatten(0, 1), w_ih, *input_options, (True, False)
+            forward = None
+            if gates.numel() == 0:
+                forward = _Forward(
+                    x, w_ih, w_hh, bias, peephole, lengths, batch, time, space, input_options, tile,
+                    c_sequence=True, at_once=False,
+                )  # fmt: skip
+            steps = _Backward(
+                dh, dh_n, dc_n, w_hh, peephole, h0, c0, lengths, h, c, gates, forward, reverse, needs, tile
             )
-            part = part.unflatten(0, dgates.shape[:2])
-            if part.stride() == dx.stride() and size == time:
-                dx = part
-            else:
-                dx[:, first : last + 1] = part
-    if dh0 is not None and pixels:
-        if by_library:
-            dh_after = recurrent_backward(after[:, slot_after])
-        launch(
-            after, weights, dh_after, None, None, None, None, None, None, lengths, carry, None, None, None, None, dh0,
-            pixels, height, width, 0, time, 0, 1, t_after, 0, slot_after, size, *constants, **options,
-        )  # fmt: skip
-    if dgates_are_dx:
-        dx = torch.empty_like(x)
-        dx = buffers[0] if buffers[0].stride() == dx.stride() else dx.copy_(buffers[0])
+            grads = _ConvolutionGrads(x, w_ih, w_hh, h0, h, active, input_options, reverse, needs)
+            # A chunk's last step is read by the first of the next one.
+            buffers = [
+                empty_channels_last(w_hh, [batch, size, 4 * channels, *space], 2, w_hh.dtype)
+                for _ in range(1 if size == time else 2)
+            ]
+            frames = list(order(time, not reverse))
+            for start in range(0, time if pixels else 0, size):
+                chunk = frames[start : start + size]
+                dgates = steps.run(chunk, buffers[start // size % 2])
+                grads.add(dgates, min(chunk), max(chunk))
+            dh0 = steps.dh0() if needs[5] else None
+            found = (grads.dx, *grads.of_weights(), *steps.sums(), dh0)
+            return (
+                *(w_hh.new_empty(0) if grad is None else grad for grad in found),
+                steps.dc.to(c0.dtype) if needs[6] else steps.dc.new_empty(0),
+            )
 
-    def weight(grads: _WeightGrads | None) -> Tensor:
-        if grads is None:
-            return w_hh.new_empty(0)
-        return torch.zeros_like(grads.w) if grads.total is None else grads.total.to(dtype)
-
-    return (
-        w_hh.new_empty(0) if dx is None else dx,
-        weight(grads_ih),
-        weight(grads_hh),
-        w_hh.new_empty(0) if dbias is None else dbias.sum(0).to(dtype),
-        w_hh.new_empty(0) if dpeephole is None else dpeephole.sum(0).movedim(-1, 1).to(dtype).contiguous(),
-        w_hh.new_empty(0) if dh0 is None else dh0,
-        dc.to(c0.dtype) if needs[6] else dc.new_empty(0),
-    )
+        return run(_best_tile("conv_lstm_backward", w_ih, w_hh, pixels, "fast" if gates.numel() else "lean", run))

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.checks import empty_sequence
+from ..reference.lstm import one_of
 from ..reference.lstm_gates import peephole_backward
 from ..reference.sequence import active_frames, keep, order, ordered
 from . import runtime, tune
@@ -350,7 +352,7 @@ def _launch(kernel: Any, arguments: tuple[Any, ...], w_hh: Tensor, batch: int, t
         run(tune.best(kernel.__name__, (hidden, size, directions, w_hh.dtype, given, found[0]), w_hh, found, run))
 
 
-def _order(batch: int, time: int, time_major: bool) -> tuple[int, int]:
+def _row_strides(batch: int, time: int, time_major: bool) -> tuple[int, int]:
     """How many rows of memory lie between steps and between samples."""
     return (batch, 1) if time_major else (1, time)
 
@@ -359,25 +361,14 @@ def _is_time_major(x: Tensor) -> bool:
     return x.stride(0) < x.stride(1)
 
 
-def _rows(x: Tensor, time_major: bool) -> Tensor:
+def _flat_rows(x: Tensor, time_major: bool) -> Tensor:
     """[B, T, ·] → [B T, ·], in the order of memory; a copy only where no single stride leads from row to row."""
     return (x.transpose(0, 1) if time_major else x).flatten(0, 1)
 
 
-def _empty(like: Tensor, batch: int, time: int, width: int, time_major: bool) -> Tensor:
-    """[B, T, ·] in the order of memory that is asked for."""
-    if time_major:
-        return like.new_empty((time, batch, width)).transpose(0, 1)
-    return like.new_empty((batch, time, width))
-
-
-def _dense(x: Tensor) -> Tensor:
+def _in_either_order(x: Tensor) -> Tensor:
     """x, [B, T, ·], with the memory of one of the two orders."""
     return x if x.is_contiguous() or x.transpose(0, 1).is_contiguous() else x.contiguous()
-
-
-def _of(tensor: Tensor | None, d: int) -> Tensor | None:
-    return None if tensor is None else tensor[d]
 
 
 def _directions(*weights: Tensor | None) -> list[Weights]:
@@ -392,7 +383,7 @@ def _input_gates(x: Tensor, directions: list[Weights]) -> Tensor:
         w_ih = torch.cat([weights.w_ih for weights in directions])
         bias = None if bias is None else torch.cat([weights.bias for weights in directions])
     time_major = _is_time_major(x)
-    gates = F.linear(_rows(x, time_major), w_ih, bias)
+    gates = F.linear(_flat_rows(x, time_major), w_ih, bias)
     if time_major:
         return gates.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
     return gates.unflatten(0, x.shape[:2])
@@ -438,7 +429,7 @@ def lstm_from_gates(
     """`lstm_forward` without saving, where W_ih x + b of both directions is there already: gates_x [B, T, D 4H], memory
     in the order of either [T, B, ·] or [B, T, ·]."""
     directions = _directions(None, w_hh, None, peephole, w_hr, None, w_hh_r, None, peephole_r, w_hr_r)
-    return _recurrence(_dense(gates_x), directions, h0, c0, lengths, time_major, False)[:3]
+    return _recurrence(_in_either_order(gates_x), directions, h0, c0, lengths, time_major, False)[:3]
 
 
 def _on_chip(w_hh: Tensor, w_hr: Tensor | None) -> bool:
@@ -457,7 +448,7 @@ def _recurrence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w_hh = directions[0].w_hh
     (batch, time, _), hidden, size, count = gates_x.shape, w_hh.shape[0] // 4, w_hh.shape[1], len(directions)
-    y = _empty(w_hh, batch, time, count * size, time_major)
+    y = empty_sequence(w_hh, (batch, time, count * size), time_major, w_hh.dtype)
     h_n = w_hh.new_empty((count, batch, size))
     c_n = w_hh.new_empty((count, batch, hidden), dtype=torch.float32)
     c = w_hh.new_empty((count, batch, time, hidden) if save else 0, dtype=torch.float32)
@@ -468,7 +459,7 @@ def _recurrence(
     if not _on_chip(w_hh, directions[0].w_hr):
         active = active_frames(lengths, time, 0)
         for d, weights in enumerate(directions):
-            _loop_forward(d, gates_x, weights, _of(h0, d), _of(c0, d), active, *outputs)
+            _loop_forward(d, gates_x, weights, one_of(h0, d), one_of(c0, d), active, *outputs)
         return outputs
     first, reverse = directions[0], directions[-1] if count == 2 else Weights(None, None, None, None, None)
     operands = [
@@ -477,7 +468,7 @@ def _recurrence(
             first.w_hh, first.peephole, first.w_hr, reverse.w_hh, reverse.peephole, reverse.w_hr, h0, c0, lengths
         )
     ]  # fmt: skip
-    sizes = batch, time, *_order(batch, time, _is_time_major(gates_x)), *_order(batch, time, time_major)
+    sizes = batch, time, *_row_strides(batch, time, _is_time_major(gates_x)), *_row_strides(batch, time, time_major)
     arguments = gates_x, *operands, y, h_n, c_n, c if save else None, gates if save else None, *sizes
     _launch(_recurrence_forward, arguments, w_hh, batch, time, count)
     return outputs
@@ -554,7 +545,7 @@ def lstm_backward(
         return _cudnn_backward(dy, dh_n, dc_n, x, directions, h0, c0, needs)
     (batch, time), hidden, size, count = x.shape[:2], w_hh.shape[0] // 4, w_hh.shape[1], len(directions)
     time_major = _is_time_major(x)
-    dgates = _empty(w_hh, batch, time, count * 4 * hidden, time_major)
+    dgates = empty_sequence(w_hh, (batch, time, count * 4 * hidden), time_major, w_hh.dtype)
     # The gradient of h at each step, which that of the projection is made of.
     dh = w_hh.new_empty((count, time, batch, size)) if needs[5] or needs[10] else None
     dh0 = w_hh.new_empty((count, batch, size) if needs[11] else 0)
@@ -563,7 +554,7 @@ def lstm_backward(
     saved = _steps(c), _steps(gates)
     if batch and _on_chip(w_hh, w_hr):
         first, reverse = directions[0], directions[-1] if count == 2 else Weights(None, None, None, None, None)
-        dy = None if dy is None else _dense(dy)
+        dy = None if dy is None else _in_either_order(dy)
         operands = [
             None if t is None else t.contiguous()
             for t in (
@@ -571,16 +562,16 @@ def lstm_backward(
                 lengths,
             )
         ]  # fmt: skip
-        y_order = (0, 0) if dy is None else _order(batch, time, _is_time_major(dy))
+        y_strides = (0, 0) if dy is None else _row_strides(batch, time, _is_time_major(dy))
         arguments = (
             dy, *operands, *saved, dgates, dh, dh0 if needs[11] else None, dc0 if needs[12] else None,
-            batch, time, *_order(batch, time, time_major), *y_order,
+            batch, time, *_row_strides(batch, time, time_major), *y_strides,
         )  # fmt: skip
         _launch(_recurrence_backward, arguments, w_hh, batch, time, count)
     elif batch:
         for d, weights in enumerate(directions):
             dh0_d, dc0_d = _loop_backward(
-                d, dy, _of(dh_n, d), _of(dc_n, d), weights, _of(c0, d), active, *saved, dgates, dh
+                d, dy, one_of(dh_n, d), one_of(dc_n, d), weights, one_of(c0, d), active, *saved, dgates, dh
             )
             if needs[11]:
                 dh0[d] = dh0_d
@@ -591,7 +582,7 @@ def lstm_backward(
     if needs[0]:
         dx = torch.empty_like(x)
         w = w_ih if count == 1 else torch.cat([w_ih, w_ih_r])
-        target, rows = dx.transpose(0, 1) if time_major else dx, _rows(dgates, time_major)
+        target, rows = dx.transpose(0, 1) if time_major else dx, _flat_rows(dgates, time_major)
         if target.is_contiguous():
             torch.mm(rows, w, out=target.view(len(rows), x.shape[2]))
         else:
@@ -599,7 +590,7 @@ def lstm_backward(
     dweights = []
     for d, weights in enumerate(directions):
         dweights += _weight_gradients(
-            d, weights, x, time_major, dgates, y, dh, *saved, _of(h0, d), _of(c0, d), lengths, active,
+            d, weights, x, time_major, dgates, y, dh, *saved, one_of(h0, d), one_of(c0, d), lengths, active,
             needs[1 + 5 * d : 6 + 5 * d],
         )  # fmt: skip
     dweights += [w_hh.new_empty(0) for _ in range(10 - len(dweights))]
@@ -671,7 +662,7 @@ def _weight_gradients(
     dgates = dgates[..., d * 4 * hidden : (d + 1) * 4 * hidden]
     found = [w_hh.new_empty(0) for _ in range(5)]
     if needs[0]:
-        found[0] = _rows(dgates, time_major).T @ _rows(keep(x, active), time_major)
+        found[0] = _flat_rows(dgates, time_major).T @ _flat_rows(keep(x, active), time_major)
     if needs[1]:
         h = y[..., d * size : (d + 1) * size]
         dw_hh = weight_grad(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.checks import empty_channels_last
+from ..ops.checks import empty_in_layout_of, is_channels_last
 from ..reference.lstm_gates import state_dtype
 from . import runtime
 from .cell import cell_backward, cell_forward
@@ -155,19 +155,11 @@ def _tiling(rows: int, width: int, most: int = _TILE) -> tuple[int, dict[str, in
     return triton.cdiv(rows, height) * triton.cdiv(width, cols), launch
 
 
-def _is_channels_last(t: Tensor) -> bool:
-    return t.ndim > 2 and not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
-
-
 def _in_rows(t: Tensor | None, channels_last: bool) -> Tensor | None:
     """Contiguous in the kernels' order; a copy only where it is not yet."""
     if t is None:
         return None
     return t.movedim(1, -1).contiguous() if channels_last else t.contiguous()
-
-
-def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    return empty_channels_last(like, list(shape), 1, dtype) if channels_last else like.new_empty(shape, dtype=dtype)
 
 
 def lstm_gates_forward(
@@ -176,13 +168,13 @@ def lstm_gates_forward(
     peephole: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    last = _is_channels_last(gates)
+    last = is_channels_last(gates)
     batch, channels, *space = gates.shape
     channels //= 4
     shape, pixels = (batch, channels, *space), torch.Size(space).numel()
-    h = _empty(gates, shape, gates.dtype, last)
-    c_out = _empty(gates, shape, state_dtype(gates.dtype), last)
-    activated = _empty(gates, gates.shape, gates.dtype, last) if save else None
+    h = empty_in_layout_of(gates, shape, gates.dtype)
+    c_out = empty_in_layout_of(gates, shape, state_dtype(gates.dtype))
+    activated = empty_in_layout_of(gates, gates.shape, gates.dtype) if save else None
     frame, width = (pixels, channels) if last else (1, channels * pixels)
     rows = batch * frame
     if h.numel() > 0:
@@ -204,13 +196,13 @@ def lstm_gates_backward(
     dc_out: Tensor | None,
     needs: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    last = _is_channels_last(activated)
+    last = is_channels_last(activated)
     batch, channels, *space = c_out.shape
     pixels = torch.Size(space).numel()
     frame, width = (pixels, channels) if last else (1, channels * pixels)
     dtype = activated.dtype
-    dgates = _empty(activated, activated.shape, dtype, last) if needs[0] else None
-    dc = _empty(activated, c_out.shape, c_out.dtype, last) if needs[1] else None
+    dgates = empty_in_layout_of(activated, activated.shape, dtype) if needs[0] else None
+    dc = empty_in_layout_of(activated, c_out.shape, c_out.dtype) if needs[1] else None
     dpeephole = peephole.new_zeros(peephole.shape) if needs[2] else activated.new_empty(0, dtype=dtype)
     if c_out.numel() > 0:
         operands = [_in_rows(t, last) for t in (activated, c, c_out, peephole, dh, dc_out)]

@@ -6,7 +6,7 @@ from torch import Tensor, library
 
 from .. import ops
 from ..ops.checks import empty_sequence
-from ..reference.conv1d import output_length
+from ..reference.padded_conv import output_length
 from .conv1d import conv1d_backward, conv1d_forward, conv1d_gates
 from .conv_lstm import conv_lstm_backward, conv_lstm_forward
 from .lstm import lstm_backward, lstm_forward, lstm_from_gates

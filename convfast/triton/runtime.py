@@ -11,9 +11,6 @@ from torch import Tensor
 # Imports no triton: it answers why there is none.
 
 OLDEST = (3, 4)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -27,7 +24,7 @@ def devices() -> tuple[str, ...]:
 
 
 def reason() -> str | None:
-    """Why no kernel can run here, None where they can."""
+    """Why there is no Triton that compiles the kernels, None where there is."""
     try:
         import triton
     except ImportError as error:
@@ -35,19 +32,6 @@ def reason() -> str | None:
     found = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if found < OLDEST:
         return f"triton is {triton.__version__}, expected at least {'.'.join(map(str, OLDEST))}"
-    if interpreted():
-        return None
-    return gpu_reason() or driver_reason()
-
-
-@functools.cache
-def gpu_reason() -> str | None:
-    """Why there is no GPU that kernels can run on, None where there is one among those here."""
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    major, minor = max(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    if torch.version.hip is None and major < 8:
-        return f"the GPU has compute capability {major}.{minor}, expected at least 8.0"
     return None
 
 
