@@ -191,14 +191,16 @@ CONV1D_LSTM = [
     Conv1dLSTMCase(32, 128, 9, 64, 128, 2, varied=True),
 ]
 
+# By op.
+CPU = {"conv_lstm": CONV_LSTM, "conv1d_lstm": CONV1D_LSTM, "lstm_gates": LSTM_GATES}
 GPU = {
-    "CONV_LSTM": [
+    "conv_lstm": [
         ConvLSTMCase(32, 10, 64, (64,), 64, 64, 3),
         ConvLSTMCase(8, 10, 1, (64,), 64, 64, 3),
         ConvLSTMCase(16, 19, 16, (128,) * 4, 16, 16, 5),
     ],
-    "CONV1D_LSTM": [Conv1dLSTMCase(32, 128, 9, 64, 128, 2)],
-    "LSTM_GATES": [GatesCase(32, 64, 64, 64, channels_last) for channels_last in (False, True)],
+    "conv1d_lstm": [Conv1dLSTMCase(32, 128, 9, 64, 128, 2)],
+    "lstm_gates": [GatesCase(32, 64, 64, 64, channels_last) for channels_last in (False, True)],
 }
 
 # Enough for a quick look: the smallest case, and one that keeps the cores busy.

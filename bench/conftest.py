@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
     device, wanted = metafunc.config.option.device, metafunc.config.option.case
-    table = getattr(cases, metafunc.module.CASES) if device == "cpu" else cases.GPU[metafunc.module.CASES]
+    table = (cases.CPU if device == "cpu" else cases.GPU)[metafunc.module.OP]
     chosen = [case for case in table if not wanted or any(text in case.id for text in wanted)]
     if metafunc.config.option.short and not wanted and device == "cpu":
         chosen = [case for case in chosen if case.id in cases.SHORT]

@@ -16,6 +16,7 @@ from bench.reference_models import CatConvLSTM, HoistedConvLSTM, PermutedConv1dL
 from bench.setting import CPU, Setting
 from convfast import backends
 from convfast.ops.conv_lstm import WITH_WINOGRAD
+from convfast.reference.conv_lstm import channels_last
 
 Forward = Callable[..., Tensor]
 OPPONENTS = {"cat": CatConvLSTM, "hoisted": HoistedConvLSTM}
@@ -68,11 +69,6 @@ class Problem:
 
     def convfast_forward(self, model: nn.Module) -> Forward:
         return (lambda x: model(x)[0][0]) if self.case.same_frame else (lambda x: model(x)[0])
-
-
-def channels_last(x: Tensor, dims: int = 2) -> Tensor:
-    """Logical [..., C, *S], of so many dims, with C innermost in memory."""
-    return x.movedim(-dims - 1, -1).contiguous().movedim(-1, -dims - 1)
 
 
 def inference(name: str, kind: str, forward: Forward, *inputs: Tensor) -> Contestant:
@@ -172,7 +168,7 @@ def conv_lstm(problem: Problem, train: bool, short: bool = False) -> dict[str, C
             if kind == "compile" and on_gpu and short and case.time * len(case.hidden) > LONG:
                 raise runtimes.Absent("minutes of compilation, left out of --short")
             model = problem.opponent(name, channels_last=last)
-            x = channels_last(problem.input, len(case.space)) if last else problem.input
+            x = channels_last(problem.input, -1 - len(case.space)) if last else problem.input
             call = torch.compile(model, fullgraph=True, dynamic=False, **compiled) if kind == "compile" else model
             call = in_own_graphs(call) if kind == "compile" and setting.captured else call
             forward = problem.opponent_forward(call)
@@ -362,7 +358,7 @@ class GatesProblem:
         gates = torch.randn(case.batch, 4 * case.channels, *size, generator=generator)
         c, dh = (torch.randn(case.batch, case.channels, *size, generator=generator) for _ in range(2))
         tensors = map(setting.place, (gates, c, dh))
-        self.gates, self.c, self.dh = map(channels_last, tensors) if case.channels_last else tensors
+        self.gates, self.c, self.dh = (channels_last(t, 1) if case.channels_last else t for t in tensors)
 
     def contestant(
         self,
@@ -408,3 +404,11 @@ def lstm_gates(problem: GatesProblem, train: bool, short: bool = False) -> dict[
 
 def lstm_gates_oracle(problem: GatesProblem, train: bool) -> dict[str, Tensor]:
     return problem.contestant("oracle", "oracle", lstm_cell, train, torch.float64).results()
+
+
+# By op: what everyone is given, who takes part, what is right.
+RACES = {
+    "conv_lstm": (Problem, conv_lstm, conv_lstm_oracle),
+    "conv1d_lstm": (Conv1dProblem, conv1d_lstm, conv1d_lstm_oracle),
+    "lstm_gates": (GatesProblem, lstm_gates, lstm_gates_oracle),
+}

@@ -15,6 +15,7 @@ from bench.setting import CPU, Setting
 Row = dict[str, Any]
 TORCH_KINDS = ("eager", "compile")
 OPS = ("conv_lstm", "conv1d_lstm", "lstm_gates")
+ORIGIN = ("commit", "isa_convfast")  # what rows say themselves: those of several runs may be put together
 DRAWN = {"conv_lstm": "convfast.ConvLSTM", "conv1d_lstm": "convfast.Conv1dLSTM"}  # ops with a picture, their modules
 
 
@@ -83,9 +84,20 @@ class Report:
     def load(cls, path: Path) -> "Report":
         return cls(**json.loads(path.read_text()))
 
+    def add(self, row: Row) -> None:
+        """A race's row."""
+        self.rows.append(row | self._origin())
+
     def add_memory(self, case: Case, setting: Setting, figures: dict[str, dict[str, float]]) -> None:
         precision = {} if setting == CPU else {"precision": setting.precision}
-        self.memory.append({"case": case.id, **precision, "contestants": figures})
+        self.memory.append({"case": case.id, **precision, "contestants": figures} | self._origin())
+
+    def _origin(self) -> Row:
+        return {key: self.machine[key] for key in ORIGIN if key in self.machine}
+
+    def _origins(self, key: str) -> list[str]:
+        """What the machine and the rows have, each once; a row without is the machine's."""
+        return list(dict.fromkeys(row[key] for row in (self.machine, *self.rows, *self.memory) if key in row))
 
     def save(self, folder: Path) -> list[str]:
         """Writes report.json, report.md and, with matplotlib, the picture of each op that was run; their names."""
@@ -115,23 +127,26 @@ class Report:
     def machine_line(self, command: bool = True) -> str:
         m = self.machine
         how = f"; `{m['command']}`" if command else ""
+        commits = [commit or "no commit" for commit in self._origins("commit")]
+        if len(commits) > 3:
+            commits[2:] = [f"{len(commits) - 2} more"]
+        by = ("commits " if len(commits) > 1 else "") + listed(commits)
         if "gpu" in m:
             peaks = ", ".join(f"{rate:.0f} {unit}" for unit, rate in m["peaks"].items())
             return (
                 f"{m['gpu']} ({m['gpu_memory']}, compute capability {m['capability']}), CUDA {m['cuda']}, cuDNN "
                 f"{m['cudnn']}, torch {m['torch']}, triton {m['triton']}, convfast {m['convfast']} "
-                f"({m['commit'] or 'no commit'}), Python {m['python']}; {m['date']}{how}. "
+                f"({by}), Python {m['python']}; {m['date']}{how}. "
                 f"Measured peaks of matmul and copy: {peaks}."
             )
-        isa = f"{m['isa_torch']} (torch), {m['isa_convfast']} (convfast)"
+        isa = f"{m['isa_torch']} (torch), {listed(self._origins('isa_convfast'))} (convfast)"
         if m.get("limits"):
             isa += f" by {' '.join(m['limits'])}"
         narrow = "".join(f"{m['peaks'][key]:.0f} in bfloat16, " for key in m["peaks"] if key.endswith("bfloat16"))
         gate = f" Rounds count while a matmul reaches {m['gate']:.0f} GFLOP/s." if m.get("gate") else ""
         return (
             f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {isa}; torch {m['torch']}, "
-            f"convfast {m['convfast']} ({m['commit'] or 'no commit'}), Python {m['python']}, "
-            f"{m['system']}; {m['date']}{how}. Measured peaks: "
+            f"convfast {m['convfast']} ({by}), Python {m['python']}, {m['system']}; {m['date']}{how}. Measured peaks: "
             f"{m['peaks']['GFLOP/s']:.0f} GFLOP/s float32 matmul or convolution, {narrow}"
             f"{m['peaks']['GB/s']:.1f} GB/s copy, {m['peaks']['L2 GB/s']:.0f} GB/s from a core's L2.{gate}"
         )
@@ -221,6 +236,11 @@ def _summary_table(races: list[Row]) -> str:
             line.append(f"{ours['ms'] * ours['of_floor']:.3f}")
         lines.append([*line, f"{ours['rate']:.1f}", f"{ours['of_peak']:.0%}", f"{ours['frames_per_s']:.0f}"])
     return markdown_table([*columns, races[0]["unit"], "of peak", "frames/s"], lines)
+
+
+def listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def markdown_table(head: Sequence[str], lines: Any) -> str:

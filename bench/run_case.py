@@ -3,16 +3,17 @@
 from argparse import Namespace
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from bench.cases import Case
-from bench.contestants import deciding_op
+from bench.contestants import RACES, deciding_op
 from bench.floors import floor, measured
 from bench.harness import Contestant, GpuClock, check, race, wall_clock
 from bench.report import Report, race_row, refused_row
 from bench.runtimes import Absent
-from bench.setting import Setting
+from bench.setting import MODES, Setting
 from convfast import backends
 
 
@@ -54,7 +55,7 @@ def run_case(
     chosen = f"convfast {backends.select(deciding_op(op), None, setting.device, setting.dtype)}"
     headline = chosen if chosen in everyone else f"{chosen} fast"
     if headline in failures:
-        report.rows.append(refused_row(op, case, setting.mode(train), f"{headline}: {left_out[headline]}"))
+        report.add(refused_row(op, case, setting.mode(train), f"{headline}: {left_out[headline]}"))
         raise failures[headline]
     # Events time a single run well, and a GPU is lent by the minute.
     budget, at_least = (0.5, 2e-3) if on_gpu else (2.0, 25e-3)
@@ -67,7 +68,7 @@ def run_case(
     work, peak = case.work(train, size), peaks[setting.peak(case.unit)]
     mode = setting.mode(train)
     row = race_row(op, case, mode, contestants, timings, errors, work, peak, least, headline, left_out)
-    report.rows.append(row)
+    report.add(row)
     benchmark.extra_info.update(row["contestants"][headline], best_opponent=row["best_opponent"])
     ours = next(contestant for contestant in contestants if contestant.name == headline)
 
@@ -79,3 +80,25 @@ def run_case(
     benchmark.pedantic(finished, rounds=5)
     for error in failures.values():
         raise error
+
+
+def throughput_of(op: str) -> Callable[..., None]:
+    """The test of an op's cases, for its bench file."""
+    problem_of, contestants_of, oracle_of = RACES[op]
+
+    @pytest.mark.parametrize("train", MODES, ids=MODES.values())
+    def test_throughput(
+        case: Case,
+        train: bool,
+        setting: Setting,
+        report: Report,
+        benchmark: Callable,
+        pytestconfig: pytest.Config,
+    ) -> None:
+        with setting.applied():
+            problem = problem_of(case, setting)
+            everyone = contestants_of(problem, train, pytestconfig.option.short)
+            oracle = oracle_of(problem, train)
+            run_case(op, case, train, setting, everyone, oracle, report, benchmark, pytestconfig.option)
+
+    return test_throughput

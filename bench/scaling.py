@@ -46,16 +46,22 @@ def walk(axis: str) -> list[ConvLSTMCase]:
 
 
 def floor(case: ConvLSTMCase, train: bool, peak: float) -> tuple[str, float]:
-    """(engine, seconds that its multiplications take at `peak` GFLOP/s)."""
+    """(engine, seconds that its multiplications take at `peak` GFLOP/s).
+
+    Raises:
+        ValueError: `convfast.explain` puts Winograd in other words.
+    """
     module = convfast.ConvLSTM(case.channels, list(case.hidden), case.kernel)
     frames = torch.empty(case.batch, case.time, case.channels, case.height, case.width, device="meta")
     engine = convfast.explain(module, frames)
     work = case.work(train)
-    found = re.search(r"F\((\d)x\d, (\d)x\d\)(?:, the kernel in (\d+) pieces)?", engine)
+    found = re.search(r"winograd F\((\d)x\d, (\d)x\d\)(?:, the kernel in (\d+) pieces)?$", engine)
     if found:
         m, r, pieces = map(int, found.groups("1"))
         tiles = math.ceil(case.height / m) * math.ceil(case.width / m)
         work *= (m + r - 1) ** 2 * tiles * pieces / (case.taps * case.height * case.width)
+    elif "winograd" in engine:
+        raise ValueError(f"scaling: engine is {engine!r}, expected winograd F(4x4, 3x3) or the like")
     return engine.removeprefix("layer 0: "), 1e-9 * work / peak
 
 

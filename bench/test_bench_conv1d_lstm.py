@@ -1,33 +1,14 @@
 """Throughput of Conv1d → LSTM over a batch of sequences, and memory of a training step."""
 
-from collections.abc import Callable
-
-import pytest
-
-from bench import contestants, memory
+from bench import memory
 from bench.cases import Conv1dLSTMCase
 from bench.report import Report
-from bench.run_case import run_case
+from bench.run_case import throughput_of
 from bench.setting import Setting
 from convfast import backends
 
-CASES = "CONV1D_LSTM"
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_throughput(
-    case: Conv1dLSTMCase,
-    train: bool,
-    setting: Setting,
-    report: Report,
-    benchmark: Callable,
-    pytestconfig: pytest.Config,
-) -> None:
-    with setting.applied():
-        problem = contestants.Conv1dProblem(case, setting)
-        everyone = contestants.conv1d_lstm(problem, train, pytestconfig.option.short)
-        oracle = contestants.conv1d_lstm_oracle(problem, train)
-        run_case("conv1d_lstm", case, train, setting, everyone, oracle, report, benchmark, pytestconfig.option)
+OP = "conv1d_lstm"
+test_throughput = throughput_of(OP)
 
 
 def test_memory_of_a_training_step(case: Conv1dLSTMCase, setting: Setting, report: Report) -> None:

@@ -1,34 +1,15 @@
 """Throughput of one ConvLSTM sequence, and memory of a training step."""
 
-from collections.abc import Callable
-
-import pytest
-
-from bench import contestants, memory
+from bench import memory
 from bench.cases import ConvLSTMCase
 from bench.report import Report
-from bench.run_case import run_case
+from bench.run_case import throughput_of
 from bench.setting import Setting
 from convfast import backends
 from convfast.ops.conv_lstm import WITH_WINOGRAD
 
-CASES = "CONV_LSTM"
-
-
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-def test_throughput(
-    case: ConvLSTMCase,
-    train: bool,
-    setting: Setting,
-    report: Report,
-    benchmark: Callable,
-    pytestconfig: pytest.Config,
-) -> None:
-    with setting.applied():
-        problem = contestants.Problem(case, setting)
-        everyone = contestants.conv_lstm(problem, train, pytestconfig.option.short)
-        oracle = contestants.conv_lstm_oracle(problem, train)
-        run_case("conv_lstm", case, train, setting, everyone, oracle, report, benchmark, pytestconfig.option)
+OP = "conv_lstm"
+test_throughput = throughput_of(OP)
 
 
 def test_memory_of_a_training_step(case: ConvLSTMCase, setting: Setting, report: Report) -> None:

@@ -8,18 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from bench import cases, contestants
+from bench import cases
+from bench.contestants import RACES
 from bench.setting import SETTINGS, Setting
 
-PROBLEMS = {
-    "CONV_LSTM": (contestants.Problem, contestants.conv_lstm),
-    "CONV1D_LSTM": (contestants.Conv1dProblem, contestants.conv1d_lstm),
-    "LSTM_GATES": (contestants.GatesProblem, contestants.lstm_gates),
-}
 
-
-def compile_case(kind: str, case: cases.Case, train: bool, setting: Setting) -> None:
-    problem, everyone = PROBLEMS[kind]
+def compile_case(op: str, case: cases.Case, train: bool, setting: Setting) -> None:
+    problem, everyone, _ = RACES[op]
     with setting.applied():
         for name, build in everyone(problem(case, setting), train, True).items():
             if name.startswith("convfast triton"):
@@ -30,8 +25,8 @@ def compile_case(kind: str, case: cases.Case, train: bool, setting: Setting) -> 
 def main() -> None:
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         jobs = {
-            pool.submit(compile_case, kind, case, train, setting): f"{case.id} {setting.mode(train)}"
-            for kind, listed in cases.GPU.items()
+            pool.submit(compile_case, op, case, train, setting): f"{case.id} {setting.mode(train)}"
+            for op, listed in cases.GPU.items()
             for case in listed
             for train in (False, True)
             for setting in SETTINGS["cuda"]

@@ -1,15 +1,18 @@
 """What the tests of all modules share: comparing nested results, gradients beside an oracle, scripts through a file."""
 
+import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from cases import normal
-from oracle import assert_close_to_oracle
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.cases import normal
+from tests.oracle import assert_close_to_oracle
 
 
 def flat(value: Any) -> list[Tensor]:
@@ -69,6 +72,31 @@ def check_against(
         for n, result in enumerate(flat(call(module, *inputs))):
             name = f"result {n}"
             assert_close_to_oracle(result, exact[name], eager[name], f"{name} without gradients")
+
+
+def assert_copies_are_equal_and_apart(module: nn.Module, x: Tensor) -> None:
+    expected = module(x)
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert repr(again) == repr(module)
+        assert_same(again(x), expected)
+        with torch.no_grad():
+            next(again.parameters()).add_(1)
+        assert not torch.equal(flat(again(x))[0], flat(expected)[0])
+    assert_same(module(x), expected)
+
+
+def assert_compiles_whole(module: nn.Module, *calls: tuple[Any, ...]) -> None:
+    """Without a graph break, and to the same results and gradients, called with each of these arguments."""
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for arguments in calls:
+        results = []
+        for run in (module, compiled):
+            module.zero_grad()
+            output = flat(run(*arguments))
+            sum(part.square().sum() for part in output).backward()
+            results.append([*output, *(p.grad.clone() for p in module.parameters())])
+        assert_close(*results)
 
 
 def scripted(module: nn.Module) -> torch.jit.ScriptModule:

@@ -3,6 +3,7 @@
 Shares no code with convfast, so that a mistake there is not made here too.
 """
 
+import functools
 import math
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from tests.cases import normal
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+OUTPUTS = ("output", "h_n", "c_n")  # conv1d has the first alone
 
 
 def lstm_gates(gates, c=None, peephole=None):
@@ -191,6 +193,37 @@ def with_gradients(values, leaves):
     return values | {f"gradient of {name}": g for name, g in zip(leaves, found)}
 
 
+def leaves_of(arguments):
+    """The tensors of a call that have a gradient."""
+    return {name: t for name, t in arguments.items() if t is not None and name != "lengths"}
+
+
+def rounded(arguments, dtype):
+    """The very same numbers in float64, and in `dtype` (float32 where that is float64)."""
+    return [
+        arguments | {name: t.detach().to(d).requires_grad_() for name, t in leaves_of(arguments).items()}
+        for d in (torch.float64, torch.float32 if dtype == torch.float64 else dtype)
+    ]
+
+
+def results(case, function, arguments, **more):
+    """Outputs of a case's call, and the gradient of every tensor for the same random gradients of the outputs."""
+    found = case.call(function, arguments, **more)
+    outputs = found if isinstance(found, tuple) else (found,)
+    return with_gradients(dict(zip(OUTPUTS, outputs)), leaves_of(arguments))
+
+
+@functools.cache
+def expected(oracle, case, dtype, layout):
+    """Results of the oracle in float64, and in `dtype` as eager would round them."""
+    return tuple(results(case, oracle, a) for a in rounded(case.arguments(dtype, layout), dtype))
+
+
+def summed(name):
+    """Whether a result is a sum over samples and frames."""
+    return name.startswith(("gradient of weight", "gradient of bias", "gradient of peephole"))
+
+
 # Eager is one draw of rounding errors, another order of the same sums another: four times its error is room for the
 # worst of many elements. Where eager is exact by luck: a result and an activation before it, each good to 2 eps, and
 # a sum of n terms of either sign taken one after another, which errs by sqrt(n) eps.
@@ -228,6 +261,19 @@ def assert_close_to_oracle(actual, exact, eager, name="result", terms=0, multipl
         assert error <= bound, (
             f"{name}: {kind} error {error:.2g}, expected at most {bound:.2g} (eager {eager_error:.2g})"
         )
+
+
+def assert_matches(
+    oracle, op, case, dtype, backend, layout="contiguous", *, multiple=EAGER_MULTIPLE, floor=FLOOR_EPS, **more
+):
+    """`op` on `backend` gives the results and gradients that `oracle` has for the case."""
+    exact, eager = expected(oracle, case, dtype, layout)
+    actual = results(case, op, case.arguments(dtype, layout), backend=backend, **more)
+    batch, time, _, *space = actual["output"].shape
+    for name, value in actual.items():
+        # A peephole has weights for every pixel, which sum over frames alone.
+        terms = batch * time * (1 if "peephole" in name else math.prod(space)) if summed(name) else 0
+        assert_close_to_oracle(value, exact[name], eager[name], name, terms, multiple, floor)
 
 
 def assert_close_where_drawn(actual, expected, name):

@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from bench import contestants, crowd, harness, report, study
+from bench import contestants, crowd, harness, machine, report, study
 from bench.cases import CONV1D_LSTM, CONV_LSTM, ConvLSTMCase, GatesCase
 from bench.harness import Contestant, Disagreement, Timing
 from bench.run_case import run_case
@@ -136,3 +138,38 @@ def test_a_study_writes_its_rows_and_their_table(tmp_path: Path, monkeypatch: py
     assert written["rows"] == rows == [{"a": 1}]
     assert written["machine"] == seen[0]
     assert "python -m bench.name" in (folder / "name.md").read_text()
+
+
+def test_the_header_names_all_commits_and_instruction_sets() -> None:
+    described = machine.describe() | {"command": "", "peaks": PEAKS, "commit": "a1", "isa_convfast": "avx2"}
+    written = report.Report(described)
+    written.add({})
+    assert written.rows == [{"commit": "a1", "isa_convfast": "avx2"}]
+    assert "(a1)" in written.machine_line() and " avx2 (convfast)" in written.machine_line()
+    written.rows.append({"commit": "b2", "isa_convfast": "avx512"})
+    assert "(commits a1 and b2)" in written.machine_line()
+    assert " avx2 and avx512 (convfast)" in written.machine_line()
+    written.memory += [{}, {"commit": None}, {"commit": "c3"}]
+    assert "(commits a1, b2 and 2 more)" in written.machine_line()
+
+
+def test_scaling_counts_the_products_of_the_engine_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import scaling
+
+    for kernel in (3, 7):  # in the words of explain itself
+        scaling.floor(replace(scaling.BASE, kernel=kernel), True, 1.0)
+
+    def part(engine: str) -> float:
+        """Of the direct engine's products."""
+        monkeypatch.setattr(scaling.convfast, "explain", lambda *_: f"layer 0: backend cpu, {engine}")
+        name, seconds = scaling.floor(scaling.BASE, True, 1.0)
+        assert name == f"backend cpu, {engine}"
+        return seconds / (1e-9 * scaling.BASE.work(True))
+
+    assert part("direct: too few channels") == pytest.approx(1)
+    assert part("winograd F(4x4, 3x3)") == pytest.approx(6**2 * 8**2 / (9 * 32**2))
+    assert part("winograd F(2x2, 5x5), the kernel in 4 pieces") == pytest.approx(6**2 * 16**2 * 4 / (9 * 32**2))
+    for engine in ("winograd in tiles of 4x4", "winograd F(2x2, 5x5), 4 pieces of the kernel"):
+        with pytest.raises(ValueError, match=f"scaling: engine is .*{re.escape(engine)}"):
+            part(engine)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from modules import assert_close
 from torch import Tensor, nn
 
 from convfast.nn import ConvLSTM, ConvLSTMCell
+from tests.modules import assert_close
 
 SPACE = (6, 5)
 

@@ -28,43 +28,15 @@ from tests.cases import (
     threads,
 )
 from tests.graphs import Graphs
-from tests.oracle import assert_close_to_oracle, assert_close_where_drawn, with_gradients
+from tests.kept import kept_for_backward
+from tests.oracle import assert_close_where_drawn, assert_matches, leaves_of, results, summed, with_gradients
 from tests.oracle import conv1d as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 OPS = ("conv1d",)
 TENSORS = ("input", "weight", "bias")
 each_case = pytest.mark.parametrize("case", CONV1D_CASES, ids=lambda case: case.id)
-
-
-def leaves_of(arguments: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: arguments[name] for name in TENSORS if arguments[name] is not None}
-
-
-def results(case: Conv1dCase, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> dict[str, Tensor]:
-    return with_gradients({"output": case.call(function, arguments, **more)}, leaves_of(arguments))
-
-
-@functools.cache
-def expected(case: Conv1dCase, dtype: torch.dtype, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The oracle in float64 on the very same numbers, and in `dtype` (float32 where that is float64)."""
-    arguments = case.arguments(dtype, layout)
-    exact, eager = (
-        results(
-            case, oracle, arguments | {n: t.detach().to(d).requires_grad_() for n, t in leaves_of(arguments).items()}
-        )
-        for d in (torch.float64, torch.float32 if dtype == torch.float64 else dtype)
-    )
-    return exact, eager
-
-
-def check(case: Conv1dCase, dtype: torch.dtype, backend: str, layout: str = "contiguous", **more: Any) -> None:
-    exact, eager = expected(case, dtype, layout)
-    actual = results(case, conv1d, case.arguments(dtype, layout), backend=backend, **more)
-    summed = case.batch * actual["output"].shape[1]
-    for name, value in actual.items():
-        terms = summed if name in ("gradient of weight", "gradient of bias") else 0
-        assert_close_to_oracle(value, exact[name], eager[name], name, terms)
+check = functools.partial(assert_matches, oracle, conv1d)
 
 
 @each_case
@@ -235,10 +207,8 @@ def test_any_number_of_threads(name: str, count: int, backend: str) -> None:
     for number in (1, count):
         with threads(number):
             found.append(results(case, conv1d, case.arguments(torch.float32), backend=backend))
-    for key in ("output", "gradient of input"):
-        torch.testing.assert_close(found[1][key], found[0][key], **exactly(backend))
-    for key in ("gradient of weight", "gradient of bias"):
-        torch.testing.assert_close(found[1][key], found[0][key])
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, **({} if summed(key) else exactly(backend)))
 
 
 @pytest.mark.parametrize("name", ["tiles_of_4", "everything"])
@@ -614,19 +584,11 @@ def test_backward_under_autocast_keeps_float32(backend: str) -> None:
 def test_memory_kept_for_backward(activation: str, backend: str) -> None:
     case = Conv1dCase(activation, options={"activation": activation})
     arguments = case.arguments(torch.float16)
-    given = {t.untyped_storage().data_ptr() for t in leaves_of(arguments).values()}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in given:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = case.call(conv1d, arguments, backend=backend)
+    call = functools.partial(case.call, conv1d, arguments, backend=backend)
+    output, kept = kept_for_backward(call, leaves_of(arguments).values())
     pre = 2 * output.nbytes if backend == "reference" else output.nbytes
     expected = {"none": 0, "gelu": pre, "silu": pre}.get(activation, output.nbytes)
-    assert sum(kept.values()) == expected
+    assert kept == expected
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu"])

@@ -35,50 +35,14 @@ from tests.cases import (
     normal,
 )
 from tests.graphs import Graphs
-from tests.oracle import FLOOR_EPS, FLOOR_OF_DRAWN, assert_close_to_oracle, with_gradients
+from tests.kept import kept_for_backward
+from tests.oracle import FLOOR_OF_DRAWN, OUTPUTS, assert_matches, leaves_of, results
 from tests.oracle import conv_lstm as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ROOT = Path(__file__).parent.parent
-OUTPUTS = ("output", "h_n", "c_n")
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-
-
-def results(case: Case, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> dict[str, Tensor]:
-    """Outputs, and the gradient of every tensor for the same random gradients of the outputs."""
-    values = dict(zip(OUTPUTS, case.call(function, arguments, **more)))
-    return with_gradients(values, {name: arguments[name] for name in TENSORS if arguments[name] is not None})
-
-
-@functools.cache
-def expected(case: Case, dtype: torch.dtype, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The oracle in float64 on the very same numbers, and in `dtype` (float32 where that is float64)."""
-    arguments = case.arguments(dtype, layout)
-    cast = [
-        {n: t if t is None or n == "lengths" else t.detach().to(d).requires_grad_() for n, t in arguments.items()}
-        for d in (torch.float64, torch.float32 if dtype == torch.float64 else dtype)
-    ]
-    exact, eager = (results(case, oracle, a) for a in cast)
-    return exact, eager
-
-
-def check(
-    case: Case,
-    dtype: torch.dtype,
-    backend: str,
-    layout: str = "contiguous",
-    memory: str = "fast",
-    floor: float = FLOOR_EPS,
-    **more: Any,
-) -> None:
-    exact, eager = expected(case, dtype, layout)
-    actual = results(case, conv_lstm, case.arguments(dtype, layout), memory=memory, backend=backend, **more)
-    frames = case.batch * case.time
-    pixels = actual["h_n"][0, 0].numel()
-    summed = {"weight_ih": frames * pixels, "weight_hh": frames * pixels, "bias": frames * pixels, "peephole": frames}
-    for name, value in actual.items():
-        terms = summed.get(name.removeprefix("gradient of "), 0)
-        assert_close_to_oracle(value, exact[name], eager[name], name, terms, floor=floor)
+check = functools.partial(assert_matches, oracle, conv_lstm)
 
 
 @each_case
@@ -97,7 +61,7 @@ def test_dtypes_match_oracle(case: Case, dtype: torch.dtype, backend: str) -> No
 @pytest.mark.parametrize("memory", ["fast", "lean"])
 @pytest.mark.parametrize("name", ["state", "everything", "frame_1d", "frame_3d", "no_input", "input_convolved_before"])
 def test_layouts_match_oracle(name: str, layout: str, memory: str, backend: str) -> None:
-    check(BY_ID[name], torch.float32, backend, layout, memory)
+    check(BY_ID[name], torch.float32, backend, layout, memory=memory)
 
 
 @st.composite
@@ -140,7 +104,7 @@ def cases(draw: st.DrawFn) -> Case:
 def test_any_options_match_oracle(layout: str, memory: str, backend: str, widest: torch.dtype) -> None:
     @given(cases())
     def check_drawn(case: Case) -> None:
-        check(case, widest, backend, layout, memory, FLOOR_OF_DRAWN)
+        check(case, widest, backend, layout, floor=FLOOR_OF_DRAWN, memory=memory)
 
     check_drawn()
 
@@ -190,7 +154,7 @@ def test_empty_batch(backend: str) -> None:
 def test_outputs_without_gradient_count_as_zero(used: str, backend: str, widest: torch.dtype) -> None:
     case = BY_ID["state"]
     arguments = case.arguments(widest)
-    leaves = [arguments[n] for n in TENSORS if arguments[n] is not None]
+    leaves = list(leaves_of(arguments).values())
     which = OUTPUTS.index(used)
     found = torch.autograd.grad(case.call(conv_lstm, arguments, backend=backend)[which].sum(), leaves)
     exact = torch.autograd.grad(case.call(oracle, arguments)[which].sum(), leaves)
@@ -626,7 +590,7 @@ def test_autocast_equals_casting_by_hand(name: str, dtype: torch.dtype, backend:
     by_hand = {n: t if n in ("c0", "lengths") or t is None else t.detach().to(dtype) for n, t in arguments.items()}
     for a, b in zip(outputs, case.call(conv_lstm, by_hand, backend=backend)):
         assert torch.equal(a, b)
-    leaves = [arguments[n] for n in TENSORS if arguments[n] is not None]
+    leaves = list(leaves_of(arguments).values())
     grads = torch.autograd.grad([o.float().sum() for o in outputs], leaves)
     assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads)
 
@@ -660,18 +624,9 @@ def test_backward_under_autocast_keeps_float32(backend: str) -> None:
 def test_memory_kept_for_backward(name: str, memory: str, most: float, backend: str) -> None:
     case = BY_ID[name]
     arguments = case.arguments(torch.float32)
-    held = {t.untyped_storage().data_ptr() for t in arguments.values() if t is not None}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in held and t.is_floating_point():
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output, *_ = case.call(conv_lstm, arguments, memory=memory, backend=backend)
-    assert 0 < sum(kept.values()) <= most * output.nbytes
+    call = functools.partial(case.call, conv_lstm, arguments, memory=memory, backend=backend)
+    (output, *_), kept = kept_for_backward(call, leaves_of(arguments).values(), but_integers=True)
+    assert 0 < kept <= most * output.nbytes
 
 
 @pytest.mark.parametrize("algorithm", ["winograd", "direct"])

@@ -14,7 +14,8 @@ from torch import Tensor
 from convfast import conv_lstm
 from tests import test_winograd
 from tests.cases import EVERYTHING, Case, name_of, threads
-from tests.test_conv_lstm import check, results
+from tests.oracle import results
+from tests.test_conv_lstm import check
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "native_ops")
 ROOT = Path(__file__).parent.parent

@@ -38,48 +38,25 @@ from tests.cases import (
     threads,
 )
 from tests.graphs import Graphs
-from tests.oracle import assert_close_to_oracle, assert_close_where_drawn, relative_errors, with_gradients
+from tests.kept import kept_for_backward
+from tests.oracle import (
+    OUTPUTS,
+    assert_close_where_drawn,
+    assert_matches,
+    leaves_of,
+    relative_errors,
+    results,
+    summed,
+    with_gradients,
+)
 from tests.oracle import lstm as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 OPS = ("lstm",)
 ROOT = Path(__file__).parent.parent
-OUTPUTS = ("output", "h_n", "c_n")
 TENSORS = ("input", *LSTM_WEIGHTS, *(f"{name}_r" for name in LSTM_WEIGHTS), "h0", "c0")
 each_case = pytest.mark.parametrize("case", LSTM_CASES, ids=lambda case: case.id)
-
-
-def leaves_of(arguments: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: arguments[name] for name in TENSORS if arguments.get(name) is not None}
-
-
-def results(case: LSTMCase, function: Any, arguments: dict[str, Tensor | None], **more: Any) -> dict[str, Tensor]:
-    return with_gradients(dict(zip(OUTPUTS, case.call(function, arguments, **more))), leaves_of(arguments))
-
-
-@functools.cache
-def expected(case: LSTMCase, dtype: torch.dtype, layout: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The oracle in float64 on the very same numbers, and in `dtype` (float32 where that is float64)."""
-    arguments = case.arguments(dtype, layout)
-    exact, eager = (
-        results(
-            case, oracle, arguments | {n: t.detach().to(d).requires_grad_() for n, t in leaves_of(arguments).items()}
-        )
-        for d in (torch.float64, torch.float32 if dtype == torch.float64 else dtype)
-    )
-    return exact, eager
-
-
-def summed(name: str) -> bool:
-    """Whether a result is a sum over samples and frames."""
-    return name.startswith(tuple(f"gradient of {weight}" for weight in LSTM_WEIGHTS))
-
-
-def check(case: LSTMCase, dtype: torch.dtype, backend: str, layout: str = "contiguous", **more: Any) -> None:
-    exact, eager = expected(case, dtype, layout)
-    actual = results(case, lstm, case.arguments(dtype, layout), backend=backend, **more)
-    for name, value in actual.items():
-        assert_close_to_oracle(value, exact[name], eager[name], name, case.batch * case.time if summed(name) else 0)
+check = functools.partial(assert_matches, oracle, lstm)
 
 
 @each_case
@@ -590,20 +567,11 @@ def test_backward_under_autocast_keeps_float32(backend: str) -> None:
 def test_memory_kept_for_backward(name: str, dtype: torch.dtype, backend: str) -> None:
     case = LSTM[name]
     arguments = case.arguments(dtype)
-    given = {t.untyped_storage().data_ptr() for t in leaves_of(arguments).values()}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in given and t.is_floating_point():
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output, *_ = case.call(lstm, arguments, backend=backend)
+    call = functools.partial(case.call, lstm, arguments, backend=backend)
+    (output, *_), kept = kept_for_backward(call, leaves_of(arguments).values(), but_integers=True)
     states = case.directions * case.batch * case.time * case.hidden
     gates = torch.float32 if backend == "reference" else dtype
-    assert sum(kept.values()) == states * (torch.float32.itemsize + 4 * gates.itemsize) + output.nbytes
+    assert kept == states * (torch.float32.itemsize + 4 * gates.itemsize) + output.nbytes
 
 
 OPCHECK = ["plain", "projection", "state_c_only", "both_directions_state", "everything"]

@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from convfast import lstm_gates
 from tests.cases import DTYPES, arrange, name_of, normal
-from tests.oracle import assert_close_to_oracle, with_gradients
+from tests.kept import kept_for_backward
+from tests.oracle import assert_close_to_oracle, leaves_of, rounded, with_gradients
 from tests.oracle import lstm_gates as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -52,17 +53,12 @@ def arguments(size: str, given: tuple[str, ...], dtype: torch.dtype, layout: str
 
 def results(function: Any, tensors: dict[str, Any], **more: Any) -> dict[str, Tensor]:
     h, c = function(**tensors, **more)
-    return with_gradients({"h": h, "c": c}, {name: t for name, t in tensors.items() if t is not None})
+    return with_gradients({"h": h, "c": c}, leaves_of(tensors))
 
 
 def check(size: str, given: tuple[str, ...], dtype: torch.dtype, backend: str, layout: str = "contiguous") -> None:
     actual = results(lstm_gates, arguments(size, given, dtype, layout), backend=backend)
-    tensors = arguments(size, given, dtype, layout)
-    plain = torch.float32 if dtype == torch.float64 else dtype
-    exact, eager = (
-        results(oracle, {n: None if t is None else t.detach().to(d).requires_grad_() for n, t in tensors.items()})
-        for d in (torch.float64, plain)
-    )
+    exact, eager = (results(oracle, a) for a in rounded(arguments(size, given, dtype, layout), dtype))
     for name, value in actual.items():
         terms = SIZES[size][0] if name == "gradient of peephole" else 0
         assert_close_to_oracle(value, exact[name], eager[name], name, terms)
@@ -288,24 +284,16 @@ def test_autocast_equals_casting_by_hand(dtype: torch.dtype, backend: str) -> No
     assert torch.equal(h, by_hand[0])
     assert torch.equal(c, by_hand[1])
     grads = torch.autograd.grad(h.float().sum() + c.sum(), list(tensors.values()))
-    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_memory_kept_for_backward(requires_grad: bool, backend: str) -> None:
     tensors = {n: t.detach() for n, t in arguments("frame_2d", ("c", "peephole"), torch.float32).items()}
     tensors["gates"].requires_grad_(requires_grad)
-    given = {t.untyped_storage().data_ptr() for t in (tensors["c"], tensors["peephole"])}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in given:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        h, _ = lstm_gates(**tensors, backend=backend)
-    assert sum(kept.values()) == (5 * h.nbytes if requires_grad else 0)
+    given = (tensors["c"], tensors["peephole"])
+    (h, _), kept = kept_for_backward(lambda: lstm_gates(**tensors, backend=backend), given)
+    assert kept == (5 * h.nbytes if requires_grad else 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,17 +1,23 @@
 """`Conv1d`: torch.nn.Conv1d and an activation as oracle, lengths, checkpoints, capture, bad arguments."""
 
-import copy
-import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import assert_close, assert_same, check_against, flat, scripted
-from oracle import assert_close_to_oracle
 from torch import Tensor, nn
 
 import convfast
 from convfast.nn import Conv1d
+from tests.modules import (
+    assert_close,
+    assert_compiles_whole,
+    assert_copies_are_equal_and_apart,
+    assert_same,
+    check_against,
+    flat,
+    scripted,
+)
+from tests.oracle import assert_close_to_oracle
 
 OPS = ("conv1d",)
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -130,15 +136,7 @@ def test_repr_shows_what_is_not_default() -> None:
 
 def test_copies_are_equal_and_apart() -> None:
     module = build(activation="gelu", padding="full")
-    x = sequence(module)
-    expected = module(x)
-    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert repr(again) == repr(module)
-        assert_same(again(x), expected)
-        with torch.no_grad():
-            again.weight.add_(1)
-        assert not torch.equal(again(x), expected)
-    assert_same(module(x), expected)
+    assert_copies_are_equal_and_apart(module, sequence(module))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -170,17 +168,9 @@ def test_empty_batch(backend: str) -> None:
 
 
 def test_compiles_whole(backend: str) -> None:
-    torch._dynamo.reset()
     module = build(activation="silu", stride=2, padding=1, backend=backend)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for arguments in ((sequence(module),), (sequence(module), torch.tensor(LENGTHS))):
-        results = []
-        for run in (module, compiled):
-            module.zero_grad()
-            output = run(*arguments)
-            output.square().sum().backward()
-            results.append([output, *(p.grad.clone() for p in module.parameters())])
-        assert_close(*results)
+    x = sequence(module)
+    assert_compiles_whole(module, (x,), (x, torch.tensor(LENGTHS)))
 
 
 def test_exports_for_any_time_and_batch(backend: str) -> None:

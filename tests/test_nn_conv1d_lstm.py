@@ -7,13 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import Called, assert_close, assert_same, check_against, flat, scripted, watching, without_gradients
 from torch import Tensor, library, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import convfast
 from convfast.nn import CNN_LSTM, LSTM, Conv1dLSTM, Conv1dLSTMState
+from tests.modules import (
+    Called,
+    assert_close,
+    assert_compiles_whole,
+    assert_copies_are_equal_and_apart,
+    assert_same,
+    check_against,
+    flat,
+    scripted,
+    watching,
+    without_gradients,
+)
 
 OPS = ("conv1d", "lstm")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -348,15 +359,7 @@ def test_state_dict_has_the_names_of_the_docs() -> None:
 
 def test_copies_are_equal_and_apart() -> None:
     module = build(padding="causal", pool=("max", 2))
-    x = sequence(module)
-    expected = module(x)
-    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert repr(again) == repr(module)
-        assert_same(again(x), expected)
-        with torch.no_grad():
-            again.conv[0].weight.add_(1)
-        assert not torch.equal(again(x)[0], expected[0])
-    assert_same(module(x), expected)
+    assert_copies_are_equal_and_apart(module, sequence(module))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -538,18 +541,9 @@ def test_bad_call_of_the_op(change: dict, message: str, native_ops) -> None:
 # The reference is compiled step by step.
 @pytest.mark.parametrize(("name", "time"), [("causal_stride", TIME), ("both_pools", 9), ("recurrent", 3)])
 def test_compiles_whole(name: str, time: int, backend: str) -> None:
-    torch._dynamo.reset()
     module = build(backend=backend, **OPTIONS[name])
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x, hx, lengths = sequence(module, time=time), tuple(state_of(module)), torch.tensor([time - 2, time, time - 1])
-    for arguments in ((x,), (x, hx, lengths)):
-        results = []
-        for run in (module, compiled):
-            module.zero_grad()
-            output = run(*arguments)
-            sum(part.sum() for part in flat(output)).backward()
-            results.append([*flat(output), *(p.grad.clone() for p in module.parameters())])
-        assert_close(*results)
+    assert_compiles_whole(module, (x,), (x, hx, lengths))
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])

@@ -9,10 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import normal
-from modules import assert_same, flat, scripted
-from oracle import assert_close_to_oracle
-from oracle import conv_lstm as oracle_layer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.amp.autocast_mode import _cast
@@ -26,6 +22,10 @@ from convfast.nn import (
     ConvLSTMCell3d,
     ConvLSTMState,
 )
+from tests.cases import normal
+from tests.modules import assert_copies_are_equal_and_apart, assert_same, flat, scripted
+from tests.oracle import assert_close_to_oracle
+from tests.oracle import conv_lstm as oracle_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
@@ -720,14 +720,8 @@ def test_repr_shows_what_is_not_default() -> None:
 
 
 def test_copies_are_equal_and_apart() -> None:
-    module, x = build(bidirectional=True, peephole=True, image_size=SPACE), frames()
-    expected = module(x)
-    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert repr(again) == repr(module)
-        assert_same(again(x), expected)
-        with torch.no_grad():
-            again.weight_hh_l0.add_(1)
-    assert_same(module(x), expected)
+    module = build(bidirectional=True, peephole=True, image_size=SPACE)
+    assert_copies_are_equal_and_apart(module, frames())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

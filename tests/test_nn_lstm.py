@@ -4,7 +4,6 @@ import copy
 import io
 import math
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -15,9 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from cases import threads
-from modules import Called, assert_close, assert_same, check_against, flat, scripted, watching, without_gradients
-from oracle import assert_close_to_oracle, lstm_gates
 from torch import Tensor, library, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -26,6 +22,20 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import convfast
 from convfast.backends import NAMESPACES
 from convfast.nn import LSTM, RegLSTM
+from tests.cases import threads
+from tests.modules import (
+    Called,
+    assert_close,
+    assert_compiles_whole,
+    assert_copies_are_equal_and_apart,
+    assert_same,
+    check_against,
+    flat,
+    scripted,
+    watching,
+    without_gradients,
+)
+from tests.oracle import assert_close_to_oracle, lstm_gates
 
 OPS = ("lstm",)
 ROOT = Path(__file__).parent.parent
@@ -264,15 +274,7 @@ def test_repr_shows_what_is_not_default() -> None:
 
 def test_copies_are_equal_and_apart() -> None:
     module = build(bidirectional=True, peephole=True)
-    x = sequence(module)
-    expected = module(x)
-    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert repr(again) == repr(module)
-        assert_same(again(x), expected)
-        with torch.no_grad():
-            again.weight_hh_l0.add_(1)
-        assert not torch.equal(again(x)[0], expected[0])
-    assert_same(module(x), expected)
+    assert_copies_are_equal_and_apart(module, sequence(module))
 
 
 def test_module_moves_between_dtypes_and_devices() -> None:
@@ -361,19 +363,10 @@ def test_regression_matches_torch(backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["one_layer", "everything"])
 def test_compiles_whole(name: str, backend: str) -> None:
-    torch._dynamo.reset()
     module = build(backend=backend, **OPTIONS[name])
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     # The reference is compiled step by step, so that there are few.
     x, hx, lengths = sequence(module, time=3), state_of(module), torch.tensor([2, 3, 1])
-    for arguments in ((x,), (x, hx), (x, hx, lengths)):
-        results = []
-        for run in (module, compiled):
-            module.zero_grad()
-            output = run(*arguments)
-            sum(part.sum() for part in flat(output)).backward()
-            results.append([*flat(output), *(p.grad.clone() for p in module.parameters())])
-        assert_close(*results)
+    assert_compiles_whole(module, (x,), (x, hx), (x, hx, lengths))
 
 
 def test_compiles_once_for_any_time_and_batch(native_ops) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from modules import assert_close, flat, scripted
 from torch import Tensor, nn
 
 from convfast.nn import CNN_LSTM, LSTM, Conv1d, Conv1dLSTM, ConvLSTM, ConvLSTMCell, RegLSTM
+from tests.modules import assert_close, flat, scripted
 
 OPS = ("conv_lstm", "conv1d", "lstm")
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

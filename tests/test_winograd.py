@@ -17,9 +17,9 @@ from torch import Tensor
 
 import convfast
 from convfast import conv_lstm
-from tests.cases import BY_ID, EVERYTHING, LAYOUTS, WITH_STATE, Case, instruction_set, threads
-from tests.oracle import FLOOR_EPS, assert_close_to_oracle, relative_errors
-from tests.test_conv_lstm import expected, name_of, results
+from tests.cases import BY_ID, EVERYTHING, LAYOUTS, WITH_STATE, Case, instruction_set, name_of, threads
+from tests.oracle import FLOOR_EPS, assert_close_to_oracle, assert_matches, relative_errors
+from tests.oracle import conv_lstm as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "native_ops")
 ROOT = Path(__file__).parent.parent
@@ -107,13 +107,8 @@ each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 def check(case: Case, dtype: torch.dtype = torch.float32, layout: str = "contiguous", memory: str = "fast") -> None:
     plain = dataclasses.replace(case, options={k: v for k, v in case.options.items() if k != "algorithm"})
-    exact, eager = expected(plain, dtype, layout)
-    actual = results(case, conv_lstm, case.arguments(dtype, layout), memory=memory, backend="cpu")
-    pixels = case.batch * case.time * actual["h_n"][0, 0].numel()
-    summed = {"weight_ih": pixels, "weight_hh": pixels, "bias": pixels, "peephole": case.batch * case.time}
-    for name, value in actual.items():
-        terms = summed.get(name.removeprefix("gradient of "), 0)
-        assert_close_to_oracle(value, exact[name], eager[name], name, terms, MULTIPLE, floor(case.kernel))
+    bounds = {"multiple": MULTIPLE, "floor": floor(case.kernel)}
+    assert_matches(oracle, conv_lstm, plain, dtype, "cpu", layout, **bounds, memory=memory, algorithm="winograd")
 
 
 @each_case
