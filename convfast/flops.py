@@ -1,17 +1,19 @@
 """`import convfast.flops`: from then on `torch.utils.flop_counter.FlopCounterMode` counts the ops of convfast.
 
 Two operations a product, as torch counts, of direct convolutions whatever the algorithm, and of all steps whatever
-`lengths`; what is pointwise does not count. Importing it may build the native library.
+`lengths`; what is pointwise does not count.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Sequence
+from functools import wraps
 from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
-from . import backends
+from . import ops
 from .reference.conv1d import output_length
 
 Shape = Sequence[int]
@@ -93,8 +95,24 @@ FORMULAS: tuple[Callable[..., int], ...] = (
     conv1d_lstm_layers, conv1d_gates, lstm_from_gates,
 )  # fmt: skip
 
-_NAMESPACES = {"cpu": "convfast", "cuda": backends.NAMESPACES[backends.CUDA_LIBRARY], "triton": "convfast_triton"}
-for _namespace in {space for name, space in _NAMESPACES.items() if backends.why_not("lstm", name) is None}:
-    for _formula in FORMULAS:
-        if _packet := getattr(getattr(torch.ops, _namespace), _formula.__name__, None):
-            register_flop_formula(_packet)(_formula)
+
+def _register(namespace: str) -> None:
+    for formula in FORMULAS:
+        packet = getattr(getattr(torch.ops, namespace), formula.__name__, None)
+        if packet is not None and packet not in flop_registry:
+            register_flop_formula(packet)(formula)
+
+
+def _follow_registry(init: Callable[..., None]) -> Callable[..., None]:
+    """A counter copies the formulas when it is made: let it see those of ops that its first call loads, too."""
+
+    @wraps(init)
+    def follow(self: FlopCounterMode, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.flop_registry = ChainMap(self.flop_registry, flop_registry)
+
+    return follow
+
+
+FlopCounterMode.__init__ = _follow_registry(FlopCounterMode.__init__)
+ops.when_there(_register)

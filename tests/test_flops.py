@@ -1,5 +1,7 @@
 """torch's counter of operations finds in convfast's ops what it finds in plain modules."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convfast
 import convfast.flops  # registers
+from convfast.toolchain import PACKAGE
 
+ROOT = PACKAGE.parent
 OPS = ("conv_lstm", "conv1d", "lstm")
 
 
@@ -95,3 +99,25 @@ def test_one_op_counts_as_its_layers(build: Callable[[], nn.Module], native_ops)
     for part in layers.modules():
         part.register_forward_hook(lambda *_: None)
     assert counted(module, x, False) == counted(layers, x, False) > 0
+
+
+FIRST_CALL = """
+import torch, convfast, convfast.flops
+from torch.utils.flop_counter import FlopCounterMode
+before, x, found = FlopCounterMode(display=False), torch.randn(2, 6, 3), []
+module = torch.nn.Sequential(convfast.LSTM(3, 5)).eval()
+module = {make}
+for counter in (before, FlopCounterMode(display=False)):
+    with counter, torch.no_grad():
+        module(x)
+    found.append(counter.get_total_flops())
+print(*found)
+"""
+
+
+@pytest.mark.parametrize("make", ["module", "torch.jit.script(module)"], ids=["eager", "scripted"])
+def test_first_call_which_loads_the_ops_is_counted(make: str, native_ops) -> None:
+    code = FIRST_CALL.format(make=make)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    expected = str(2 * 2 * 6 * 20 * (3 + 5))
+    assert done.stdout.split() == [expected, expected], done.stderr
