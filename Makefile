@@ -10,7 +10,7 @@
 TORCH_ASKED := $(filter command line environment,$(origin TORCH))
 TORCH ?= torch==2.13.0
 DEMO_NEEDS := numpy scikit-learn matplotlib tqdm ninja
-TEST_NEEDS := numpy ninja setuptools pybind11 pytest pytest-xdist pytest-benchmark hypothesis matplotlib triton
+TEST_NEEDS := numpy ninja "setuptools>=77" pybind11 pytest pytest-xdist pytest-benchmark hypothesis matplotlib triton
 LINT_NEEDS := ruff
 
 BASE := python3

@@ -5,19 +5,21 @@ is nvcc; TORCH_CUDA_ARCH_LIST says for which GPUs. With CONVFAST_NO_NATIVE=1 it 
 sources are installed too: what is not built here is built just in time.
 """
 
-import importlib.util
+import importlib
 import os
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("convfast_native", ROOT / "convfast" / "native.py")
-native = sys.modules["convfast_native"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
+# The package without its __init__, which imports torch.
+package = sys.modules["convfast"] = ModuleType("convfast")
+package.__path__ = [str(ROOT / "convfast")]
+environment, toolchain = (importlib.import_module(f"convfast.{name}") for name in ("environment", "toolchain"))
 
 
 class Package(build_py):
@@ -31,7 +33,7 @@ class Package(build_py):
             shutil.copytree(ROOT / "csrc", sources)
 
 
-if os.environ.get("CONVFAST_NO_NATIVE", "0") not in ("", "0"):
+if environment.enabled("CONVFAST_NO_NATIVE"):
     setup(cmdclass={"build_py": Package})
 else:
     try:
@@ -43,14 +45,14 @@ else:
         ) from error
 
     try:
-        architectures = native.architectures(native.nvcc()[1])
-    except native.NativeUnavailable as error:
+        architectures = toolchain.architectures(toolchain.nvcc()[1])
+    except toolchain.NativeUnavailable as error:
         print(f"convfast: without its CUDA library: {error}", file=sys.stderr)
         kinds = {"cpu": CppExtension}
     else:
         os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         kinds = {"cpu": CppExtension, "cuda": CUDAExtension}
-    builds = {name: native.read_build(ROOT / "csrc" / "build.json", name) for name in kinds}
+    builds = {name: toolchain.read_build(ROOT / "csrc" / "build.json", name) for name in kinds}
 
     class Library(BuildExtension):
         """Names each library after its sources: native.py refuses one that was built from others."""
@@ -64,7 +66,7 @@ else:
             f"convfast._{name}",
             [str(Path(source).relative_to(ROOT)) for source in builds[name].sources],
             extra_compile_args={"nvcc" if name == "cuda" else "cxx": list(builds[name].cflags)},
-            extra_link_args=[*builds[name].ldflags, *(native.cuda_folders() if name == "cuda" else ())],
+            extra_link_args=[*builds[name].ldflags, *(toolchain.cuda_folders() if name == "cuda" else ())],
             py_limited_api=True,  # only to keep libtorch_python out: the libraries use no Python API at all
         )
         for name, kind in kinds.items()

@@ -14,6 +14,7 @@ import convfast
 from bench.harness import Clock, GpuClock, wall_clock
 from bench.setting import CPU, SETTINGS, Setting
 from convfast import native
+from convfast.triton import runtime as triton_runtime
 
 # What keeps torch and its libraries from instructions that the CPU has.
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
@@ -48,17 +49,9 @@ def _describe_gpu() -> dict[str, object]:
         "gpu_memory": f"{gpu.total_memory / 2**30:.0f} GiB",
         "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
         "cudnn": torch.backends.cudnn.version(),
-        "triton": _triton_version(),
+        "triton": triton_runtime.version(),
         "cuda_library": native.origin("cuda") or f"none: {native.reason('cuda')}",
     }
-
-
-def _triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return "none"
-    return triton.__version__
 
 
 def slug(machine: dict[str, object]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import native, reference
 from .native import OLDEST_GPU
@@ -27,7 +28,6 @@ NAMESPACES = {
     "triton": "convfast_triton",
     "cuda": "convfast_emulated" if _EMULATED else "convfast",
 }
-CUDA_LIBRARY = "cuda"  # for flops.py, until it takes NAMESPACES
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -138,7 +138,7 @@ def select(op: str, backend: str | None, device_type: str, dtype: torch.dtype | 
     """
     global _warned
     name, passed = choose(op, backend, device_type, dtype)
-    if name == "reference" and not _warned and (failures := list(filter(native.failed, passed))):
+    if name == "reference" and not _warned and (failures := [r for r in passed if isinstance(r, native.Failure)]):
         message = f"convfast: {failures[0]}; plain torch is used instead (CONVFAST_NO_NATIVE=1 asks for that)"
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         _warned = True  # not before: where warnings are errors, every call raises it
@@ -171,6 +171,16 @@ def load_ops(device: str | torch.device = "cpu") -> None:
         raise ValueError(f"load_ops: device is {str(device)!r}, expected {' or '.join(devices)}")
     if all(reasons.values()):
         raise RuntimeError("load_ops: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+def load_native(tensor: Tensor) -> None:
+    """Make the compiled libraries' ops for tensors where `tensor` is exist, with their fakes; may build them.
+
+    Raises:
+        NativeUnavailable: with the reason.
+    """
+    native.load("cuda" if tensor.device.type == "cuda" else "cpu")
+    _native_reason()
 
 
 def release_workspace() -> None:

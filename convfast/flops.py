@@ -93,8 +93,7 @@ FORMULAS: tuple[Callable[..., int], ...] = (
     conv1d_lstm_layers, conv1d_gates, lstm_from_gates,
 )  # fmt: skip
 
-_NAMESPACES = {"cpu": "convfast", "cuda": backends.NAMESPACES[backends.CUDA_LIBRARY], "triton": "convfast_triton"}
-for _namespace in {space for name, space in _NAMESPACES.items() if backends.why_not("lstm", name) is None}:
+for _namespace in {space for name, space in backends.NAMESPACES.items() if backends.why_not("lstm", name) is None}:
     for _formula in FORMULAS:
         if _packet := getattr(getattr(torch.ops, _namespace), _formula.__name__, None):
             register_flop_formula(_packet)(_formula)

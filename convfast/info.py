@@ -1,27 +1,37 @@
 """`python -m convfast.info`: what works here, what does not, and why."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys
 
 import torch
 
-from . import backends, native
+from . import __version__, backends, native, toolchain
+from .environment import ENVIRONMENT
+from .triton import runtime as triton_runtime
+
+
+def versions() -> list[str]:
+    """Of what is installed, and the names of the GPUs."""
+    lines = [
+        f"convfast     {__version__} ({toolchain.PACKAGE})",
+        f"torch        {torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",
+        f"triton       {triton_runtime.version()}",
+        f"python       {platform.python_version()} ({sys.executable})",
+    ]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return lines + [f"GPU          {torch.cuda.get_device_name(i)}" for i in range(count)]
 
 
 def report() -> str:
     """Versions, the compiled libraries, and the backends of each op. Builds the libraries where they are not yet."""
     why, why_cuda = native.reason(), native.reason("cuda")
     try:
-        compiler = native.toolchain("cpu" if torch.version.cuda is None else "cuda")
-    except native.NativeUnavailable as error:
+        compiler = toolchain.describe("cpu" if torch.version.cuda is None else "cuda")
+    except toolchain.NativeUnavailable as error:
         compiler = str(error)
-    cuda = torch.version.cuda or "none"
     lines = [
-        f"python       {platform.python_version()} ({sys.executable})",
-        f"torch        {torch.__version__}, {torch.get_num_threads()} threads, CUDA {cuda}",
+        *versions(),
         f"machine      {platform.machine()}, {os.cpu_count()} processors",
         f"compiler     {compiler}",
         f"cache        {native.cache_dir()}",
@@ -33,7 +43,7 @@ def report() -> str:
     for op in backends.OPS:
         for name, usable in backends.available(op).items():
             lines.append(f"{op:<12} {name}: {'yes' if usable is True else usable}")
-    lines += [f"{name}={os.environ.get(name, '')}  ({meaning})" for name, meaning in native.ENVIRONMENT.items()]
+    lines += [f"{name}={os.environ.get(name, '')}  ({meaning})" for name, meaning in ENVIRONMENT.items()]
     return "\n".join(lines)
 
 

@@ -5,108 +5,46 @@
 - "emulated" is the source of "cuda" as C++, its ops in `torch.ops.convfast_emulated`: tests run it on the CPU.
 
 In this order: a library that setup.py built next to this file, a library in the cache, a build into the cache by
-`torch.utils.cpp_extension`. Nothing is looked for, built or loaded at import; torch itself is imported by `load()`, so
-that setup.py can read this file for the one list of sources and flags, csrc/build.json.
+`torch.utils.cpp_extension`. Nothing is looked for, built or loaded at import.
 """
 
-from __future__ import annotations
-
 import hashlib
-import json
 import logging
 import os
 import platform
-import re
-import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
 
-ENVIRONMENT = {
-    "CONVFAST_BACKEND": "backend taken where a call names none: reference, cuda, triton or cpu",
-    "CONVFAST_NO_NATIVE": "1: neither build nor load a compiled library",
-    "CONVFAST_CACHE": "directory for libraries built just in time (else TORCH_EXTENSIONS_DIR, else torch's own)",
-    "CONVFAST_AUTOTUNE": "1: on a GPU time a few tile sizes, once per shape, and keep the fastest in CONVFAST_CACHE",
-    "CONVFAST_POISON": "1: fill fresh memory with NaN, to find values that are read before they are written",
-    "ATEN_CPU_CAPABILITY": "default, avx2 or avx512: instruction set, where there is it; unset: and matrix tiles",
-    "CONVFAST_EMULATE_CUDA": "1: the cuda backend runs on CPU tensors, thread by thread, for tests",
-    "CONVFAST_CUDA_SM_COUNT": "multiprocessors that a GPU is taken to have at most, for tests",
-    "CONVFAST_CUDA_SHARED": "bytes of shared memory that a block is taken to have at most, for tests",
-    "CONVFAST_CUDA_CAPABILITY": "compute capability that a GPU is taken to have at most, as 80, for tests",
-    "CONVFAST_EMULATE_TILES": "1: build the cpu backend with matrix tiles (AMX) emulated, for tests",
-    "CXX": "C++ compiler of a just-in-time build (else c++)",
-    "CUDA_HOME": "CUDA toolkit of a just-in-time build (else that of the nvcc on PATH, else /usr/local/cuda)",
-    "TORCH_CUDA_ARCH_LIST": "architectures of a CUDA build, as 8.0+PTX;9.0a (else those of the GPUs here)",
-}
-PACKAGE = Path(__file__).resolve().parent
-# The sources are in the package where it is installed, beside it in a checkout.
-BUILD_FILE = (PACKAGE if (PACKAGE / "csrc").is_dir() else PACKAGE.parent) / "csrc" / "build.json"
+from . import toolchain
+from .environment import enabled
+from .toolchain import Build, NativeUnavailable, first_line
+
 OLDEST_TORCH = (2, 10)
-OLDEST_CUDA = (12, 0)  # thread-block clusters
-OLDEST_GPU = (8, 0)  # asynchronous copies, matrix products in bfloat16
 WAIT_SECONDS = 600.0
-DISABLED = "disabled by CONVFAST_NO_NATIVE"
 _PRIVATE = "built just in time for this process only"
 
 log = logging.getLogger("convfast")
 
 
-class NativeUnavailable(RuntimeError):
-    """The compiled library cannot be had; the message is the reason, in one line."""
+class Failure(str):
+    """The reason why a library could not be built or loaded; one that nobody wanted has a plain str."""
 
 
-@dataclass(frozen=True)
-class Build:
-    """What csrc/build.json says of one library, and a digest of the files and flags that go into it."""
-
-    name: str
-    sources: tuple[str, ...]
-    files: tuple[Path, ...]
-    cflags: tuple[str, ...]
-    ldflags: tuple[str, ...]
-    digest: str
-
-    @property
-    def prebuilt_name(self) -> str:
-        return f"_{self.name}_{self.digest}.so"
-
-
-def read_build(path: Path, name: str = "cpu") -> Build:
-    """Read a library's part of a build file; what it lists is relative to the folder above, and comes back absolute."""
-    libraries = json.loads(path.read_text())
-    listed, root = libraries[name], path.parent.parent
-    for key in ("sources", "headers") if "extends" in listed else ():
-        listed[key] += libraries[listed["extends"]][key]
-    if name == "cpu" and os.environ.get("CONVFAST_EMULATE_TILES") == "1":
-        listed["cflags"].append("-DCONVFAST_EMULATE_TILES")
-    sources = [root / source for source in listed["sources"]]
-    headers = (file for pattern in listed["headers"] for file in root.glob(pattern))
-    digest = hashlib.sha256(json.dumps(listed).encode())
-    files = tuple(sorted({*sources, *headers}))
-    for file in files:
-        if not file.is_file():
-            raise NativeUnavailable(f"source file {file} is missing")
-        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
-    unknown = {"-Wl,--as-needed"} if sys.platform == "darwin" else set()  # to Apple's linker
-    flags = tuple(listed["cflags"]), tuple(flag for flag in listed["ldflags"] if flag not in unknown)
-    return Build(name, tuple(map(str, sources)), files, *flags, digest.hexdigest()[:16])
+class _Disabled(NativeUnavailable):
+    """Nobody wanted the library."""
 
 
 def emulated() -> bool:
     """Whether the cuda backend is its kernels compiled as C++, on CPU tensors."""
-    return os.environ.get("CONVFAST_EMULATE_CUDA") == "1"
+    return enabled("CONVFAST_EMULATE_CUDA")
 
 
 _lock = threading.Lock()
@@ -140,10 +78,12 @@ def load(name: str = "cpu") -> None:
         if name not in _failures:
             try:
                 _origins[name] = _load(name)
-            except NativeUnavailable as error:
+            except _Disabled as error:
                 _failures[name] = str(error)
+            except NativeUnavailable as error:
+                _failures[name] = Failure(error)
             except Exception as error:
-                _failures[name] = f"{type(error).__name__}: {_first_line(str(error))}"
+                _failures[name] = Failure(f"{type(error).__name__}: {first_line(str(error))}")
         if name in _failures:
             raise NativeUnavailable(_failures[name])
     # Only now: where warnings are errors, this one is no failure to build.
@@ -165,23 +105,14 @@ def build(name: str) -> str:
         return _origins[name]
 
 
-def load_for(tensor: Tensor) -> None:
-    """Make the ops exist for tensors where `tensor` is, as `load`."""
-    load("cuda" if tensor.device.type == "cuda" else "cpu")
-
-
 def reason(name: str = "cpu") -> str | None:
-    """None when a library is loaded or can be, else why not, in one line. Loads it (and may build it) to find out."""
+    """None when a library is loaded or can be, else why not, in one line: a Failure, or that nobody wanted it. Loads it
+    (and may build it) to find out."""
     try:
         load(name)
     except NativeUnavailable as error:
-        return str(error)
+        return error.args[0]  # str(error) would be no Failure
     return None
-
-
-def failed(reason: str) -> bool:
-    """Whether `reason` is why a library could not be built or loaded, other than that nobody wanted it."""
-    return reason != DISABLED and reason in _failures.values()
 
 
 def origin(name: str = "cpu") -> str | None:
@@ -190,10 +121,8 @@ def origin(name: str = "cpu") -> str | None:
 
 
 def _load(name: str) -> str:
-    if os.environ.get("CONVFAST_NO_NATIVE", "0").lower() not in ("", "0", "false", "off", "no"):
-        raise NativeUnavailable(DISABLED)
-    import torch
-
+    if enabled("CONVFAST_NO_NATIVE"):
+        raise _Disabled("disabled by CONVFAST_NO_NATIVE")
     if torch.__version__ < OLDEST_TORCH:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise NativeUnavailable(f"built for torch >= {oldest}, you have {torch.__version__}")
@@ -202,13 +131,14 @@ def _load(name: str) -> str:
     if _registered(name):
         return "loaded by someone else"
 
-    prebuilt = sorted(PACKAGE.glob(f"_{name}_*.so"))
-    if not BUILD_FILE.is_file():
+    package, build_file = toolchain.PACKAGE, toolchain.BUILD_FILE
+    prebuilt = sorted(package.glob(f"_{name}_*.so"))
+    if not build_file.is_file():
         if not prebuilt:
-            raise NativeUnavailable(f"no prebuilt library in {PACKAGE} and no sources at {BUILD_FILE.parent}")
+            raise NativeUnavailable(f"no prebuilt library in {package} and no sources at {build_file.parent}")
         _dlopen(prebuilt[0])
         return f"{prebuilt[0]} (prebuilt)"
-    build = read_build(BUILD_FILE, name)
+    build = toolchain.read_build(build_file, name)
     for path in prebuilt:
         if path.name == build.prebuilt_name:
             _dlopen(path)
@@ -224,8 +154,6 @@ def _load(name: str) -> str:
 
 def _registered(name: str) -> bool:
     # To register ops twice ends the process, from a static initializer where nothing can be caught.
-    import torch
-
     if name == "cuda":
         kernel = "convfast::lstm_gates_forward", "CUDA"
         return _registered("cpu") and torch._C._dispatch_has_kernel_for_dispatch_key(*kernel)
@@ -233,8 +161,6 @@ def _registered(name: str) -> bool:
 
 
 def _dlopen(path: Path) -> None:
-    import torch
-
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -243,13 +169,13 @@ def _dlopen(path: Path) -> None:
 
 def _reason_of(error: OSError) -> str:
     """What the system's loader says; torch's own error only names the file."""
-    return _first_line(str(error.__cause__ or error))
+    return first_line(str(error.__cause__ or error))
 
 
 def _load_cached(build: Build) -> str:
     made_for = f"convfast-{_key(build)}"
     try:
-        folder = cache_dir() / f"{made_for}-{_digest(toolchain(build.name))}"
+        folder = cache_dir() / f"{made_for}-{_digest(toolchain.describe(build.name))}"
     except NativeUnavailable:
         # The compiler may be gone since, as in the second stage of a container.
         for folder in sorted(cache_dir().glob(f"{made_for}-*")):
@@ -271,7 +197,7 @@ def _load_cached(build: Build) -> str:
                 library = library.rename(folder / _library_name(library))
         return f"{library} (built just in time)"
     except OSError as error:
-        cause = f"cannot use {folder} ({error.strerror or _first_line(str(error))})"
+        cause = f"cannot use {folder} ({error.strerror or first_line(str(error))})"
     with tempfile.TemporaryDirectory(prefix="convfast-", ignore_cleanup_errors=True) as scratch:
         _compile(build, Path(scratch), None)
     return f"{_PRIVATE}: {cause}"
@@ -287,100 +213,11 @@ def cache_dir() -> Path:
     return Path(chosen).expanduser().absolute()
 
 
-def _cxx() -> str:
-    return os.environ.get("CXX", "").strip() or "c++"
-
-
-def compiler() -> str:
-    """The C++ compiler's command and version; NativeUnavailable where there is none."""
-    command = _cxx()
-    try:
-        shown = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
-        raise NativeUnavailable(f"no C++ compiler: cannot run '{command}' (install g++, or set CXX)") from None
-    return f"{command}: {_first_line(shown)}"
-
-
-def nvcc() -> tuple[str, tuple[int, int]]:
-    """nvcc's path and version; NativeUnavailable where there is none that can build for this torch."""
-    import torch
-
-    if torch.version.cuda is None:
-        raise NativeUnavailable("torch is built without CUDA")
-    from torch.utils import cpp_extension
-
-    command = str(Path(cpp_extension.CUDA_HOME or "/usr/local/cuda", "bin", "nvcc"))
-    try:
-        shown = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        raise NativeUnavailable(
-            f"no nvcc: cannot run {command} (install the CUDA toolkit {torch.version.cuda}, or set CUDA_HOME)"
-        ) from None
-    found = re.search(r"release (\d+)\.(\d+)", shown)
-    version = (int(found[1]), int(found[2])) if found else (0, 0)
-    if version < OLDEST_CUDA:
-        raise NativeUnavailable(f"{command} is {_dotted(version)}, expected at least {_dotted(OLDEST_CUDA)}")
-    if version[0] != int(torch.version.cuda.split(".")[0]):
-        raise NativeUnavailable(f"{command} is {_dotted(version)}, torch is built for CUDA {torch.version.cuda}")
-    return command, version
-
-
-def cuda_folders() -> list[str]:
-    """The linker's options for the CUDA runtime of nvcc's own toolkit: what torch takes for the toolkit may only have a
-    link or a script named nvcc."""
-    shown = subprocess.run([nvcc()[0], "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", shown, re.MULTILINE)
-    names = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
-    folders = [Path(top[1], name).resolve() for name in names] if top else []
-    return list(dict.fromkeys(f"-L{folder}" for folder in folders if (folder / "libcudart.so").exists()))
-
-
-def architectures(version: tuple[int, int]) -> str:
-    """What a CUDA build is for, as torch reads it: what TORCH_CUDA_ARCH_LIST says, else the GPUs that are here, else a
-    GPU of each generation that nvcc of that version knows; with PTX of the newest, if not of 9.0, for those to come.
-    Without GPUs that are too old: a list may be there for other libraries."""
-    import torch
-
-    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        if taken := [name for name in re.split(r"[;\s]+", asked) if name and not _too_old(name)]:
-            return ";".join(taken)
-        raise NativeUnavailable(
-            f"TORCH_CUDA_ARCH_LIST is {asked!r}, expected an architecture of at least {_dotted(OLDEST_GPU)}"
-        )
-    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    taken = sorted(a for a in here if a >= OLDEST_GPU) or [(8, 0), (9, 0), *[(10, 0)] * (version >= (12, 8))]
-    # Only 9.0a has products of warpgroups, and its PTX runs nowhere else.
-    names = {a: "9.0a" if a == (9, 0) else _dotted(a) for a in taken}
-    newest = max((a for a in taken if a != (9, 0)), default=None)
-    return ";".join(name + "+PTX" * (a == newest) for a, name in names.items())
-
-
-def _too_old(architecture: str) -> bool:
-    found = re.match(r"(\d+)\.(\d+)", architecture)
-    if found:
-        return (int(found[1]), int(found[2])) < OLDEST_GPU
-    return architecture.partition("+")[0] in ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
-
-
-def toolchain(name: str) -> str:
-    """Everything that a library is compiled with; NativeUnavailable where something is missing."""
-    if name != "cuda":
-        return compiler()
-    command, version = nvcc()
-    return f"{compiler()}, {command}: {_dotted(version)} for {architectures(version)}"
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
-
-
 def _key(build: Build) -> str:
     """Everything that a library depends on but its toolchain."""
-    import torch
-
     cuda = (torch.version.cuda or "cpu").split(".")[0]
     # Without nvcc its version is not known: it only matters where nothing says which GPUs to build for.
-    gpus = (architectures(OLDEST_CUDA),) if build.name == "cuda" else ()
+    gpus = (toolchain.architectures(toolchain.OLDEST_CUDA),) if build.name == "cuda" else ()
     return _digest("\0".join((build.digest, torch.__version__, cuda, platform.machine(), *gpus)))
 
 
@@ -439,7 +276,9 @@ def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
     library = {"cpu": "CPU", "cuda": "CUDA"}.get(build.name, build.name)
     log.warning("convfast: compiling the %s library, once, for %s", library, folder.parent if log_file else "this call")
     # torch takes an empty CXX for a compiler, and is to build for what the library's key says.
-    variables = {"CXX": _cxx()} | ({"TORCH_CUDA_ARCH_LIST": architectures(nvcc()[1])} if cuda else {})
+    variables = {"CXX": toolchain.cxx()}
+    if cuda:
+        variables["TORCH_CUDA_ARCH_LIST"] = toolchain.architectures(toolchain.nvcc()[1])
     with _ninja_on_path(), _environment(variables):
         try:
             # In a folder of its own: torch's lock file there outlives its process and would block all others for ever.
@@ -448,7 +287,7 @@ def _compile(build: Build, folder: Path, log_file: Path | None) -> Path:
                 list(build.sources),
                 with_cuda=cuda,
                 **{"extra_cuda_cflags" if cuda else "extra_cflags": list(build.cflags)},
-                extra_ldflags=[*build.ldflags, *(cuda_folders() if cuda else ())],
+                extra_ldflags=[*build.ldflags, *(toolchain.cuda_folders() if cuda else ())],
                 build_directory=str(folder),
                 is_python_module=False,
             )
@@ -503,8 +342,4 @@ def _cause(log: str) -> str:
         if "error:" in line:
             # Of the linker the compiler only says that it failed; its own word is on the line above.
             return f"{before}; {line}" if "ld returned" in line or "linker command" in line else line
-    return _first_line(log)
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
+    return first_line(log)

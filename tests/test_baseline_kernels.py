@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convfast.native import BUILD_FILE
+from convfast.toolchain import BUILD_FILE
 from tests.once import built_once
 
 NAMES = ("testing/kernels_test", *(f"cpu/kernels/{name}" for name in ("baseline", "avx512_bf16", "neon_bf16")))

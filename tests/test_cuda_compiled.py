@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
-from convfast import native
+from convfast import toolchain
 
-BUILD = native.read_build(native.BUILD_FILE, "cuda")
+BUILD = toolchain.read_build(toolchain.BUILD_FILE, "cuda")
 FILES = [Path(source) for source in BUILD.sources]
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 CELLS = [(file, target) for file in FILES for target in TARGETS]

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from convfast import native
+from convfast import native, toolchain
 from tests.once import built_once
 
 NAMES = ["baseline", "avx2", "avx512"]
@@ -48,7 +48,7 @@ def kernels(library: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleTy
     name = f"convfast_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
 
     def build(folder: Path) -> None:
-        source = native.BUILD_FILE.parent / "testing" / "bindings.cpp"
+        source = toolchain.BUILD_FILE.parent / "testing" / "bindings.cpp"
         flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{include}", f"-I{pybind11.get_include()}"]
         done = subprocess.run(
             [*compiler, *flags, "-shared", source, library, "-o", folder / name], capture_output=True, text=True

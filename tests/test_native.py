@@ -19,11 +19,13 @@ import torch
 from torch.utils import cpp_extension
 
 import convfast
-from convfast import backends, native
+from convfast import backends, native, toolchain
+from convfast.triton import runtime as triton_runtime
 from tests.cases import instruction_set
 from tests.test_baseline_kernels import compiles
 
-ROOT = Path(native.PACKAGE).parent
+ROOT = toolchain.PACKAGE.parent
+SOURCES = toolchain.read_build(toolchain.BUILD_FILE).sources
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: nothing can be built here")
 
@@ -37,16 +39,16 @@ STABLE_TORCH_LIBRARY(convfast, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(convfast, CompositeExplicitAutograd, m) { m.impl("number", TORCH_BOX(&number)); }
 """
-# Loads the stub through convfast.native alone: the package around it would register fakes for ops that the stub lacks.
+# Loads the stub through convfast.native without the package's __init__: it would register fakes that the stub lacks.
 PROLOGUE = """
-import importlib.util, logging, sys
+import logging, sys, types
 from pathlib import Path
 logging.disable(logging.CRITICAL)
-spec = importlib.util.spec_from_file_location("native", sys.argv[1])
-native = sys.modules["native"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
-native.BUILD_FILE = Path(sys.argv[2])
-native.PACKAGE = Path(sys.argv[2]).parent
+sys.modules["convfast"] = package = types.ModuleType("convfast")
+package.__path__ = [sys.argv[1]]
+from convfast import native, toolchain
+toolchain.BUILD_FILE = Path(sys.argv[2])
+toolchain.PACKAGE = Path(sys.argv[2]).parent
 """
 LOAD = """
 if why := native.reason():
@@ -58,7 +60,7 @@ else:
 
 
 def write_stub(folder: Path, number: int = 42, source: str = STUB) -> Path:
-    listed = json.loads(native.BUILD_FILE.read_text())
+    listed = json.loads(toolchain.BUILD_FILE.read_text())
     listed["cpu"]["sources"] = ["csrc/stub.cpp"]
     csrc = folder / "csrc"
     csrc.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ def write_stub(folder: Path, number: int = 42, source: str = STUB) -> Path:
 def start(code: str, build_file: Path, cache: Path, prefix: tuple[str, ...] = (), **env: str) -> subprocess.Popen[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("CONVFAST_", "TORCH_EXTENSIONS"))}
     return subprocess.Popen(
-        [*prefix, sys.executable, "-W", "ignore", "-c", PROLOGUE + code, str(native.__file__), str(build_file)],
+        [*prefix, sys.executable, "-W", "ignore", "-c", PROLOGUE + code, str(toolchain.PACKAGE), str(build_file)],
         env=clean | {"CONVFAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -109,7 +111,11 @@ def filled_cache(stub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_import_compiles_and_loads_nothing(tmp_path: Path) -> None:
-    code = "import convfast, torch; print('torch' in repr(torch), hasattr(torch.ops.convfast, 'cpu_capability'))"
+    code = """
+import convfast, torch
+from convfast import native
+print(hasattr(torch.ops.convfast, "cpu_capability"), native._origins, native._failures)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"CONVFAST_CACHE": str(tmp_path / "cache"), "CXX": "/nonexistent", "PYTHONPATH": str(ROOT)},
@@ -117,12 +123,18 @@ def test_import_compiles_and_loads_nothing(tmp_path: Path) -> None:
         text=True,
         timeout=60,
     )
-    assert done.stdout.split() == ["True", "False"], done.stderr
+    assert done.stdout.split() == ["False", "{}", "{}"], done.stderr
     assert not (tmp_path / "cache").exists()
 
 
-def test_disabled_by_environment(stub: Path, tmp_path: Path) -> None:
-    assert run(LOAD, stub, tmp_path, CONVFAST_NO_NATIVE="1") == "failed: disabled by CONVFAST_NO_NATIVE"
+@needs_compiler
+def test_disabled_by_environment(stub: Path, tmp_path: Path, filled_cache: Path) -> None:
+    code = LOAD + "print(isinstance(why, native.Failure))"
+    assert run(code, stub, tmp_path, CONVFAST_NO_NATIVE="yes").splitlines() == [
+        "failed: disabled by CONVFAST_NO_NATIVE", "False",
+    ]  # fmt: skip
+    assert run(code, stub, tmp_path, CXX="no-such-compiler").endswith("\nTrue")
+    assert run(LOAD, stub, filled_cache, CONVFAST_NO_NATIVE="false").startswith("42 from")
 
 
 def test_old_torch_is_named(stub: Path, tmp_path: Path) -> None:
@@ -333,7 +345,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @needs_compiler
 def test_prebuilt_library_is_taken_or_refused(tmp_path: Path, filled_cache: Path) -> None:
     build_file = write_stub(tmp_path)
-    prebuilt = build_file.parent / native.read_build(build_file).prebuilt_name
+    prebuilt = build_file.parent / toolchain.read_build(build_file).prebuilt_name
     shutil.copy(libraries(filled_cache)[0], prebuilt)
     assert run(LOAD, build_file, tmp_path / "cache") == f"42 from {prebuilt} (prebuilt)"
     write_stub(tmp_path, number=44)
@@ -354,7 +366,7 @@ def test_failure_is_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_origins", {})
     monkeypatch.setattr(native, "_failures", {})
     assert native.reason() == native.reason() == "OSError: a surprise"
-    with pytest.raises(native.NativeUnavailable, match="a surprise"):
+    with pytest.raises(toolchain.NativeUnavailable, match="a surprise"):
         native.load()
     assert len(calls) == 1
 
@@ -372,7 +384,7 @@ def failures(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_fallback_to_plain_torch_is_warned_of_once(failures: dict[str, str]) -> None:
-    failures["cpu"] = "the build failed"
+    failures["cpu"] = native.Failure("the build failed")
     module, input = convfast.LSTM(3, 4), torch.ones(2, 5, 3)
     message = "convfast: the build failed; plain torch is used instead"
     with warnings.catch_warnings():
@@ -390,7 +402,7 @@ def test_fallback_to_plain_torch_is_warned_of_once(failures: dict[str, str]) -> 
 
 
 def test_fallback_that_was_asked_for_is_not_warned_of(failures: dict[str, str]) -> None:
-    failures["cpu"] = native.DISABLED
+    failures["cpu"] = "disabled by CONVFAST_NO_NATIVE"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convfast.LSTM(3, 4)(torch.ones(2, 5, 3))
@@ -411,14 +423,14 @@ def test_fallback_that_was_asked_for_is_not_warned_of(failures: dict[str, str]) 
 def test_a_change_builds_again_what_it_goes_into(changed: str, libraries: set[str], tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     build_file, file = tmp_path / "csrc" / "build.json", tmp_path / changed
-    before = {name: native.read_build(build_file, name).digest for name in ("cpu", "cuda", "emulated")}
+    before = {name: toolchain.read_build(build_file, name).digest for name in ("cpu", "cuda", "emulated")}
     file.write_text(file.read_text() + "// changed\n")
-    assert {name for name in before if native.read_build(build_file, name).digest != before[name]} == libraries
+    assert {name for name in before if toolchain.read_build(build_file, name).digest != before[name]} == libraries
 
 
 def test_every_include_is_in_the_digest() -> None:
     for name in ("cpu", "cuda", "emulated"):
-        listed = native.read_build(native.BUILD_FILE, name).files
+        listed = toolchain.read_build(toolchain.BUILD_FILE, name).files
         for file in listed:
             for included in re.findall(r'^#include "(.*)"', file.read_text(), re.MULTILINE):
                 path = (file.parent / included).resolve()
@@ -447,8 +459,8 @@ def write_nvcc(home: Path, version: str) -> Path:
 
 def test_nvcc_that_is_missing_too_old_or_of_another_version_is_named(cuda_torch: Path) -> None:
     def why() -> str:
-        with pytest.raises(native.NativeUnavailable) as found:
-            native.toolchain("cuda")
+        with pytest.raises(toolchain.NativeUnavailable) as found:
+            toolchain.describe("cuda")
         return str(found.value)
 
     nvcc = cuda_torch / "bin" / "nvcc"
@@ -464,11 +476,11 @@ def test_cuda_runtime_is_linked_from_the_toolkit_behind_nvcc(cuda_torch: Path) -
     with nvcc.open("a") as file:
         file.write(f"echo '#$ _HERE_={toolkit}/bin' >&2; echo '#$ TOP={toolkit}/bin/..' >&2\n")
     (toolkit / "bin").mkdir(parents=True)
-    assert native.cuda_folders() == []
+    assert toolchain.cuda_folders() == []
     library = toolkit / "lib" / "libcudart.so"
     library.parent.mkdir()
     library.touch()
-    assert native.cuda_folders() == [f"-L{library.parent}"]
+    assert toolchain.cuda_folders() == [f"-L{library.parent}"]
 
 
 @needs_compiler
@@ -477,19 +489,20 @@ def test_architectures_of_a_cuda_build(cuda_torch: Path, monkeypatch: pytest.Mon
     here = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: here[index])
-    assert native.architectures((12, 0)) == "8.0+PTX;9.0a"
-    assert native.architectures((13, 0)) == "8.0;9.0a;10.0+PTX"
+    assert toolchain.architectures((12, 0)) == "8.0+PTX;9.0a"
+    assert toolchain.architectures((13, 0)) == "8.0;9.0a;10.0+PTX"
     here += [(9, 0)]
-    assert native.architectures((13, 0)) == "9.0a"
+    assert toolchain.architectures((13, 0)) == "9.0a"
     here += [(7, 5), (8, 6), (9, 0)]
-    assert native.toolchain("cuda") == f"{native.compiler()}, {nvcc}: 13.0 for 8.6+PTX;9.0a"
+    assert toolchain.describe("cuda") == f"{toolchain.compiler()}, {nvcc}: 13.0 for 8.6+PTX;9.0a"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;10.0+PTX")
-    assert native.toolchain("cuda").endswith(" for 8.0;10.0+PTX")
+    assert toolchain.describe("cuda").endswith(" for 8.0;10.0+PTX")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "5.2 7.5+PTX Turing 8.0 Hopper 12.0+PTX")
-    assert native.architectures((13, 0)) == "8.0;Hopper;12.0+PTX"
+    assert toolchain.architectures((13, 0)) == "8.0;Hopper;12.0+PTX"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
-    with pytest.raises(native.NativeUnavailable, match=r"'7\.0;7\.5\+PTX', expected an architecture of at least 8\.0"):
-        native.architectures((13, 0))
+    message = r"'7\.0;7\.5\+PTX', expected an architecture of at least 8\.0"
+    with pytest.raises(toolchain.NativeUnavailable, match=message):
+        toolchain.architectures((13, 0))
 
 
 BUILDS = """
@@ -509,7 +522,7 @@ def test_library_that_is_there_is_not_built_again(tmp_path: Path) -> None:
 
 
 def test_key_of_a_cuda_library_has_its_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    build, keys = native.read_build(native.BUILD_FILE, "cuda"), set()
+    build, keys = toolchain.read_build(toolchain.BUILD_FILE, "cuda"), set()
     for asked in ("8.0", "9.0"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
         keys.add(native._key(build))
@@ -518,17 +531,17 @@ def test_key_of_a_cuda_library_has_its_architectures(monkeypatch: pytest.MonkeyP
 
 def test_cuda_library_without_cuda_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(native.NativeUnavailable, match=r"^torch is built without CUDA$"):
+    with pytest.raises(toolchain.NativeUnavailable, match=r"^torch is built without CUDA$"):
         native._load("cuda")
 
 
-@pytest.mark.parametrize("source", native.read_build(native.BUILD_FILE).sources, ids=lambda source: Path(source).stem)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: Path(source).stem)
 @pytest.mark.parametrize("compiler", ["clang++", "aarch64-linux-gnu-g++"])
 def test_other_compilers_take_the_sources(compiler: str, source: str) -> None:
     if not shutil.which(compiler) or not compiles([compiler]):
         pytest.skip(f"no {compiler}, or no library with it")
     includes = (f"-I{path}" for path in cpp_extension.include_paths())
-    flags = [flag for flag in native.read_build(native.BUILD_FILE).cflags if flag != "-O3"]
+    flags = [flag for flag in toolchain.read_build(toolchain.BUILD_FILE).cflags if flag != "-O3"]
     command = [compiler, "-O0", "-c", *flags, *includes, source, "-o", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -567,27 +580,39 @@ print(torch.backends.cpu.get_cpu_capability(), torch.ops.convfast.cpu_capability
     assert float(single) < 1e-5 and float(double) < 1e-13
 
 
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
 def test_what_is_packaged(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", "77")
     steps = ["egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path / "library"]
     env = os.environ | {"CONVFAST_NO_NATIVE": "1", "PYTHONPATH": "."}
-    done = subprocess.run(
-        [sys.executable, "setup.py", *map(str, steps)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, steps)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     installed = tmp_path / "library" / "convfast"
     assert (installed / "py.typed").is_file()
-    code = "from convfast.native import *; print(*(read_build(BUILD_FILE, name).digest for name in ('cpu', 'cuda')))"
+    code = "from convfast.toolchain import *; print(*(read_build(BUILD_FILE, name).digest for name in ('cpu', 'cuda')))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=installed.parent, env=env, capture_output=True, text=True, timeout=60
     )
-    here = [native.read_build(native.BUILD_FILE, name).digest for name in ("cpu", "cuda")]
+    here = [toolchain.read_build(toolchain.BUILD_FILE, name).digest for name in ("cpu", "cuda")]
     assert done.stdout.split() == here, done.stderr  # it takes the same libraries as a checkout does
-    packed = set((tmp_path / "convfast.egg-info" / "SOURCES.txt").read_text().splitlines())
+    described = tmp_path / "convfast.egg-info"
+    metadata = (described / "PKG-INFO").read_text().splitlines()
+    assert {f"Version: {convfast.__version__}", "License-Expression: MIT", "License-File: LICENSE"} <= set(metadata)
+    oldest = ".".join(map(str, triton_runtime.OLDEST))
+    assert f"[triton]\ntriton>={oldest}\n" in (described / "requires.txt").read_text()
+    packed = set((described / "SOURCES.txt").read_text().splitlines())
     folders = ("bench", "convfast", "csrc", "docs", "examples", "tests")
     kinds = {".cpp", ".cu", ".h", ".inc", ".json", ".md", ".py", ".sh", ".typed"}
     needed = [file for folder in folders for file in (ROOT / folder).rglob("*") if file.suffix in kinds]
-    needed += [ROOT / name for name in ("CMakeLists.txt", "Makefile", "README.md", "pyproject.toml", "setup.py")]
+    files = ("CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py")
+    needed += [ROOT / name for name in files]
     assert {file.relative_to(ROOT).as_posix() for file in needed} <= packed
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import convfast
+from convfast.environment import enabled
 from tests.cases import instruction_set, name_of
 from tests.oracle import assert_close_to_oracle, with_gradients
 from tests.oracle import lstm as lstm_oracle
 
 OPS = ("lstm", "conv1d")
-EMULATED = os.environ.get("CONVFAST_EMULATE_TILES") == "1"
+EMULATED = enabled("CONVFAST_EMULATE_TILES")
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 # Rows enough for tiles on both threads; 33 and 70 are no multiples of a tile's depth, 17 rows none of its height.
 # Then few samples, whose hidden units the threads share, and some more with weights that fill a core's L2.

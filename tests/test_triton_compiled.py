@@ -2,7 +2,6 @@
 often they are compiled. The launchers run on the meta device. CONVFAST_ALL_TARGETS=1: every call, target,
 dtype and tile."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -15,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 
+from convfast.environment import enabled
 from convfast.triton import conv1d, conv_lstm, lstm, lstm_gates, runtime, tune
 from tests.triton_target import CHIPS, Kernel, compiling_for
 
@@ -125,7 +125,7 @@ GRID = [
     ("conv1d_gates_9_256", "sm_86", BF16),
     *((call, target, BF16) for target in OTHERS for call in ("conv_lstm_64", "lstm_128")),
 ]
-ALL = os.environ.get("CONVFAST_ALL_TARGETS") == "1"  # many minutes
+ALL = enabled("CONVFAST_ALL_TARGETS")  # many minutes
 if ALL:
     GRID = [(call, target, dtype) for call in CALLS for target in CHIPS for dtype in (BF16, FP16, FP32)]
 CELLS = pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .. import native
+from .. import backends
 from .hooks import watched
 from .options import Layer
 
@@ -51,7 +51,7 @@ class Twin(nn.Module):
             raise RuntimeError(
                 f"{name}: hooks are set or forward is replaced, which torch.jit.script would leave out; expected none"
             )
-        native.load_for(next(module.parameters()))
+        backends.load_native(next(module.parameters()))
         # torch.jit.script knows objects by their addresses, which those of a module that is gone may have again.
         _ORIGINALS[self] = module
         # Of this module alone: others in it may belong to the model that is scripted.

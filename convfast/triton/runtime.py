@@ -1,17 +1,18 @@
 """What launchers share: whether Triton can be had, on which device, and how exact a float32 product has to be."""
 
 import functools
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..environment import enabled
+
 # Imports no triton: it answers why there is none.
 
 OLDEST = (3, 4)
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INTERPRETED = enabled("TRITON_INTERPRET")
 
 
 def interpreted() -> bool:
@@ -21,6 +22,15 @@ def interpreted() -> bool:
 
 def devices() -> tuple[str, ...]:
     return ("cpu",) if interpreted() else ("cuda",)
+
+
+def version() -> str:
+    """Triton's; "none" where it cannot be imported."""
+    try:
+        import triton
+    except ImportError:
+        return "none"
+    return triton.__version__
 
 
 def reason() -> str | None:

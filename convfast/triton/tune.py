@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import native
+from ..environment import enabled
 from . import runtime
 
 Candidate = TypeVar("Candidate")
@@ -37,7 +38,7 @@ def best(
         like: a tensor on the GPU in question.
         run: launches the kernel with a candidate; called more than once, and what it wrote last stays.
     """
-    if len(candidates) == 1 or os.environ.get("CONVFAST_AUTOTUNE", "0") in ("", "0") or not _measurable(like):
+    if len(candidates) == 1 or not enabled("CONVFAST_AUTOTUNE") or not _measurable(like):
         return candidates[0]
     whole = " | ".join((_gpu(like), f"triton {triton.__version__}", name, *map(str, key)))
     path = native.cache_dir() / "convfast-triton.json"

@@ -1,6 +1,7 @@
 #include "workspace.h"
 
 #include <pthread.h>
+#include <strings.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -109,7 +110,11 @@ void release_workspace() {
 bool poison_requested() {
   static const bool requested = [] {
     const char* value = std::getenv("CONVFAST_POISON");
-    return value && std::strcmp(value, "1") == 0;
+    if (!value) return false;
+    for (const char* off : {"", "0", "false", "off", "no"}) {  // as in convfast/environment.py
+      if (strcasecmp(value, off) == 0) return false;
+    }
+    return true;
   }();
   return requested;
 }
