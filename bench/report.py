@@ -209,8 +209,9 @@ class Report:
 
 def _summary_table(races: list[Row]) -> str:
     columns = ["case", "best torch opponent", "its ms", "convfast ms", "ratio"]
-    lean = races[0]["headline"].endswith(" fast")
-    columns += ["lean ms", "lean ratio"] if lean else []
+    lean = races[0]["headline"].removesuffix("fast") + "lean"
+    has_lean = all(lean in row["contestants"] for row in races)
+    columns += ["lean ms", "lean ratio"] if has_lean else []
     direct = races[0]["headline"] + " direct"
     has_direct = all(direct in row["contestants"] for row in races)
     columns += ["direct ms", "direct ratio"] if has_direct else []
@@ -226,8 +227,8 @@ def _summary_table(races: list[Row]) -> str:
             f"{ours['ms']:.3f}",
             f"**{ours['ratio']:.2f}×**",
         ]
-        if lean:
-            figures = row["contestants"][row["headline"].removesuffix("fast") + "lean"]
+        if has_lean:
+            figures = row["contestants"][lean]
             line += [f"{figures['ms']:.3f}", f"{figures['ratio']:.2f}×"]
         if has_direct:
             figures = row["contestants"][direct]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .native import OLDEST_GPU
+from .toolchain import OLDEST_GPU
 from .triton import runtime as triton_runtime
 
 OPS = ("lstm_gates", "conv_lstm", "conv1d", "lstm")
