@@ -355,6 +355,20 @@ def test_relu_keeps_a_nan(backend: str, channels: int) -> None:
     assert (y[~within] == 0).any() and (y[~within] >= 0).all()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_threads_share_sums_of_large_weights(groups: int, native_ops: Any) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 70, 2048), (0.01 * torch.randn(2040, 2048 // groups, 3)).requires_grad_()
+    bias = torch.randn(2040, requires_grad=True)
+    dy = torch.randn(3, 68, 2040)
+    with threads(7 * groups):  # sums of their own would take more than 256 MiB
+        y = conv1d(x, weight, bias, groups=groups, backend="cpu")
+        found = torch.autograd.grad(y, (weight, bias), dy)
+    plain = torch.nn.functional.conv1d(x.transpose(1, 2), weight, bias, groups=groups)
+    expected = torch.autograd.grad(plain, (weight, bias), dy.transpose(1, 2))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_activations_of_the_largest_numbers(activation: str, backend: str) -> None:
     values = torch.tensor([-3e38, -1e38, -200, -90, -1, 0, 1, 90, 1e38, 3e38])

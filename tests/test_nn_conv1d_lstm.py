@@ -433,6 +433,12 @@ def test_cnn_lstm_is_the_plain_one(kernel: int, layers: int, backend: str) -> No
     assert ours(x).shape == (BATCH, TIME + 4 - 2 * (kernel - 1), 2)
 
 
+def test_convolutions_of_cnn_lstm_have_the_numbers_of_the_plain_one() -> None:
+    module = CNN_LSTM(INPUT, 2, 6)
+    assert module.cnn[0].weight is module.get_parameter("cnn.0.weight")
+    assert module.cnn[2].weight is module.get_parameter("cnn.2.weight")
+
+
 def test_cnn_lstm_drops_out_between_its_layers_only() -> None:
     assert CNN_LSTM(3, 2).lstm.dropout == 0.2
     assert CNN_LSTM(3, 2, lstm_num_layers=1).lstm.dropout == 0.0

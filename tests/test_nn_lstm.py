@@ -661,6 +661,16 @@ with torch.no_grad():
 """
 
 
+def test_threads_share_sums_of_large_weights(native_ops) -> None:
+    torch.manual_seed(0)
+    module = LSTM(1024, 1024, backend="cpu")
+    plain, x = twin(module, torch.float32), torch.randn(2, 64, 1024)
+    with threads(12):  # sums of their own would take more than 256 MiB
+        found = torch.autograd.grad(module(x)[0].square().sum(), list(module.parameters()))
+    expected = torch.autograd.grad(plain(x)[0].square().sum(), list(plain.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 FITS_IN_WHAT_LIES_IDLE = """
 import resource, torch, convfast
 def run(batch):

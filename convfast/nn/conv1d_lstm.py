@@ -286,11 +286,19 @@ def _check_tail(frames: Tensor, x: Tensor, least: int, most: int, shown: str) ->
         raise TypeError(f"{shown} has dtype {frames.dtype}, expected {x.dtype} as its input has")
 
 
+class _Numbered(nn.ModuleDict):
+    """Modules by the numbers that they have in a Sequential, in which there is more between them."""
+
+    def __getitem__(self, key: int | str) -> nn.Module:
+        return super().__getitem__(str(key))
+
+
 class CNN_LSTM(nn.Module):
     """Two convolutions with ReLU, an LSTM, and a linear layer at every step.
 
     What `Sequential(Conv1d(F, c, k, padding=1), ReLU(), Conv1d(c, 2c, k, padding=1), ReLU())`, `LSTM` and `Linear` of
-    torch give, with their parameters: `cnn.0`, `cnn.2`, `lstm` and `fc`; equations are those of `convfast.conv1d` and
+    torch give, with their parameters: `cnn.0`, `cnn.2` (also `model.cnn[0]`, `model.cnn[2]`, each with its ReLU), `lstm`
+    and `fc`; equations are those of `convfast.conv1d` and
     `convfast.lstm`.
 
     Args:
@@ -339,7 +347,7 @@ class CNN_LSTM(nn.Module):
         hidden = 2 * cnn_out_channels
         first = Conv1d(input_dim, cnn_out_channels, cnn_kernel_size, **options)
         second = Conv1d(cnn_out_channels, hidden, cnn_kernel_size, **options)
-        self.cnn = nn.ModuleDict({"0": first, "2": second})
+        self.cnn = _Numbered({"0": first, "2": second})
         self.lstm = LSTM(
             hidden,
             lstm_hidden_size,

@@ -214,7 +214,15 @@ struct Engine {
   const TimeTiling<T> winograd = takes_winograd() ? TimeTiling<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiling<T>();
 
   // Whether it pays for weights' gradients: their sums are larger.
-  bool sums_by_winograd() const { return winograd && p.batch * p.out_time >= 3 * kRows; }
+  bool sums_by_winograd() const { return winograd && p.batch * p.out_time >= 3 * kRows && copies() == torch::stable::get_num_threads(); }
+
+  // How many sums of the weights' gradients there are: one of each thread, or as many as take no more than this, of which several threads
+  // share the channels.
+  long copies() const {
+    constexpr long kMostCopies = 256 << 20;  // bytes
+    const long threads = torch::stable::get_num_threads(), rows = p.groups * (winograd ? winograd.kernels().planes : p.taps) * p.group_features();
+    return p.depthwise() ? threads : std::clamp<long>(kMostCopies / (rows * round_up(p.group_channels(), 16) * long(sizeof(T))), 1, threads);
+  }
 
   // Channels that a depthwise convolution takes for one row's: those of so many rows as fill whole vectors, where one row's would leave
   // much of them empty. 0: each row by itself.
@@ -493,20 +501,16 @@ struct Engine {
     std::vector<T*> sums(threads, nullptr);   // of each thread that has some
     std::vector<long> collected(threads, 0);  // tiles that are not in them yet
     if (needs[1] || need_bias) {
-      T* all_sums = workspace.take<T>(threads * sums_size);
+      const long copies = this->copies(), members = (threads + copies - 1) / copies, each = round_up((cg + members - 1) / members, 16);
+      T* all_sums = workspace.take<T>(copies * sums_size);
       const long size = round_up(packed_rows(most_rows()) * width + 64 + kRows * ldc + ldc, 16);
       T* scratch = workspace.take<T>(threads * size);
-      add_chunks(region, p.out_time, kRows, [=, &sums, &collected](long sample, long begin, long rows, long thread) {
+      // Adds rows' part in channels [first, first + n) of each group; that of the bias goes with the first ones.
+      const auto add_rows = [=, &collected](long sample, long begin, long valid, long thread, T* sum, long first, long n) {
         static const T one = 1;
-        const long valid = std::clamp(p.out_lengths[sample] - begin, 0l, rows);
-        if (!valid) return;
-        T *tiles = winograd_scratch + thread * winograd_size, *g = scratch + thread * size, *buffer = g + kRows * ldc, *packed = buffer + ldc, *sum = all_sums + thread * sums_size;
-        if (!sums[thread]) {
-          sums[thread] = sum;
-          std::fill(sum, sum + sums_size, T(0));
-        }
+        T *tiles = winograd_scratch + thread * winograd_size, *g = scratch + thread * size, *buffer = g + kRows * ldc, *packed = buffer + ldc;
         pre_gradients(saved, sample, begin, valid, buffer, g);
-        if (need_bias) k.outer_sum({valid, &one, {&kZero, 1, 1, 0}, g, ldc, p.channels, sum + depth * ldg, ldc});
+        if (need_bias && first == 0) k.outer_sum({valid, &one, {&kZero, 1, 1, 0}, g, ldc, p.channels, sum + depth * ldg, ldc});
         if (!needs[1]) return;
         pack_input(sample, begin * p.stride, packed_rows(valid), packed);
         if (sums_by_winograd()) {
@@ -515,8 +519,37 @@ struct Engine {
         }
         if (p.depthwise()) return k.depthwise_weight_grad(valid, packed, runs, g, ldc, sum);
         for (long group = 0; group < p.groups; ++group)
-          k.outer_sum({valid, packed + group * fg, runs, g + group * cg, ldc, cg, sum + group * p.taps * fg * ldg, ldg});
-      });
+          k.outer_sum({valid, packed + group * fg, runs, g + group * cg + first, ldc, n, sum + group * p.taps * fg * ldg + first, ldg});
+      };
+      const auto valid_rows = [=](long sample, long begin, long rows) { return std::clamp(p.out_lengths[sample] - begin, 0l, rows); };
+      if (members == 1) {
+        add_chunks(region, p.out_time, kRows, [=, &sums](long sample, long begin, long rows, long thread) {
+          const long valid = valid_rows(sample, begin, rows);
+          if (!valid) return;
+          T* sum = all_sums + thread * sums_size;
+          if (!sums[thread]) {
+            sums[thread] = sum;
+            std::fill(sum, sum + sums_size, T(0));
+          }
+          add_rows(sample, begin, valid, thread, sum, 0, cg);
+        });
+      } else {
+        for (long copy = 0; copy < copies; ++copy) sums[copy] = all_sums + copy * sums_size;
+        const long chunks = chunks_of(p.out_time, kRows), all = p.batch * chunks;
+        region.add(copies * members, [=](long begin, long end, long thread) {
+          for (long share = begin; share < end; ++share) {
+            const long copy = share / members, first = share % members * each, n = std::min(each, cg - first);
+            if (n <= 0) continue;
+            T* sum = all_sums + copy * sums_size;
+            for (long row = 0; row < depth; ++row) std::fill_n(sum + row * ldg + first, n, T(0));
+            if (first == 0) std::fill_n(sum + depth * ldg, ldc, T(0));
+            for (long i = all * copy / copies; i < all * (copy + 1) / copies; ++i) {
+              const long sample = i / chunks, row = i % chunks * kRows, valid = valid_rows(sample, row, std::min(kRows, p.out_time - row));
+              if (valid) add_rows(sample, row, valid, thread, sum, first, n);
+            }
+          }
+        });
+      }
       if (sums_by_winograd() && needs[1])
         region.add(threads, [=, &sums, &collected](long, long, long thread) {
           if (collected[thread]) winograd.add_products(collected[thread], winograd_scratch + thread * winograd_size, sums[thread], ldg);
