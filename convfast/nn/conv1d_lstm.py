@@ -297,9 +297,8 @@ class CNN_LSTM(nn.Module):
     """Two convolutions with ReLU, an LSTM, and a linear layer at every step.
 
     What `Sequential(Conv1d(F, c, k, padding=1), ReLU(), Conv1d(c, 2c, k, padding=1), ReLU())`, `LSTM` and `Linear` of
-    torch give, with their parameters: `cnn.0`, `cnn.2` (also `model.cnn[0]`, `model.cnn[2]`, each with its ReLU), `lstm`
-    and `fc`; equations are those of `convfast.conv1d` and
-    `convfast.lstm`.
+    torch give, with their parameters: `cnn.0`, `cnn.2`, `lstm` and `fc`; `model.cnn[0]` and `model.cnn[2]` are the
+    convolutions, each with its ReLU. Equations are those of `convfast.conv1d` and `convfast.lstm`.
 
     Args:
         input_dim: F.
