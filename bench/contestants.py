@@ -31,12 +31,11 @@ class Problem:
     """Input, weights and output gradient of a ConvLSTM case; the same for everyone."""
 
     def __init__(self, case: ConvLSTMCase, setting: Setting = CPU) -> None:
-        generator = torch.Generator().manual_seed(0)
+        normal = setting.drawing()
         self.case, self.setting = case, setting
         frames = () if case.same_frame else (case.time,)
         shape = case.batch, *frames, case.channels, *case.space
-        self.input = setting.place(torch.randn(shape, generator=generator))
-        self.grad = setting.place(torch.randn(self.output_shape, generator=generator))
+        self.input, self.grad = normal(*shape), normal(*self.output_shape)
         torch.manual_seed(0)
         template = CatConvLSTM(case.channels, list(case.hidden), case.kernel, len(case.space))
         self.weights = {name: setting.place(weight.detach().clone()) for name, weight in template.weights()}
@@ -236,14 +235,14 @@ class Conv1dProblem:
     """Input, lengths, weights and output gradient of a Conv1d → LSTM case; the same for everyone."""
 
     def __init__(self, case: Conv1dLSTMCase, setting: Setting = CPU) -> None:
-        generator = torch.Generator().manual_seed(0)
+        normal = setting.drawing()
         self.case, self.setting = case, setting
-        self.grad = setting.place(torch.randn(case.batch, case.time, case.hidden, generator=generator))
+        self.grad = normal(case.batch, case.time, case.hidden)
         self.lengths = torch.tensor(case.lengths) if case.varied else None
         torch.manual_seed(0)
         self.weights = setting.place(self._plain()).state_dict()
         while not hasattr(self, "input") or (setting.precision == "float32" and self._near_a_kink()):
-            self.input = setting.place(torch.randn(case.batch, case.time, case.features, generator=generator))
+            self.input = normal(case.batch, case.time, case.features)
 
     @torch.no_grad()
     def _near_a_kink(self) -> bool:
@@ -352,12 +351,10 @@ class GatesProblem:
     """Pre-activations, c and the gradient of h, for the pointwise cell alone."""
 
     def __init__(self, case: GatesCase, setting: Setting = CPU) -> None:
-        generator = torch.Generator().manual_seed(0)
+        normal = setting.drawing()
         self.setting = setting
-        size = case.height, case.width
-        gates = torch.randn(case.batch, 4 * case.channels, *size, generator=generator)
-        c, dh = (torch.randn(case.batch, case.channels, *size, generator=generator) for _ in range(2))
-        tensors = map(setting.place, (gates, c, dh))
+        channels = (4 * case.channels, case.channels, case.channels)
+        tensors = (normal(case.batch, n, case.height, case.width) for n in channels)
         self.gates, self.c, self.dh = (channels_last(t, 1) if case.channels_last else t for t in tensors)
 
     def contestant(

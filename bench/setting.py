@@ -1,6 +1,6 @@
 """Where and how a row is measured."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -41,6 +41,11 @@ class Setting:
     def peak(self, unit: str) -> str:
         """Key of the peak that a rate in `unit` is held against."""
         return unit if self == CPU or unit == "GB/s" else f"{unit} {self.precision}"
+
+    def drawing(self) -> Callable[..., Tensor]:
+        """→ normal(*sizes): numbers drawn on the device itself, the same ones each time that drawing begins."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return lambda *sizes: torch.randn(sizes, generator=generator, device=self.device).to(self.dtype)
 
     def place(self, what: Placed) -> Placed:
         return what.to(self.device, self.dtype)
