@@ -174,7 +174,7 @@ def load_ops(device: str | torch.device = "cpu") -> None:
 
 
 def load_native(tensor: Tensor) -> None:
-    """Make the compiled libraries' ops for tensors where `tensor` is exist, with their fakes; may build them.
+    """Load the compiled ops for the device of `tensor`, with their fakes; may build them.
 
     Raises:
         NativeUnavailable: with the reason.

@@ -26,5 +26,5 @@ ENVIRONMENT = {
 
 
 def enabled(name: str) -> bool:
-    """Whether a flag is on: set to anything but nothing, 0, false, off or no, in any case."""
+    """Whether a flag is on: set, and not to an empty string, 0, false, off or no, in any case."""
     return os.environ.get(name, "").lower() not in ("", "0", "false", "off", "no")

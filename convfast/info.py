@@ -12,7 +12,7 @@ from .triton import runtime as triton_runtime
 
 
 def versions() -> list[str]:
-    """Of what is installed, and the names of the GPUs."""
+    """Versions of what is installed, and names of the GPUs."""
     lines = [
         f"convfast     {__version__} ({toolchain.PACKAGE})",
         f"torch        {torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda or 'none'}",

@@ -35,7 +35,7 @@ log = logging.getLogger("convfast")
 
 
 class Failure(str):
-    """The reason why a library could not be built or loaded; one that nobody wanted has a plain str."""
+    """The reason why a library could not be built or loaded; that of a disabled library is a plain str."""
 
 
 class _Disabled(NativeUnavailable):

@@ -153,12 +153,12 @@ def test_the_header_names_all_commits_and_instruction_sets() -> None:
     assert "(commits a1, b2 and 2 more)" in written.machine_line()
 
 
-def test_scaling_counts_the_products_of_the_engine_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_counts_the_products_of_the_engine_it_is_told(monkeypatch: pytest.MonkeyPatch, native_ops) -> None:
     pytest.importorskip("matplotlib")
     from bench import scaling
 
     for kernel in (3, 7):  # in the words of explain itself
-        scaling.floor(replace(scaling.BASE, kernel=kernel), True, 1.0)
+        assert "winograd" in scaling.floor(replace(scaling.BASE, kernel=kernel), True, 1.0)[0]
 
     def part(engine: str) -> float:
         """Of the direct engine's products."""

@@ -29,7 +29,8 @@ def test_flag_is_off(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_variable_that_is_read_is_in_the_table() -> None:
-    files = [*PACKAGE.rglob("*.py"), *(path for path in BUILD_FILE.parent.rglob("*") if path.suffix in (".h", ".cpp"))]
+    native = (path for path in BUILD_FILE.parent.rglob("*") if path.suffix in (".h", ".inc", ".cpp", ".cu"))
+    files = [*PACKAGE.rglob("*.py"), *native]
     reads = r'(?:getenv|setting|at_most|enabled|environ\.get)\("(\w+)"'
     found = {name for file in files for name in re.findall(reads, file.read_text())}
     assert found - {"PATH", "TORCH_EXTENSIONS_DIR"} == ENVIRONMENT.keys() - {"CUDA_HOME"}  # torch reads that

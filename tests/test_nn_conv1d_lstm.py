@@ -637,7 +637,7 @@ BAD_CALLS = {
     "no_time": ({}, (X[:, :0],), ValueError, "Conv1dLSTM: input has 0 time steps, expected at least 1"),
     "too_short": ({"padding": "valid"}, (X[:, :4],), ValueError, "conv1d: input has size 2 in time, expected at le"),
     "too_short_for_pool": ({"pool": ("max", 20)}, (X,), ValueError, "Conv1dLSTM: input of pool has 13 .* kernel 20"),
-    "state": ({}, (X, (H, H[:, 1:])), ValueError, r"^Conv1dLSTM: state c has shape \[1, 2, 5\], expected \[1, 3, 5\]"),
+    "state": ({}, (X, (H, H[:, 1:])), ValueError, r"^Conv1dLSTM: c of state has shape \[1, 2, 5\], expected \[1, 3, 5"),
     "state_type": ({}, (X, H), TypeError, r"^Conv1dLSTM: state is a Tensor, expected two tensors \(h, c\)"),
     "lengths_list": ({}, (X, None, [1, 2, 3]), TypeError, "^Conv1dLSTM: lengths has type list, expected a Tensor"),
     "lengths": ({}, (X, None, torch.tensor([1, 14, 2])), ValueError, "lengths has 14, expected 0 to 13"),
@@ -712,7 +712,7 @@ def test_step_with_what_is_no_convolution() -> None:
 def test_lengths_with_what_takes_none() -> None:
     module = Conv1dLSTM(4, 5, 6)
     module.lstm = torch.nn.LSTM(5, 6, batch_first=True)
-    with pytest.raises(TypeError, match=r"lengths is a Tensor, expected None with a torch\.nn\.LSTM"):
+    with pytest.raises(TypeError, match=r"^Conv1dLSTM: lengths is a Tensor, expected None with a torch\.nn\.LSTM"):
         module(torch.randn(2, 3, 4), lengths=torch.tensor([3, 2]))
 
 

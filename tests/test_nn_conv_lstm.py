@@ -1069,7 +1069,7 @@ BAD_CALLS = {
     "channels_of_frame": ({}, (zeros(2, 5, 6, 5),), ValueError, r"input has 5 channels, .*layout \[B, C, H, W\]"),
     "no_time": ({}, (zeros(2, 0, 3, 6, 5),), ValueError, "input has 0 time steps, expected at least 1"),
     "no_pixel": ({}, (zeros(2, 4, 3, 0, 5),), ValueError, "input has an empty frame"),
-    "type": ({}, ([1.0],), TypeError, "ConvLSTM: input is a list, expected a Tensor or None"),
+    "type": ({}, ([1.0],), TypeError, "ConvLSTM: input is a list of 1, expected a Tensor or None"),
     "dtype": ({}, (zeros(2, 4, 3, 6, 5, dtype=torch.float64),), TypeError, "input has dtype torch.float64"),
     "integers": ({}, (zeros(2, 4, 3, 6, 5, dtype=torch.int64),), TypeError, "input has dtype torch.int64"),
     "device": ({}, (zeros(2, 4, 3, 6, 5).to("meta"),), ValueError, "input is on meta, expected cpu"),
@@ -1104,7 +1104,7 @@ BAD_CALLS = {
     "state_of_one_layer": ({}, (zeros(2, 4, 3, 6, 5), GOOD[1]), ValueError, "state is one .* return_all_layers=True"),
     "state_count": ({}, (zeros(2, 4, 3, 6, 5), GOOD[:1]), ValueError, "state has 1 entries, expected 2"),
     "state_type": ({}, (zeros(2, 4, 3, 6, 5), zeros(2)), TypeError, "state is a Tensor, expected"),
-    "state_entry": ({}, (zeros(2, 4, 3, 6, 5), [1, 2]), ValueError, r"state is one \(h, c\), expected a list"),
+    "state_entry": ({}, (zeros(2, 4, 3, 6, 5), [1, 2]), TypeError, "state of layer 0 is an int, expected two tensors"),
     "state_part": (
         {"hidden_channels": 4},
         (zeros(2, 4, 3, 6, 5), (zeros(2, 4, 6, 5), None)),
@@ -1179,7 +1179,7 @@ def test_bad_call_is_named_with_what_was_expected(name: str) -> None:
         ((zeros(2, 3, 6, 5), zeros(2, 4, 6, 5)), ValueError, "expected h and c together"),
         ((None,), ValueError, r"given are \[\], expected h and c together, and at least them or input"),
         ((zeros(2, 3, 6, 5), *pairs((2, 5, 6, 5))[0]), ValueError, r"^ConvLSTMCell: h has shape \[2, 5, 6, 5\]"),
-        ((1,), TypeError, "ConvLSTMCell: input is a int, expected a Tensor or None"),
+        ((1,), TypeError, "ConvLSTMCell: input is an int, expected a Tensor or None"),
         ((zeros(2, 3, 6, 5).to_sparse(),), TypeError, "ConvLSTMCell: input is a torch.sparse_coo .* a dense"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backends import check_name
 from ..ops import conv1d
-from ..ops.checks import PADDING_MODES, check_choice, check_count, check_integers, integer
+from ..ops.checks import PADDING_MODES, check_choice, check_count, check_flag, check_integers, integer
 from ..ops.conv1d import ACTIVATIONS, PADDINGS, conv1d_lengths, conv1d_pads
 from .options import check_dtype, numbers, shown
 from .scripted_lstm import ScriptedConv1d
@@ -84,6 +84,7 @@ class Conv1d(nn.Module):
             )
         check_choice(owner, "padding_mode", padding_mode, PADDING_MODES)
         check_choice(owner, "activation", activation, ACTIVATIONS)
+        check_flag(owner, "channels_first", channels_first)
         check_dtype(owner, dtype)
         check_name(owner, backend)
         self.in_channels = in_channels
@@ -118,7 +119,7 @@ class Conv1d(nn.Module):
             padding: in place of the module's.
 
         Returns:
-            `[B, T', C]`, contiguous, zero past each sample's `output_lengths`; `[T', C]` of a single sequence.
+            `[B, T', C]`, contiguous, zero past each sample's end; `[T', C]` of a single sequence.
         """
         single = isinstance(input, Tensor) and input.ndim == 2 and lengths is None
         output = conv1d(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import autocast_dtype, autocast_to, check_count, check_dense, check_integers, kind
+from ..ops.checks import autocast_dtype, autocast_to, check_count, check_dense, check_flag, check_integers, kind
 from .conv1d import Conv1d
 from .handoff import call_conv, call_lstm, convolve_into_lstm
 from .lstm import LSTM, takes
@@ -76,6 +76,7 @@ class Conv1dLSTM(nn.Module):
         owner = type(self).__name__
         input_size = check_count(owner, "input_size", input_size, 1)
         channels = counts(owner, "conv_channels", conv_channels)
+        check_flag(owner, "channels_first", channels_first)
         options = {
             "kernel_size": kernel_size,
             "stride": stride,
@@ -144,7 +145,7 @@ class Conv1dLSTM(nn.Module):
         if state is not None and isinstance(self.lstm, LSTM):
             self.lstm.check_state(state, (x.shape[0],), type(self).__name__, "state")
         if lengths is not None:
-            check_integers(type(self).__name__, lengths)
+            _check_lengths(type(self).__name__, lengths, self.lstm)
         layers = list(zip(self.conv, self.pools))
         pooled = len(layers)
         while pooled and layers[pooled - 1][1].kind == "none":
@@ -248,6 +249,12 @@ class Conv1dLSTM(nn.Module):
 
     def extra_repr(self) -> str:
         return shown(self, Conv1dLSTM.__init__)
+
+
+def _check_lengths(owner: str, lengths: Tensor, rnn: nn.Module) -> None:
+    check_integers(owner, lengths)
+    if isinstance(rnn, nn.LSTM):
+        raise TypeError(f"{owner}: lengths is a Tensor, expected None with a torch.nn.LSTM in the place of the LSTM")
 
 
 def _complete(conv: Conv1d, x: Tensor, tail: ConvTail | None, shown: str) -> tuple[Tensor, ConvTail]:
@@ -369,7 +376,7 @@ class CNN_LSTM(nn.Module):
                 f"{owner}: input has {input.ndim} dims, expected 3 (input shape {list(input.shape)}, layout [B, T, F])"
             )
         if lengths is not None:
-            check_integers(owner, lengths)
+            _check_lengths(owner, lengths, self.lstm)
         run = partial(convolve_into_lstm, tuple(self.cnn.values()), self.lstm, input, None, lengths, True)
         return run(self.fc)[0] if takes(self.lstm, self.fc) else self.fc(run()[0])
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import check_count, check_dense, check_pair, integer
+from ..ops.checks import check_count, check_dense, check_pair, integer, kind
 from .layers import ConvLSTMLayers
 from .options import Numbers, check_dropout, counts, make_layers, numbers, shown
 from .scripted import ScriptedConvLSTM, ScriptedConvLSTMAllLayers, ScriptedConvLSTMCell, pick_steps
@@ -45,7 +45,7 @@ class ConvLSTM(ConvLSTMLayers):
             from the first call.
         batch_first: sequences are `[B, T, ...]`, else `[T, B, ...]`. The state is the same in both.
         bidirectional: add a direction from the last frame to the first; outputs are concatenated over channels.
-        dropout: probability of dropout on the outputs of all layers but the last, in training.
+        dropout: probability of dropout on the outputs of all layers but the last, in training; warns with one.
         stride, padding, dilation, groups, padding_mode: of the input convolution, as in `torch.nn.Conv2d`; the
             recurrent one always keeps the size, with zeros. `padding="same"` adds d(k-1), half of it (rounded down)
             before, whatever the stride.
@@ -196,7 +196,7 @@ class ConvLSTM(ConvLSTMLayers):
             return None, self.step, not self.batch_first
         owner, space = type(self).__name__, "DHW"[-self.dims :]
         if not isinstance(input, Tensor):
-            raise TypeError(f"{owner}: input is a {type(input).__name__}, expected a Tensor or None")
+            raise TypeError(f"{owner}: input is {kind(input)}, expected a Tensor or None")
         check_dense(owner, {"input": input})
         if input.ndim == self.dims + 2:
             self._check_frame(input, 1, f"BC{space}")
@@ -221,14 +221,15 @@ class ConvLSTM(ConvLSTMLayers):
             return [None] * self.num_layers
         if not isinstance(state, (tuple, list)):
             raise TypeError(
-                f"{owner}: state is a {type(state).__name__}, expected (h, c), or a list with one of them per layer"
+                f"{owner}: state is {kind(state)}, expected (h, c), or a list with one of them per layer"
             )
         hint = ""
         if isinstance(state, ConvLSTMState) and self.num_layers > 1:
             state = state.layers
             hint = "; code that takes a state apart, as FSDP's, keeps its last layer: use return_all_layers=True"
-        pairs = any(part is None or isinstance(part, (tuple, list)) for part in state)
-        if len(state) == 2 and (isinstance(state[0], Tensor) or not pairs):
+        nested = any(isinstance(part, (tuple, list)) for part in state)
+        alone = not nested if self.num_layers == 1 else any(isinstance(part, Tensor) for part in state)
+        if len(state) == 2 and alone:
             if self.num_layers > 1:
                 raise ValueError(
                     f"{owner}: state is one (h, c), expected a list with one per layer ({self.num_layers}), as "
@@ -283,7 +284,7 @@ class ConvLSTM(ConvLSTMLayers):
 
 
 class ConvLSTM1d(ConvLSTM):
-    """`ConvLSTM` over sequences of 1-D frames, `[B, T, C, L]`."""
+    """`ConvLSTM` over sequences of 1-D frames, `[B, T, C, W]`."""
 
     dims = 1
 
@@ -382,7 +383,7 @@ class ConvLSTMCell(ConvLSTMLayers):
         given = {"input": input, "h": h, "c": c}
         for name, value in given.items():
             if value is not None and not isinstance(value, Tensor):
-                raise TypeError(f"{owner}: {name} is a {type(value).__name__}, expected a Tensor or None")
+                raise TypeError(f"{owner}: {name} is {kind(value)}, expected a Tensor or None")
         check_dense(owner, given)
         if (h is None) != (c is None) or (h is None and input is None):
             names = [name for name, value in given.items() if value is not None]
@@ -415,7 +416,7 @@ class ConvLSTMCell(ConvLSTMLayers):
 
 
 class ConvLSTMCell1d(ConvLSTMCell):
-    """`ConvLSTMCell` over 1-D frames, `[B, C, L]`."""
+    """`ConvLSTMCell` over 1-D frames, `[B, C, W]`."""
 
     dims = 1
 

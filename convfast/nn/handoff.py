@@ -50,8 +50,6 @@ def call_conv(conv: nn.Module, x: Tensor, lengths: Tensor | None) -> Tensor:
 def call_lstm(rnn: nn.Module, x: Tensor, state: Pair | None, lengths: Tensor | None) -> tuple[Tensor, Pair]:
     """`rnn(x, state, lengths)`; what stands in the place of an LSTM may take less."""
     if lengths is not None:
-        if isinstance(rnn, nn.LSTM):
-            raise TypeError(f"lengths is a Tensor, expected None with a torch.nn.LSTM in the place of {LSTM.__name__}")
         return rnn(x, state, lengths)
     return rnn(x) if state is None else rnn(x, state)
 

@@ -273,7 +273,7 @@ class LSTM(nn.RNNBase):
         for name, part, size in zip("hc", hx, (self.proj_size or self.hidden_size, self.hidden_size)):
             if tuple(part.shape) != (rows, *batch, size):
                 expected = [rows, *batch, size]
-                raise ValueError(f"{owner}: {shown} {name} has shape {list(part.shape)}, expected {expected}")
+                raise ValueError(f"{owner}: {name} of {shown} has shape {list(part.shape)}, expected {expected}")
 
     def __prepare_scriptable__(self) -> nn.Module:
         return ScriptedLSTM(self)

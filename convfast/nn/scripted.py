@@ -105,6 +105,7 @@ class _Layer(nn.Module):
     # Without annotations: TorchScript makes plain attributes of buffers that have one.
     def __init__(self, module: "ConvLSTM | ConvLSTMCell", layer: Layer, suffix: str) -> None:
         super().__init__()
+        self.owner = type(module).__name__
         for name in ("weight_ih", "weight_hh", "bias", "peephole"):
             value = getattr(module, f"{name}{suffix}")
             self.register_buffer(name, None if value is None else value.detach())
@@ -130,7 +131,7 @@ class _Layer(nn.Module):
         if frames is not None:
             weight_ih = self.weight_ih
             if weight_ih is None:
-                raise ValueError("ConvLSTM: input is a Tensor, expected None with input_channels=0")
+                raise ValueError(f"{self.owner}: input is a Tensor, expected None with input_channels=0")
             # No raise ends a branch for TorchScript, which knows that weight_ih is None.
             elif self.groups == 1 and frames.size(1) == steps:
                 weight = weight_ih

@@ -31,11 +31,11 @@ class ScriptedConv1d(Twin):
     def forward(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:
         single = input.dim() == 2 and lengths is None
         if input.dim() != 3 and not single:
-            raise ValueError(f"Conv1d: input has {input.dim()} dims, expected 3, or 2 for a single sequence")
+            raise ValueError(f"{self.owner}: input has {input.dim()} dims, expected 3, or 2 for a single sequence")
         x = input.unsqueeze(0) if single else input
         x = x.transpose(1, 2) if self.channels_first else x
         if lengths is not None:
-            lengths = integers("Conv1d", lengths)
+            lengths = integers(self.owner, lengths)
         y, _ = torch.ops.convfast.conv1d_forward(
             x, self.weight, self.bias, lengths, self.stride, self.pads, self.dilation, self.groups, self.padding_mode,
             self.activation, False, False,
@@ -44,7 +44,7 @@ class ScriptedConv1d(Twin):
 
     @torch.jit.export
     def output_lengths(self, lengths: Tensor) -> Tensor:
-        lengths = integers("Conv1d", lengths)
+        lengths = integers(self.owner, lengths)
         extent = self.dilation * (self.kernel_size - 1) + 1
         found = ((lengths + (self.pads[0] + self.pads[1] - extent)) // self.stride + 1).clamp(min=0)
         return torch.where(lengths > 0, found, torch.zeros_like(found))
@@ -92,15 +92,16 @@ class ScriptedLSTM(Twin):
         """`forward` with the output sent through a linear layer."""
         single = input.dim() == 2
         if input.dim() != 3 and not single:
-            raise ValueError(f"LSTM: input has {input.dim()} dims, expected 3, or 2 for a single sequence")
+            raise ValueError(f"{self.owner}: input has {input.dim()} dims, expected 3, or 2 for a single sequence")
         if input.size(-1) != self.input_size:
-            raise ValueError(f"LSTM: input has {input.size(-1)} features, expected input_size={self.input_size}")
+            found, expected = input.size(-1), self.input_size
+            raise ValueError(f"{self.owner}: input has {found} features, expected input_size={expected}")
         if hx is not None and hx[0].size(0) != len(self.layers):
-            raise ValueError(f"LSTM: hx has {hx[0].size(0)} rows, expected {len(self.layers)}")
+            raise ValueError(f"{self.owner}: hx has {hx[0].size(0)} rows, expected {len(self.layers)}")
         time_first = not self.batch_first and not single
         x = input.unsqueeze(0) if single else input.transpose(0, 1) if time_first else input
         if lengths is not None:
-            lengths = integers("LSTM", lengths)
+            lengths = integers(self.owner, lengths)
         h: Tensor | None = None
         c: Tensor | None = None
         if hx is not None:

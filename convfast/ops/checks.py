@@ -33,7 +33,7 @@ def kind(value: Any) -> str:
     if value is None:
         return "None"
     name = type(value).__name__
-    article = "an" if name[0] in "aeiou" else "a"
+    article = "an" if name[0].lower() in "aeiou" else "a"
     return f"{article} {name}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
 
 

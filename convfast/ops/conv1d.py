@@ -75,8 +75,8 @@ def conv1d(
 
     Raises:
         ValueError: a shape, a size, an option, a device or a value of `lengths` is wrong.
-        TypeError: an argument is not a dense tensor, dtypes are mixed (outside autocast) or not floating, or `lengths`
-            is not of an integer type.
+        TypeError: an argument is not a dense tensor, dtypes are mixed (outside autocast) or not floating, a flag is not
+            a bool, or `lengths` is not of an integer type.
         RuntimeError: the backend asked for cannot be had.
     """
     if isinstance(weight, Tensor) and (dtype := autocast_dtype(weight)) is not None:

@@ -93,7 +93,7 @@ def conv_lstm(
     Raises:
         ValueError: a shape, a size, an option, a device or a value of `lengths` is wrong.
         TypeError: an argument is not a dense tensor, dtypes are mixed (outside autocast) or not floating, `lengths` is
-            not of an integer type, or `state` not a pair.
+            not of an integer type, `reverse` not a bool, or `state` not a pair.
         RuntimeError: the backend or the algorithm asked for cannot be had.
     """
     if isinstance(weight_hh, Tensor) and (dtype := autocast_dtype(weight_hh)) is not None:

@@ -77,7 +77,7 @@ def lstm(
         ValueError: a shape, a device or a value of `lengths` is wrong, or `reverse` has other weights than the first
             direction.
         TypeError: an argument is not a dense tensor, dtypes are mixed (outside autocast) or not floating, `lengths` is
-            not of an integer type, or `state` or `reverse` not of so many parts.
+            not of an integer type, `time_major` not a bool, or `state` or `reverse` has another number of parts.
         RuntimeError: the backend asked for cannot be had.
     """
     if isinstance(weight_hh, Tensor) and (dtype := autocast_dtype(weight_hh)) is not None:

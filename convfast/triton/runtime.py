@@ -1,18 +1,18 @@
 """What launchers share: whether Triton can be had, on which device, and how exact a float32 product has to be."""
 
 import functools
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..environment import enabled
-
 # Imports no triton: it answers why there is none.
 
 OLDEST = (3, 4)
-_INTERPRETED = enabled("TRITON_INTERPRET")
+# As Triton reads it.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "y", "on")
 
 
 def interpreted() -> bool:
