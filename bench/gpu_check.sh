@@ -51,11 +51,12 @@ library() { part "build-$1" 120 "$python" -c "from convfast import native; print
 library cpu & cpu=$!
 library cuda & cuda=$!
 part compile-triton 120 env CONVFAST_NO_NATIVE=1 nice -n 10 "$python" -m bench.warm_up &
+built=
 wait $cpu && wait $cuda && built=yes || export CONVFAST_NO_NATIVE=1  # else every process would build again; the log says why it failed
 wait
 part info 10 "$python" -m convfast.info
 part tests-triton 130 "$python" -m pytest -v $(workers $(nproc)) $hangs $without_gpu tests/test_triton_*.py $ops -k "$wanted_triton" &
-if [ "${built:-}" ]; then
+if [ "$built" ]; then
   part tests-cuda 130 "$python" -m pytest -v $(workers 4) $hangs $without_gpu tests/test_cuda_*.py tests/test_nn_lstm.py $ops -k "cuda and not fakes_agree" &
 elif [[ tests-cuda =~ ${ONLY:-.} ]]; then
   echo "tests-cuda (not run: a library was not built)" >>"$failed"
@@ -65,7 +66,7 @@ wait
 sanitizer="compute-sanitizer --error-exitcode 9 --report-api-errors no --target-processes application-only"
 if ! command -v compute-sanitizer >/dev/null; then
   echo "== compute-sanitizer is not installed"
-elif ! timeout 25 $sanitizer "$python" -c 'import torch; torch.ones(1, device="cuda")' >>"$log" 2>&1; then
+elif ! timeout -k 5 25 $sanitizer "$python" -c 'import torch; torch.ones(1, device="cuda")' >>"$log" 2>&1; then
   echo "== compute-sanitizer does not get through a tensor of ones:"
   tail -n 5 "$log"
 else

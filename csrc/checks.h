@@ -32,7 +32,7 @@ template <class... Parts>
 }
 
 #define CONVFAST_CHECK(condition, op, argument, expected, got) \
-  if (!(condition)) refuse(op, ": ", argument, " must be ", expected, ", got ", got)
+  if (!(condition)) ::convfast::refuse(op, ": ", argument, " must be ", expected, ", got ", got)
 
 // Of strides, paddings and dilations, so that sums and products of them and of sizes fit 64 bits.
 constexpr int64_t kMostOfOption = int64_t(1) << 31;

@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +38,7 @@ from tests.oracle import conv1d as oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 OPS = ("conv1d",)
+ROOT = Path(__file__).parent.parent
 TENSORS = ("input", "weight", "bias")
 each_case = pytest.mark.parametrize("case", CONV1D_CASES, ids=lambda case: case.id)
 check = functools.partial(assert_matches, oracle, conv1d)
@@ -353,6 +358,27 @@ def test_relu_keeps_a_nan(backend: str, channels: int) -> None:
     within[1, 1:4] = True
     assert torch.equal(y.isnan(), within)
     assert (y[~within] == 0).any() and (y[~within] >= 0).all()
+
+
+FIRST_CALL = """
+import torch, convfast
+weight = (0.01 * torch.randn(1024, 1024, 3)).requires_grad_()
+x, dy = torch.randn(3, 70, 1024), torch.randn(3, 68, 1024)
+found, = torch.autograd.grad(convfast.conv1d(x, weight, backend="cpu"), weight, dy)
+torch.set_num_threads(1)
+plain = torch.nn.functional.conv1d(x.transpose(1, 2), weight)
+expected, = torch.autograd.grad(plain, weight, dy.transpose(1, 2))
+torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+"""
+
+
+def test_threads_share_sums_in_the_first_call_of_a_process(native_ops: Any) -> None:
+    # Threads that are new say that there is one of them.
+    code = [sys.executable, "-c", FIRST_CALL]
+    done = subprocess.run(
+        code, env=os.environ | {"OMP_NUM_THREADS": "16"}, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -126,6 +126,7 @@ struct Engine {
   Workspace workspace;
   // Packed input rows have a feature for each channel of a depthwise convolution, else x's own.
   const long width, ldc;
+  const long threads = torch::stable::get_num_threads();  // asked of a thread of the pool it may be another number
   std::vector<long> tap_offsets;
 
   Engine(const char* op, const Problem& p, const Tensor& x, const Tensor& weight, const OptionalTensor& bias)
@@ -213,16 +214,16 @@ struct Engine {
   }
   const TimeTiling<T> winograd = takes_winograd() ? TimeTiling<T>(k, p.taps, p.features, p.channels, p.batch * p.out_time) : TimeTiling<T>();
 
-  // Whether it pays for weights' gradients: their sums are larger.
-  bool sums_by_winograd() const { return winograd && p.batch * p.out_time >= 3 * kRows && copies() == torch::stable::get_num_threads(); }
-
   // How many sums of the weights' gradients there are: one of each thread, or as many as take no more than this, of which several threads
   // share the channels.
   long copies() const {
     constexpr long kMostCopies = 256 << 20;  // bytes
-    const long threads = torch::stable::get_num_threads(), rows = p.groups * (winograd ? winograd.kernels().planes : p.taps) * p.group_features();
+    const long rows = p.groups * (winograd ? winograd.kernels().planes : p.taps) * p.group_features();
     return p.depthwise() ? threads : std::clamp<long>(kMostCopies / (rows * round_up(p.group_channels(), 16) * long(sizeof(T))), 1, threads);
   }
+
+  // Whether it pays for weights' gradients: their sums are larger.
+  const bool sums_by_winograd = winograd && p.batch * p.out_time >= 3 * kRows && copies() == threads;
 
   // Channels that a depthwise convolution takes for one row's: those of so many rows as fill whole vectors, where one row's would leave
   // much of them empty. 0: each row by itself.
@@ -485,9 +486,9 @@ struct Engine {
     const ScalarType narrow = scalar_type<A>();
     Tensor dx = needs[0] ? cpu::empty_like(x) : empty_cpu({0}, narrow), dweight = empty_cpu({0}, narrow), dbias = empty_cpu({0}, narrow);
     const bool need_bias = needs[2] && bias;
-    const long threads = torch::stable::get_num_threads(), cg = p.group_channels(), fg = p.group_features();
-    const long ldg = p.depthwise() ? width : round_up(cg, 16), planes = sums_by_winograd() ? winograd.kernels().planes : p.taps;
-    const long depth = p.depthwise() ? p.taps : p.groups * planes * fg, winograd_size = winograd ? round_up(winograd.scratch(), 16) : 0;
+    const long cg = p.group_channels(), fg = p.group_features();
+    const long ldg = p.depthwise() ? width : round_up(cg, 16), planes = sums_by_winograd ? winograd.kernels().planes : p.taps;
+    const long depth = !needs[1] ? 0 : p.depthwise() ? p.taps : p.groups * planes * fg, winograd_size = winograd ? round_up(winograd.scratch(), 16) : 0;
     const Runs runs = window();
     const Saved saved{SequenceOf<const A>(dy), SequenceOf<const A>(y), SequenceOf<const A>(pre)};
     const SequenceOf<A> out(dx);
@@ -501,7 +502,8 @@ struct Engine {
     std::vector<T*> sums(threads, nullptr);   // of each thread that has some
     std::vector<long> collected(threads, 0);  // tiles that are not in them yet
     if (needs[1] || need_bias) {
-      const long copies = this->copies(), members = (threads + copies - 1) / copies, each = round_up((cg + members - 1) / members, 16);
+      const bool share = needs[1] && this->copies() < threads;
+      const long copies = share ? this->copies() : threads, members = std::min((threads + copies - 1) / copies, (cg + 15) / 16), each = round_up((cg + members - 1) / members, 16);
       T* all_sums = workspace.take<T>(copies * sums_size);
       const long size = round_up(packed_rows(most_rows()) * width + 64 + kRows * ldc + ldc, 16);
       T* scratch = workspace.take<T>(threads * size);
@@ -513,7 +515,7 @@ struct Engine {
         if (need_bias && first == 0) k.outer_sum({valid, &one, {&kZero, 1, 1, 0}, g, ldc, p.channels, sum + depth * ldg, ldc});
         if (!needs[1]) return;
         pack_input(sample, begin * p.stride, packed_rows(valid), packed);
-        if (sums_by_winograd()) {
+        if (sums_by_winograd) {
           collected[thread] = winograd.collect(valid, packed, width, g, ldc, tiles, collected[thread], sum, ldg);
           return;
         }
@@ -522,7 +524,7 @@ struct Engine {
           k.outer_sum({valid, packed + group * fg, runs, g + group * cg + first, ldc, n, sum + group * p.taps * fg * ldg + first, ldg});
       };
       const auto valid_rows = [=](long sample, long begin, long rows) { return std::clamp(p.out_lengths[sample] - begin, 0l, rows); };
-      if (members == 1) {
+      if (!share) {
         add_chunks(region, p.out_time, kRows, [=, &sums](long sample, long begin, long rows, long thread) {
           const long valid = valid_rows(sample, begin, rows);
           if (!valid) return;
@@ -537,20 +539,20 @@ struct Engine {
         for (long copy = 0; copy < copies; ++copy) sums[copy] = all_sums + copy * sums_size;
         const long chunks = chunks_of(p.out_time, kRows), all = p.batch * chunks;
         region.add(copies * members, [=](long begin, long end, long thread) {
-          for (long share = begin; share < end; ++share) {
-            const long copy = share / members, first = share % members * each, n = std::min(each, cg - first);
+          for (long i = begin; i < end; ++i) {
+            const long copy = i / members, first = i % members * each, n = std::min(each, cg - first);
             if (n <= 0) continue;
             T* sum = all_sums + copy * sums_size;
             for (long row = 0; row < depth; ++row) std::fill_n(sum + row * ldg + first, n, T(0));
             if (first == 0) std::fill_n(sum + depth * ldg, ldc, T(0));
-            for (long i = all * copy / copies; i < all * (copy + 1) / copies; ++i) {
-              const long sample = i / chunks, row = i % chunks * kRows, valid = valid_rows(sample, row, std::min(kRows, p.out_time - row));
+            for (long at = all * copy / copies; at < all * (copy + 1) / copies; ++at) {
+              const long sample = at / chunks, row = at % chunks * kRows, valid = valid_rows(sample, row, std::min(kRows, p.out_time - row));
               if (valid) add_rows(sample, row, valid, thread, sum, first, n);
             }
           }
         });
       }
-      if (sums_by_winograd() && needs[1])
+      if (sums_by_winograd && needs[1])
         region.add(threads, [=, &sums, &collected](long, long, long thread) {
           if (collected[thread]) winograd.add_products(collected[thread], winograd_scratch + thread * winograd_size, sums[thread], ldg);
         });
@@ -632,13 +634,13 @@ struct Engine {
     Tensor dweight = empty_cpu({p.channels, fg, p.taps}, scalar_type<A>());
     A* to = out_data(dweight);
     parallel(groups * blocks, [&](long begin, long end) {
-      std::vector<T> of_planes(sums_by_winograd() ? planes * kTogether : 0), by_tap(each * kTogether), by_channel(kNarrow ? each * kTogether : 0);
+      std::vector<T> of_planes(sums_by_winograd ? planes * kTogether : 0), by_tap(each * kTogether), by_channel(kNarrow ? each * kTogether : 0);
       for (long i = begin; i < end; ++i) {
         const long group = i / blocks, first = i % blocks * kTogether, n = std::min(kTogether, columns - first);
         for (long f = 0; f < fg; ++f) {
           T* taps = by_tap.data() + f * p.taps * kTogether;
-          for (long j = 0; j < planes; ++j) add_up(sums, ((group * planes + j) * fg + f) * ld + first, n, (sums_by_winograd() ? of_planes.data() : taps) + j * kTogether);
-          if (sums_by_winograd()) winograd.kernels().filter_gradient(kTogether, of_planes.data(), kTogether, taps, kTogether);
+          for (long j = 0; j < planes; ++j) add_up(sums, ((group * planes + j) * fg + f) * ld + first, n, (sums_by_winograd ? of_planes.data() : taps) + j * kTogether);
+          if (sums_by_winograd) winograd.kernels().filter_gradient(kTogether, of_planes.data(), kTogether, taps, kTogether);
         }
         A* rows = to + (group * columns + first) * each;
         if constexpr (kNarrow) {

@@ -71,10 +71,9 @@ struct Plan {
       const bool brief = pass.forward && p.time <= kFewSteps && p.batch <= kRowsOfFewSteps;
       if (brief || p.batch < few * threads) team = std::min(threads, units());
       else if (p.batch < kSomeRows * threads && !by_tiles() && !by_dots()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
-      if (!pass.forward) {  // each part has sums of its own for the gradients of the weights
-        const long copies = std::min(threads, p.batch) * operand_bytes();
-        team = std::max(team, std::min({threads, units(), (copies + kMostCopies - 1) / kMostCopies}));
-      }
+      // Each part has sums of its own for the gradients of the weights. (Teams would do without the products of bfloat16.)
+      const long most = std::clamp<long>(kMostCopies / operand_bytes(), 1, threads);
+      if (!pass.forward && !split_by && p.batch > most) team = std::max(team, std::min(units(), threads / most));
     }
     return {std::clamp<long>(p.batch, 1, threads / team), team};
   }
