@@ -189,7 +189,7 @@ def test_what_one_kernel_cannot_do_is_done_by_two(options: dict[str, Any], fused
         ({}, {"input": torch.zeros(3, 9, 4).half()}, TypeError, "conv1d: input .*float16, expected .*float32"),
         ({}, {"lengths": torch.tensor([1, 12, 3])}, ValueError, "conv1d: lengths has 12, expected 0 to 11"),
         ({}, {"state": (torch.zeros(1, 3, 5).half(), torch.zeros(1, 3, 5))}, TypeError, "lstm: state h .*float16, exp"),
-        ({}, {"state": (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5))}, ValueError, "Conv1dLSTM: state h has shape"),
+        ({}, {"state": (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5))}, ValueError, "Conv1dLSTM: h of state has shape"),
     ],
 )
 def test_bad_argument_of_fused_module_is_named(
