@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# All that is to be seen on a machine with a GPU, in at most nine minutes:
+# All that is to be seen on a machine with a GPU, in at most eight minutes:
 #   bench/gpu_check.sh [FOLDER]     PYTHON=... names an interpreter with torch, triton, ninja, pytest, pytest-benchmark,
 #                                   hypothesis and matplotlib, and best of all pytest-xdist and pytest-timeout; FOLDER gets
 #                                   the log and the reports (else bench/results/<gpu>-<date>). Without nvcc the build
 #                                   fails, and the tests of the cuda backend are not run, which is a failure, too.
-# Parts have time limits, 540 s in all. One that fails keeps no other from running, and is named at the end; a benchmark
-# that is stopped reports what it has.
+# Parts have time limits, and together eight minutes: what is left of them is the last parts' limit. One that fails keeps
+# no other from running, and is named at the end; a benchmark that is stopped reports what it has.
 # ONLY='build|tests' runs the parts whose names match; SCALE=3 gives all of them three times as long, and float16 its tests.
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
@@ -14,15 +14,18 @@ out=${1:-$(CONVFAST_NO_NATIVE=1 "$python" -c 'from bench import machine; print("
 mkdir -p "$out"
 log=$out/gpu_check.log
 failed=$(mktemp)
+grace=25  # seconds from the interrupt to the kill, for pytest to report in
 : >"$log"
 
 part() {  # NAME SECONDS COMMAND...: an interrupt at the limit, so that pytest still reports
-  local name=$1 limit=$(($2 * ${SCALE:-1})) status began=$SECONDS said
+  local name=$1 limit=$(($2 * ${SCALE:-1})) left=$((480 * ${SCALE:-1} - SECONDS - grace)) status began=$SECONDS said
   shift 2
   [[ $name =~ ${ONLY:-.} ]] || return 0
+  [ $left -gt 0 ] || { echo "$name (not run: no time left)" >>"$failed"; return 1; }
+  [ $limit -le $left ] || limit=$left
   said=$(mktemp)
   # What runs in the background starts with interrupts ignored.
-  timeout -k 25 -s INT "$limit" env --default-signal=INT "$@" >"$said" 2>&1
+  timeout -k $grace -s INT "$limit" env --default-signal=INT "$@" >"$said" 2>&1
   status=$?
   local stopped=$([[ $status == 124 || $status == 137 && $((SECONDS - began)) -ge $limit ]] && echo "stopped after $limit s")
   [[ $status -eq 0 || $stopped && $name == bench* && -s ${!#}/report.json ]] ||
