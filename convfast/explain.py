@@ -21,7 +21,7 @@ def explain(module: Explained, input: Tensor | None, state: State | None = None)
         state: as for a call of a ConvLSTM without input, `(h, c)` for a ConvLSTMCell; looked at in the same way.
 
     Raises:
-        TypeError: `module` or `input` is of another type.
+        TypeError: `module` or `input` is of another type, or `state` is given with a module of another kind.
         ValueError: `input` does not fit a ConvLSTM or its cell; of other modules only the weights are looked at.
         RuntimeError: the backend or the algorithm asked for cannot be had.
     """

@@ -55,6 +55,7 @@ class ConvLSTM(ConvLSTMLayers):
         algorithm: "auto", "direct" or "winograd", see `convfast.conv_lstm`; `convfast.explain(module, input)` tells
             which one a call takes, and why.
         backend: a name from `convfast.available("conv_lstm")`; None takes the best.
+        device, dtype: of the parameters, as in all modules of torch.
 
     `kernel_size` and the options of the input convolution hold for every layer (so `stride=2` halves the frames once
     per layer); a tuple has one number per spatial dim, and a list one entry per layer: `stride=[2, 1]`.

@@ -41,7 +41,7 @@ def lstm_gates(
 
     Raises:
         ValueError: a shape, a device or the name of the backend is wrong.
-        TypeError: dtypes are mixed (outside autocast) or not floating.
+        TypeError: an argument is not a dense tensor, or dtypes are mixed (outside autocast) or not floating.
         RuntimeError: the backend asked for cannot be had.
     """
     if isinstance(gates, Tensor) and (dtype := autocast_dtype(gates)) is not None:

@@ -1,4 +1,4 @@
-// What both ops need: kernels for this machine, fresh outputs, and a type switch.
+// What the ops need: kernels for this machine, fresh outputs, and a type switch.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
