@@ -285,7 +285,9 @@ struct Engine {
   const T* pack_bias() {
     if (!bias && !by_parts()) return nullptr;
     T* packed = workspace.take<T>(std::max(ldc, flat));
-    for (long c = 0; c < ldc; ++c) packed[c] = bias && c < p.channels ? static_cast<T>(data(*bias)[c * bias->stride(0)]) : T(0);
+    const A* const given = bias ? data(*bias) : nullptr;
+    const long stride = given ? bias->stride(0) : 0;
+    for (long c = 0; c < ldc; ++c) packed[c] = given && c < p.channels ? static_cast<T>(given[c * stride]) : T(0);
     for (long c = width; c < flat; ++c) packed[c] = packed[c - width];
     return packed;
   }

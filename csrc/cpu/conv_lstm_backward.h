@@ -37,7 +37,7 @@ struct Backward : Engine<A> {
   struct DgatesOperand {
     std::vector<long> offsets[2];
     Operand<T> a[2];
-    std::vector<long> column, tap;  // of each k: row of the weight matrix, and which tap
+    long depth = 0;
   };
 
   void dgates_operand(const T* dgates, bool taps, DgatesOperand& o) const {
@@ -52,15 +52,11 @@ struct Backward : Engine<A> {
           for (long h = 0; h < kernel.h; ++h) {
             const long pixel = taps ? (d * padded.h + h) * padded.w : origin;
             o.offsets[part].push_back(4 * n * (b * padded_pixels + pixel));
-            for (long w = 0; w < kernel.w; ++w)
-              for (long j = 0; j < 4 * n; ++j) {
-                o.column.push_back(j / n * c1 + ch0 + b * kBlock + j % n);
-                o.tap.push_back(((kernel.d - 1 - d) * kernel.h + kernel.h - 1 - h) * kernel.w + kernel.w - 1 - w);
-              }
           }
       o.a[part] = {dgates + 4 * padded_pixels * ch0, 4 * padded_pixels * c1, {4 * n * pixel_map.depth, 4 * n * pixel_map.height},
                    {o.offsets[part].data(), long(o.offsets[part].size()), 4 * n * kernel.w, 4 * n}};
     }
+    o.depth = 4 * c1 * kernel.pixels();
   }
 
   struct Gather {  // along one dim: which (tap, output) pairs an input coordinate takes part in
@@ -129,20 +125,14 @@ struct Backward : Engine<A> {
                       (fills_dh() || 4 * p.x_channels >= 3 * round_up(p.x_channels, k.lanes));
     if (lean) plan.packed = Base::pack_weights();
     else plan.packed.peephole = Base::pack_peephole();
-    if (tiling && (p.time > 1 || plan.h0 || plan.dx_like_dh)) {
-      plan.w_back = pack_winograd_back(plan.dx_like_dh);
-    } else if (p.time > 1 || plan.h0 || plan.dx_like_dh) {
-      DgatesOperand back;
-      dgates_operand(nullptr, true, back);
-      plan.w_back = pack_taps(back, plan.dx_like_dh);
-    }
+    if (p.time > 1 || plan.h0 || plan.dx_like_dh) plan.w_back = tiling ? pack_winograd_back(plan.dx_like_dh) : pack_taps(plan.dx_like_dh);
     if (plan.dx && kx() && !plan.dx_like_dh) {
-      DgatesOperand here;
-      dgates_operand(nullptr, false, here);
-      T* w_dx = workspace.template take<T>(here.column.size() * round_up(kx(), k.lanes));
+      T* w_dx = workspace.template take<T>(4 * c1 * round_up(kx(), k.lanes));
       const Tensor w = torch::stable::contiguous(*in.w_ih);
-      pack_panels(k, here.column.size(), kx(), w_dx, [&](long i, long n) {
-        return static_cast<T>(Base::data(w)[here.column[i] * kx() + n % p.x_channels * p.x_conv.taps() + n / p.x_channels]);
+      const A* const data = Base::data(w);
+      const long taps = p.x_conv.taps(), columns = kx();
+      pack_panels(k, 4 * c1, columns, w_dx, [&](long i, long n) {
+        return static_cast<T>(data[p.weight_row(i) * columns + n % p.x_channels * taps + n / p.x_channels]);
       });
       plan.w_dx = w_dx;
       const ConvDims& v = p.x_conv;
@@ -218,7 +208,8 @@ struct Backward : Engine<A> {
     if (plan.w_hh) unpack_weight_grad(dw, plan.dw[1], c1, p.h_conv.taps(), Base::out_data(dw_hh));
     if (plan.bias) {
       add_copies(plan.dbias, p.threads, 2 * ld_bias());
-      for (long n = 0; n < 4 * c1; ++n) Base::out_data(dbias)[p.weight_row(n)] = static_cast<A>(plan.dbias[n]);
+      A* const to = Base::out_data(dbias);
+      for (long n = 0; n < 4 * c1; ++n) to[p.weight_row(n)] = static_cast<A>(plan.dbias[n]);
     }
     if (plan.peephole) add_copies(plan.dpeephole, plan.teams, 3 * state);
     Tensor dp = plan.peephole ? empty_cpu(p.shape({3, c1}), narrow) : empty_cpu({0}, narrow);
@@ -372,7 +363,7 @@ struct Backward : Engine<A> {
       if (!first || plan.h0 || plan.dx_like_dh) {
         // Nobody wants dh before the first step; its columns can be left out where they are whole panels.
         const long unit = tiling ? long(kSlab) : k.panel, from = first && !plan.h0 && dx_column() % unit == 0 ? dx_column() : 0;
-        const long columns = (plan.dx_like_dh ? dx_column() + p.x_channels : c1) - from, depth = back.column.size();
+        const long columns = (plan.dx_like_dh ? dx_column() + p.x_channels : c1) - from, depth = back.depth;
         if (tiling) {
           const RowsGemm<T> gemm{r, {}, nullptr, columns, 0, b.dh + from, dh_ld};
           tiling.take(pieces, b.team, dgates_tiles(r, dgates, plan.w_back + tiling.weights_size(4 * c1, from)), columns,
@@ -383,7 +374,7 @@ struct Backward : Engine<A> {
         }
       }
       if (b.dx) {
-        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, plan.w_dx, kx(), long(here.column.size()), b.dx, dx_padded};
+        const RowsGemm<T> gemm{r, {here.a[0], here.a[1]}, plan.w_dx, kx(), here.depth, b.dx, dx_padded};
         pieces.take(r.samples * n_rows, [&](long begin, long end) { k.rows_gemm(gemm, begin, end); });
       } else if (p.convolved && plan.dx) {
         unpack_dgates(pieces, g, active, step, dgates, dx);
@@ -451,27 +442,45 @@ struct Backward : Engine<A> {
 
   // w_hh, and w_ih behind it, turned round: from gates' gradients to those of h and x.
   T* pack_winograd_back(bool with_x) {
-    const long taps = p.h_conv.taps(), split = dx_column(), ci = p.x_channels;
-    const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = with_x ? torch::stable::contiguous(*in.w_ih) : w_hh;
-    const A *of_h = Base::data(w_hh), *of_x = Base::data(w_ih);
-    // Taps of neighbouring channels lie side by side: columns [begin, end) of all are channels from `from` on.
-    const auto read = [=](const A* from, long begin, long end, T* to) {
-      to += (taps - 1) * kSlab + begin;
-      if constexpr (std::is_same_v<A, T>) return k.transpose(end - begin, taps, from, taps, to, -kSlab);
-      for (long t = 0; t < taps; ++t, to -= kSlab)
-        for (long j = 0; j < end - begin; ++j) to[j] = static_cast<T>(from[j * taps + t]);
-    };
-    const long narrow = 4 * (c1 % kBlock);
-    return tiling.pack_filters(k, workspace, 4 * c1 - narrow, narrow, with_x ? split + ci : c1, [=](long first, long n, long column, long columns, T* to) {
-      const long of_hidden = std::clamp(c1 - column, 0l, columns), none = std::clamp(split - column, of_hidden, columns);
-      for (long i = 0; i < n; ++i, to += taps * kSlab) {
-        const long row = p.weight_row(first + i);
-        if (of_hidden) read(of_h + (row * c1 + column) * taps, 0, of_hidden, to);
-        for (long t = 0; none > of_hidden && t < taps; ++t) std::fill(to + t * kSlab + of_hidden, to + t * kSlab + none, T(0));
-        if (columns > none) read(of_x + (row * ci + column + none - split) * taps, none, columns, to);
-      }
+    const long taps = p.h_conv.taps(), narrow = 4 * (c1 % kBlock);
+    const Turned turned(*this, with_x);
+    return tiling.pack_filters(k, workspace, 4 * c1 - narrow, narrow, turned.columns(), [&](long first, long n, long column, long columns, T* to) {
+      for (long i = 0; i < n; ++i) turned.read(p.weight_row(first + i), column, columns, to + i * taps * kSlab, kSlab);
     });
   }
+
+  // w_hh, and w_ih behind it, with their taps turned round: columns are channels of h, and of x from dx_column() on.
+  struct Turned {
+    const Kernels<T>& k;
+    const long hidden, inputs, split, taps;
+    const bool with_x;
+    const Tensor w_hh, w_ih;
+    const A *const of_h, *const of_x;
+
+    Turned(const Backward& b, bool with_x)
+        : k(b.k), hidden(b.c1), inputs(b.p.x_channels), split(b.dx_column()), taps(b.p.h_conv.taps()), with_x(with_x),
+          w_hh(torch::stable::contiguous(b.in.w_hh)), w_ih(with_x ? torch::stable::contiguous(*b.in.w_ih) : w_hh),
+          of_h(Base::data(w_hh)), of_x(Base::data(w_ih)) {}
+
+    long columns() const { return with_x ? split + inputs : hidden; }
+
+    // Of a row of the weights so many columns from `first` on, [tap, the last one first][column], taps ld apart.
+    void read(long row, long first, long columns, T* to, long ld) const {
+      const long of_hidden = std::clamp(hidden - first, 0l, columns), none = std::clamp(split - first, of_hidden, columns);
+      if (of_hidden) turn(of_h + (row * hidden + first) * taps, of_hidden, to, ld);
+      for (long t = 0; none > of_hidden && t < taps; ++t) std::fill(to + t * ld + of_hidden, to + t * ld + none, T(0));
+      if (columns > none) turn(of_x + (row * inputs + first + none - split) * taps, columns - none, to + none, ld);
+    }
+
+   private:
+    // Taps of neighbouring channels lie side by side.
+    void turn(const A* from, long channels, T* to, long ld) const {
+      to += (taps - 1) * ld;
+      if constexpr (std::is_same_v<A, T>) return k.transpose(channels, taps, from, taps, to, -ld);
+      for (long t = 0; t < taps; ++t, to -= ld)
+        for (long j = 0; j < channels; ++j) to[j] = static_cast<T>(from[j * taps + t]);
+    }
+  };
 
   void take_winograd_sums(Pieces& pieces, const Plan& plan, const Buffers& b, long team, const Rows& rows, bool has_h) const {
     const Winograd<T> w = tiling.problem(rows, Base::winograd_input(x_layout, plan.w_ih ? b.x_frames : nullptr),
@@ -521,16 +530,23 @@ struct Backward : Engine<A> {
     return all;
   }
 
-  // w_hh, and w_ih behind it, as GEMM operand over the taps of dgates. Both are [4C, channels, *K] over the same taps, so one is
-  // packed into the columns before `split` and the other after.
-  T* pack_taps(const DgatesOperand& over, bool with_x) {
-    const long taps = p.h_conv.taps(), split = dx_column(), columns = with_x ? split + p.x_channels : c1;
-    const Tensor w_hh = torch::stable::contiguous(in.w_hh), w_ih = with_x ? torch::stable::contiguous(*in.w_ih) : w_hh;
-    T* packed = workspace.template take<T>(over.column.size() * round_up(columns, k.lanes));
-    pack_panels(k, over.column.size(), columns, packed, [&](long i, long n) {
-      if (n < c1) return static_cast<T>(Base::data(w_hh)[(over.column[i] * c1 + n) * taps + over.tap[i]]);
-      if (n < split) return T(0);
-      return static_cast<T>(Base::data(w_ih)[(over.column[i] * p.x_channels + n - split) * taps + over.tap[i]]);
+  // w_hh, and w_ih behind it, as GEMM operand over the taps of dgates, [panel][block][tap][gate, channel of the block][panel columns].
+  T* pack_taps(bool with_x) {
+    const long taps = p.h_conv.taps(), depth = 4 * c1 * taps;
+    const Turned turned(*this, with_x);
+    const long columns = turned.columns();
+    T* packed = workspace.template take<T>(depth * round_up(columns, k.lanes));
+    parallel((columns + k.panel - 1) / k.panel, [&](long begin, long end) {
+      for (long first = begin * k.panel; first < std::min(columns, end * k.panel); first += k.panel) {
+        const long left = columns - first, width = left > k.lanes ? k.panel : k.lanes, real = std::min(left, width);
+        T* to = packed + first * depth;
+        if (real < width) std::fill_n(to, depth * width, T(0));
+        for (long block = 0; block < p.blocks(); ++block) {
+          const long n = 4 * p.block_channels(block);
+          for (long j = 0; j < n; ++j, to += width) turned.read(p.weight_row(kSlab * block + j), first, real, to, n * width);
+          to += (taps - 1) * n * width;
+        }
+      }
     });
     return packed;
   }
@@ -603,14 +619,25 @@ struct Backward : Engine<A> {
 
   // Of the sums at `at`, [block][tap][channel][gate, channel of block], to [4C, channels, taps].
   void unpack_weight_grad(const T* sums, const std::vector<long>& at, long channels, long taps, A* out) const {
-    parallel(at.size(), [&](long begin, long end) {
-      for (long b = begin; b < end; ++b) {
-        const long n = p.block_channels(b), ld = round_up(4 * n, k.lanes);
-        const T* dw = sums + at[b];
-        for (long j = 0; j < 4 * n; ++j) {
-          A* row = out + (j / n * c1 + b * kBlock + j % n) * channels * taps;
-          for (long c = 0; c < channels; ++c)
-            for (long t = 0; t < taps; ++t) row[c * taps + t] = static_cast<A>(dw[(t * channels + c) * ld + j]);
+    const long together = std::max(1l, 64 / taps), pieces = (channels + together - 1) / together;  // channels, whose sums stay in L1
+    parallel(long(at.size()) * pieces, [&](long begin, long end) {
+      std::vector<T> rows(together * taps * kSlab), turned;
+      if (!std::is_same_v<A, T>) turned.resize(together * taps * kSlab);
+      for (long i = begin; i < end; ++i) {
+        const long block = i / pieces, first = i % pieces * together, count = std::min(together, channels - first), size = count * taps;
+        const long n = p.block_channels(block), ld = round_up(4 * n, k.lanes);
+        const T* const dw = sums + at[block];
+        for (long c = 0; c < count; ++c)
+          for (long t = 0; t < taps; ++t) std::copy_n(dw + (t * channels + first + c) * ld, 4 * n, rows.data() + (c * taps + t) * kSlab);
+        for (long gate = 0; gate < 4; ++gate) {
+          const T* const of_gate = rows.data() + gate * n;
+          A* const to = out + ((gate * c1 + block * kBlock) * channels + first) * taps;
+          if constexpr (std::is_same_v<A, T>) {
+            k.transpose(size, n, of_gate, kSlab, to, channels * taps);
+          } else {
+            k.transpose(size, n, of_gate, kSlab, turned.data(), size);
+            for (long j = 0; j < n; ++j) convert(turned.data() + j * size, size, to + j * channels * taps);
+          }
         }
       }
     });

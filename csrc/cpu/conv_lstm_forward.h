@@ -171,7 +171,9 @@ struct Engine {
   // [4 * first channel of block + column]
   T* pack_bias() {
     T* bias = workspace.take<T>(4 * c1);
-    for (long n = 0; n < 4 * c1; ++n) bias[n] = defined(in.bias) ? static_cast<T>(data(*in.bias)[p.weight_row(n) * in.bias->stride(0)]) : T(0);
+    const A* const given = defined(in.bias) ? data(*in.bias) : nullptr;
+    const long stride = given ? in.bias->stride(0) : 0;
+    for (long n = 0; n < 4 * c1; ++n) bias[n] = given ? static_cast<T>(given[p.weight_row(n) * stride]) : T(0);
     return bias;
   }
 

@@ -162,8 +162,9 @@ struct Backward : Engine<A> {
     }
     if (from.w_hr) {
       T* packed = workspace.template take<T>(size * round_up(hidden, k.lanes));
+      const A* const w_hr = data(*from.w_hr);
       const long s0 = from.w_hr->stride(0), s1 = from.w_hr->stride(1);
-      pack_panels(k, size, hidden, packed, [&](long i, long n) { return static_cast<T>(data(*from.w_hr)[i * s0 + n * s1]); });
+      pack_panels(k, size, hidden, packed, [=](long i, long n) { return static_cast<T>(w_hr[i * s0 + n * s1]); });
       w.w_hr = packed;
     }
     return w;
@@ -509,10 +510,11 @@ struct Backward : Engine<A> {
   // The same for [ldz] in columns of blocks.
   Tensor bias_gradient(const std::vector<Buffers>& parts) const {
     Tensor out = empty_cpu({4 * hidden}, scalar_type<A>());
+    A* const to = out_data(out);
     for (long column = 0; column < 4 * hidden; ++column) {
       T total = 0;
       for (const Buffers& b : parts) total += b.dbias[column];
-      out_data(out)[p.weight_row(column)] = static_cast<A>(total);
+      to[p.weight_row(column)] = static_cast<A>(total);
     }
     return out;
   }

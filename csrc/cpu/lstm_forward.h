@@ -82,8 +82,7 @@ struct Engine {
   }
 
   void pack_peephole(const Tensor& t, T* to) const {
-    for (long i = 0; i < 3; ++i)
-      for (long c = 0; c < hidden; ++c) to[i * hidden + c] = static_cast<T>(data(t)[i * t.stride(0) + c * t.stride(1)]);
+    for (long i = 0; i < 3; ++i) read(data(t) + i * t.stride(0), t.stride(1), hidden, to + i * hidden);
   }
 
   // Room for a direction's weights.
@@ -113,8 +112,9 @@ struct Engine {
     }
     if (d.peephole) pack_peephole(*d.peephole, to.peephole);
     if (d.w_hr) {
+      const A* const w_hr = data(*d.w_hr);
       const long s0 = d.w_hr->stride(0), s1 = d.w_hr->stride(1);
-      pack_panels(k, hidden, size, to.w_hr, [&](long i, long n) { return static_cast<T>(data(*d.w_hr)[n * s0 + i * s1]); });
+      pack_panels(k, hidden, size, to.w_hr, [=](long i, long n) { return static_cast<T>(w_hr[n * s0 + i * s1]); });
     }
     if (plan.once()) return;
     if (plan.by_parts()) {
@@ -219,10 +219,10 @@ struct Engine {
   void set_head(const Head& from) { head = pack(from); }
 
   PackedHead pack(const Head& from) {
-    const Tensor& w = *from.weight;
-    const long outputs = w.size(0), n = w.size(1), s0 = w.stride(0), s1 = w.stride(1);
+    const A* const w = data(*from.weight);
+    const long outputs = from.weight->size(0), n = from.weight->size(1), s0 = from.weight->stride(0), s1 = from.weight->stride(1);
     T *weight = workspace.take<T>(n * round_up(outputs, k.lanes)), *bias = workspace.take<T>(round_up(outputs, k.lanes));
-    pack_panels(k, n, outputs, weight, [&](long i, long o) { return static_cast<T>(data(w)[o * s0 + i * s1]); });
+    pack_panels(k, n, outputs, weight, [=](long i, long o) { return static_cast<T>(w[o * s0 + i * s1]); });
     std::fill(bias, bias + round_up(outputs, k.lanes), T(0));
     if (from.bias) read(data(*from.bias), from.bias->stride(0), outputs, bias);
     return {weight, bias, n, outputs};
