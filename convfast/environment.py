@@ -11,7 +11,7 @@ ENVIRONMENT = {
     "CONVFAST_CACHE": "directory for libraries built just in time (else TORCH_EXTENSIONS_DIR, else torch's own)",
     "CONVFAST_AUTOTUNE": "1: on a GPU time a few tile sizes, once per shape, and keep the fastest in CONVFAST_CACHE",
     "CONVFAST_POISON": "1: fill fresh memory with NaN, to find values that are read before they are written",
-    "ATEN_CPU_CAPABILITY": "default, avx2 or avx512: instruction set, where there is it; unset: and tiles, bf16 dots",
+    "ATEN_CPU_CAPABILITY": "default, avx2 or avx512: instruction set; unset: the best, and bfloat16 by tiles or dots",
     "CONVFAST_EMULATE_CUDA": "1: the cuda backend runs on CPU tensors, thread by thread, for tests",
     "CONVFAST_CUDA_SM_COUNT": "multiprocessors that a GPU is taken to have at most, for tests",
     "CONVFAST_CUDA_SHARED": "bytes of shared memory that a block is taken to have at most, for tests",
@@ -21,7 +21,7 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "1: the triton backend runs on CPU tensors, in Triton's interpreter, for tests",
     "CXX": "C++ compiler of a just-in-time build (else c++)",
     "CUDA_HOME": "CUDA toolkit of a just-in-time build (else that of the nvcc on PATH, else /usr/local/cuda)",
-    "TORCH_CUDA_ARCH_LIST": "architectures of a CUDA build, as 8.0+PTX;9.0a (else those of the GPUs here, or all)",
+    "TORCH_CUDA_ARCH_LIST": "architectures of a CUDA build, as 8.0+PTX;9.0a (else of the GPUs here, or of all)",
 }
 
 
