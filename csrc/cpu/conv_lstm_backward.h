@@ -538,7 +538,7 @@ struct Backward : Engine<A> {
     T* packed = workspace.template take<T>(depth * round_up(columns, k.lanes));
     parallel((columns + k.panel - 1) / k.panel, [&](long begin, long end) {
       for (long first = begin * k.panel; first < std::min(columns, end * k.panel); first += k.panel) {
-        const long left = columns - first, width = left > k.lanes ? k.panel : k.lanes, real = std::min(left, width);
+        const long left = columns - first, width = panel_width(k, left), real = std::min(left, width);
         T* to = packed + first * depth;
         if (real < width) std::fill_n(to, depth * width, T(0));
         for (long block = 0; block < p.blocks(); ++block) {

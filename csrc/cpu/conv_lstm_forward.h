@@ -191,7 +191,7 @@ struct Engine {
         const long width = 4 * p.block_channels(b);
         T* block = packed + kSlab * b * (kx + kh);
         for (long n0 = 0; n0 < width; n0 += k.panel) {
-          const long left = width - n0, w = left > k.lanes ? k.panel : k.lanes, real = std::min(left, w), column = kSlab * b + n0;
+          const long left = width - n0, w = panel_width(k, left), real = std::min(left, w), column = kSlab * b + n0;
           T* panel = block + n0 * (kx + kh);
           if (kx) pack_columns(w_ih, p.x_channels, p.x_conv.taps(), column, real, panel, w);
           pack_columns(w_hh, c1, p.h_conv.taps(), column, real, panel + kx * w, w);

@@ -93,13 +93,19 @@ void unpack_row(const Kernels<K>& kernels, const T* src, long ld, long pixels, l
 
 constexpr long kPackGrain = 4096;  // numbers that are packed while a thread wakes, and some
 
-// A GEMM operand of k rows, packed [panel][k][panel columns], the last panel one vector wide where that is enough.
+// Of the panel of a packed operand that `left` columns are to go into: the last one is one vector wide where that is enough.
+template <class T>
+long panel_width(const Kernels<T>& kernels, long left) {
+  return left > kernels.lanes ? kernels.panel : kernels.lanes;
+}
+
+// A GEMM operand of k rows, packed [panel][k][panel columns].
 template <class T, class F>
 void pack_panels(const Kernels<T>& kernels, long k, long columns, T* dst, const F& value) {
   parallel((columns + kernels.panel - 1) / kernels.panel, [&](long begin, long end) {
     for (long p = begin; p < end; ++p) {
       const long n0 = p * kernels.panel, left = columns - n0;
-      const long width = left > kernels.lanes ? kernels.panel : kernels.lanes, real = std::min(left, width);
+      const long width = panel_width(kernels, left), real = std::min(left, width);
       T* q = dst + n0 * k;
       for (long i = 0; i < k; ++i, q += width) {
         for (long n = 0; n < real; ++n) q[n] = value(i, n0 + n);
@@ -117,7 +123,7 @@ void for_panels(const Kernels<T>& kernels, Workspace& workspace, long k, long co
   T* buffers = workspace.take<T>(std::min<long>(panels, torch::stable::get_num_threads()) * size);
   const auto pack = [=, &kernels](long begin, long end, long thread) {
     for (long first = begin * kernels.panel; first < std::min(columns, end * kernels.panel); first += kernels.panel) {
-      const long left = columns - first, width = left > kernels.lanes ? kernels.panel : kernels.lanes;
+      const long left = columns - first, width = panel_width(kernels, left);
       f(first, std::min(left, width), width, buffers + thread * size);
     }
   };
@@ -134,7 +140,21 @@ inline long gate_row(long column, long channels) {
   return j / n * channels + block * kBlock + j % n;
 }
 
-// to[i][j], rows ld_to apart, = the i-th of n numbers, s1 apart, of the row of w, s0 apart, that column `first` + j is.
+// to[i][j], rows ld_to apart, = the i-th of n numbers, s1 apart, of the j-th of `rows` rows of w, s0 apart. `wide` is scratch.
+template <class A, class T>
+void turn_rows(const Kernels<T>& kernels, const A* w, long s0, long s1, long n, long rows, T* to, long ld_to, std::vector<T>& wide) {
+  if constexpr (std::is_same_v<A, T>) {
+    if (s1 == 1) return kernels.transpose(rows, n, w, s0, to, ld_to);
+  } else if (s1 == 1) {
+    wide.resize(rows * n);
+    for (long q = 0; q < rows; ++q) convert(w + q * s0, n, wide.data() + q * n);
+    return kernels.transpose(rows, n, wide.data(), n, to, ld_to);
+  }
+  for (long i = 0; i < n; ++i)
+    for (long q = 0; q < rows; ++q) to[i * ld_to + q] = static_cast<T>(w[q * s0 + i * s1]);
+}
+
+// The same for `columns` columns of gates from `first` on, each of them a row of w.
 template <class A, class T>
 void read_columns(const Kernels<T>& kernels, const A* w, long s0, long s1, long n, long channels, long first, long columns, T* to, long ld_to) {
   std::vector<T> wide;
@@ -142,23 +162,13 @@ void read_columns(const Kernels<T>& kernels, const A* w, long s0, long s1, long 
     // Neighbouring columns are neighbouring rows of w, as far as a gate's channels of a block go.
     const long row = gate_row(first + j, channels);
     for (same = 1; j + same < columns && gate_row(first + j + same, channels) == row + same;) ++same;
-    if constexpr (std::is_same_v<A, T>) {
-      if (s1 == 1) {
-        // The next rows are those of another gate: the processor does not foresee them.
-        const T* ahead = w + gate_row(std::min(first + j + same, 4 * channels - 1), channels) * s0;
-        for (long q = 0; q < same; ++q)
-          for (long i = 0; i < n; i += 64 / long(sizeof(T))) __builtin_prefetch(ahead + q * s0 + i);
-        kernels.transpose(same, n, w + row * s0, s0, to + j, ld_to);
-        continue;
-      }
-    } else if (s1 == 1) {
-      wide.resize(same * n);
-      for (long q = 0; q < same; ++q) convert(w + (row + q) * s0, n, wide.data() + q * n);
-      kernels.transpose(same, n, wide.data(), n, to + j, ld_to);
-      continue;
+    if (s1 == 1) {
+      // The next rows are those of another gate: the processor does not foresee them.
+      const A* ahead = w + gate_row(std::min(first + j + same, 4 * channels - 1), channels) * s0;
+      for (long q = 0; q < same; ++q)
+        for (long i = 0; i < n; i += 64 / long(sizeof(A))) __builtin_prefetch(ahead + q * s0 + i);
     }
-    for (long i = 0; i < n; ++i)
-      for (long q = 0; q < same; ++q) to[i * ld_to + j + q] = static_cast<T>(w[(row + q) * s0 + i * s1]);
+    turn_rows(kernels, w + row * s0, s0, s1, n, same, to + j, ld_to, wide);
   }
 }
 

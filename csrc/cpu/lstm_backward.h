@@ -39,7 +39,7 @@ struct Backward : Engine<A> {
   // One direction's weights as the kernels read them, [4H] or [P] long in K, and which of its gradients are wanted.
   struct Weights {
     const T *w_ih, *w_hh, *w_hr, *peephole;
-    long ld_ih, ld_hh;                // 0: packed
+    long ld_ih, ld_hh, ld_hr;         // 0: packed
     const Part *split_ih, *split_hh;  // splits_z(): instead of w_ih (where pays_for_x()) and w_hh
     bool need_ih, need_hh, need_bias, need_peephole, need_hr;
   };
@@ -80,8 +80,8 @@ struct Backward : Engine<A> {
   // Of a part of the rows: scratch, and sums over its rows.
   struct Buffers {
     T *z, *c0, *dm, *m;
-    T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [4H][I], [4H][P], whole vectors, [ldz], [3][H], [P][ldh]; null = not wanted
-    std::vector<T*> dh, dc, x, h, dx, dy;          // of each member
+    T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [4H][I], [4H][P], whole vectors, [ldz], [3][H], [P][H], whole vectors; null = not wanted
+    std::vector<T*> dh, dc, x, h, dx, dy;          // of each member; dh: of all together where a projection mixes the hidden units
     SplitBuffers split;                            // splits_z(); the sums of weights are transposed then, [I][ldz] and [P][ldz]
   };
 
@@ -101,16 +101,22 @@ struct Backward : Engine<A> {
 
   // w [4H, n] with its rows in the order of blocks: [panel][4H][panel columns].
   const T* pack_back(const Tensor& w, long n) {
-    T* packed = workspace.template take<T>(4 * hidden * round_up(n, k.lanes));
+    return pack_back(w, n, [&](long i) { return p.weight_row(i); });
+  }
+
+  // A GEMM operand whose row i is row order(i) of w [.., n].
+  template <class F>
+  const T* pack_back(const Tensor& w, long n, const F& order) {
+    const long rows = w.size(0), s0 = w.stride(0), s1 = w.stride(1);
+    T* packed = workspace.template take<T>(rows * round_up(n, k.lanes));
     const A* source = data(w);
-    const long s0 = w.stride(0), s1 = w.stride(1);
-    std::vector<long> row(4 * hidden);
-    for (long i = 0; i < 4 * hidden; ++i) row[i] = p.weight_row(i) * s0;
+    std::vector<long> row(rows);
+    for (long i = 0; i < rows; ++i) row[i] = order(i) * s0;
     parallel((n + k.panel - 1) / k.panel, [&](long begin, long end) {
       for (long first = begin * k.panel; first < std::min(n, end * k.panel); first += k.panel) {
-        const long left = n - first, width = left > k.lanes ? k.panel : k.lanes, real = std::min(left, width);
-        T* to = packed + first * 4 * hidden;
-        for (long i = 0; i < 4 * hidden; ++i, to += width) {
+        const long left = n - first, width = panel_width(k, left), real = std::min(left, width);
+        T* to = packed + first * rows;
+        for (long i = 0; i < rows; ++i, to += width) {
           Base::read(source + row[i] + first * s1, s1, real, to);
           std::fill(to + real, to + width, T(0));
         }
@@ -153,7 +159,8 @@ struct Backward : Engine<A> {
     w.ld_hh = reads_directly(from.w_hh);
     if (needs[kX] && splits_z() && pays_for_x()) w.split_ih = pack_back_split(from.w_ih, inputs);
     else if (needs[kX]) w.w_ih = w.ld_ih ? wide_data(from.w_ih) : pack_back(from.w_ih, inputs);
-    if (splits_z()) w.split_hh = pack_back_split(from.w_hh, size);
+    if (p.time == 1 && !(needs[kH0] && in.h0)) w.w_hh = nullptr;  // no step goes on to one before
+    else if (splits_z()) w.split_hh = pack_back_split(from.w_hh, size);
     else w.w_hh = w.ld_hh ? wide_data(from.w_hh) : pack_back(from.w_hh, size);
     if (from.peephole) {
       T* packed = workspace.template take<T>(3 * hidden);
@@ -161,11 +168,8 @@ struct Backward : Engine<A> {
       w.peephole = packed;
     }
     if (from.w_hr) {
-      T* packed = workspace.template take<T>(size * round_up(hidden, k.lanes));
-      const A* const w_hr = data(*from.w_hr);
-      const long s0 = from.w_hr->stride(0), s1 = from.w_hr->stride(1);
-      pack_panels(k, size, hidden, packed, [=](long i, long n) { return static_cast<T>(w_hr[i * s0 + n * s1]); });
-      w.w_hr = packed;
+      w.ld_hr = reads_directly(*from.w_hr);
+      w.w_hr = w.ld_hr ? wide_data(*from.w_hr) : pack_back(*from.w_hr, hidden, [](long i) { return i; });
     }
     return w;
   }
@@ -185,13 +189,16 @@ struct Backward : Engine<A> {
     sums.clear();
   }
 
-  // A part's sum of a weight's gradient, [4H][rounded up to vectors]: the gradient itself where it can be.
-  bool sums_in_place(long channels) const { return !Base::kNarrow && channels % k.lanes == 0; }
-
-  T* weight_sum(const Tensor& gradient, long channels, bool first) {
-    if (splits_z()) return new_sum(round_up(channels, kTileRows) * ldz);
-    if (!first || !sums_in_place(channels)) return new_sum(4 * hidden * round_up(channels, k.lanes));
+  // A part's sum of a weight's gradient, rows rounded up to vectors: the gradient itself where it can be.
+  T* weight_sum(const Tensor& gradient, bool first) {
+    const long rows = gradient.size(0), channels = gradient.size(1);
+    if (!first || Base::kNarrow || channels % k.lanes) return new_sum(rows * round_up(channels, k.lanes));
     return new_sum(static_cast<T*>(gradient.mutable_data_ptr()), gradient.numel());
+  }
+
+  // The same of the gates' rows.
+  T* gates_sum(const Tensor& gradient, bool first) {
+    return splits_z() ? new_sum(round_up(gradient.size(1), kTileRows) * ldz) : weight_sum(gradient, first);
   }
 
   // Adds rows of z (columns of blocks [begin, end)) times rows of x or h to the gradient of a weight.
@@ -211,6 +218,9 @@ struct Backward : Engine<A> {
     }
   }
 
+  // Whether a step of a chunk started from anything but zeros.
+  bool has_h(const Chunk& chunk) const { return chunk.end > 1 || in.h0; }
+
   void add_weight_gradients(const Weights& w, const Buffers& b, const Group& g, const Chunk& chunk, const SequenceOf<const A>& y, const Member& member) const {
     const auto mine = Base::share(member);
     if (w.need_ih) {
@@ -218,7 +228,7 @@ struct Backward : Engine<A> {
       Base::read_x(g, chunk, x);
       add_weight_gradient(chunk.rows(), b.z, mine.block, mine.block_end, x, ldx, inputs, b.dw_ih);
     }
-    if (w.need_hh) {
+    if (w.need_hh && has_h(chunk)) {
       T* h = b.h[member.rank];
       read_h(g, chunk, y, h);
       add_weight_gradient(chunk.rows(), b.z, mine.block, mine.block_end, h, ldh, size, b.dw_hh);
@@ -249,19 +259,21 @@ struct Backward : Engine<A> {
       Tensor* to = grads.data() + (d ? kReverse - kWih : 0);
       if (w.need_ih) to[kWih] = empty_cpu({4 * hidden, inputs}, narrow);
       if (w.need_hh) to[kWhh] = empty_cpu({4 * hidden, size}, narrow);
+      if (w.need_hr) to[kWhr] = empty_cpu({size, hidden}, narrow);
       std::vector<Buffers> parts(s.parts);
       for (Buffers& b : parts) {
         b.z = workspace.template take<T>(steps * rows * ldz);
         b.c0 = in.c0 ? workspace.template take<T>(rows * ldh) : nullptr;
         b.dm = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
         b.m = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
-        b.dw_ih = w.need_ih ? weight_sum(to[kWih], inputs, &b == parts.data()) : nullptr;
-        b.dw_hh = w.need_hh ? weight_sum(to[kWhh], size, &b == parts.data()) : nullptr;
+        const bool first = &b == parts.data();
+        b.dw_ih = w.need_ih ? gates_sum(to[kWih], first) : nullptr;
+        b.dw_hh = w.need_hh ? gates_sum(to[kWhh], first) : nullptr;
+        b.dw_hr = w.need_hr ? weight_sum(to[kWhr], first) : nullptr;
         b.dbias = w.need_bias ? new_sum(ldz) : nullptr;
         b.dpeephole = w.need_peephole ? new_sum(3 * hidden) : nullptr;
-        b.dw_hr = w.need_hr ? new_sum(size * ldh) : nullptr;
         for (long i = 0; i < s.team; ++i) {
-          b.dh.push_back(workspace.template take<T>(round_up(rows, kTileRows) * ldh));
+          b.dh.push_back(i > 0 && w.w_hr ? b.dh[0] : workspace.template take<T>(round_up(rows, kTileRows) * ldh));
           b.dc.push_back(workspace.template take<T>(rows * ldh));
           b.x.push_back(w.need_ih && !splits_z() ? workspace.template take<T>(steps * rows * ldx) : nullptr);
           b.h.push_back(w.need_hh && !splits_z() ? workspace.template take<T>(steps * rows * ldh) : nullptr);
@@ -280,7 +292,8 @@ struct Backward : Engine<A> {
   void run_backward(const Group& g, const Weights& w, const Buffers& b, const Member& member, const Given& given, const Tensor& dx, T* dx_sum,
                     const Tensor& dh0, const Tensor& dc0) {
     const auto [first, last, ch, ch_end, column, n] = Base::share(member);
-    const long h_begin = w.w_hr ? 0 : ch, h_end = w.w_hr ? size : ch_end, most = g.length(0), steps = plan.steps_of_chunk();
+    const auto [h_begin, h_end] = Base::outputs_of(member);
+    const long most = g.length(0), steps = plan.steps_of_chunk();
     const T* c_all = static_cast<const T*>(given.c.const_data_ptr());
     const A* gates_all = data(given.gates);
     const T one = 1;
@@ -329,7 +342,7 @@ struct Backward : Engine<A> {
           }
           cells.next = &next;
         }
-        if (w.w_hr) project_back(w, b, cells);
+        if (w.w_hr) project_back(w, b, member, cells);
         k.lstm_cells_backward(cells);
         member.wait();
         const bool goes_on = s > 0 || dh0.numel();
@@ -399,7 +412,7 @@ struct Backward : Engine<A> {
           for (long i = 0; i < chunk.active(s); ++i) point_at(chunk.at(s) + i, Base::frames.at(g.sample(i), g.frame(i, s)), Base::frames.feature, inputs);
         add(inputs, b.dw_ih);
       }
-      if (w.need_hh) {
+      if (w.need_hh && Backward::has_h(chunk)) {
         for (long s = chunk.begin; s < chunk.end; ++s)
           for (long i = 0; i < chunk.active(s); ++i) {
             const long at = chunk.at(s) + i;
@@ -455,21 +468,28 @@ struct Backward : Engine<A> {
       }
   }
 
-  // h = w_hr m: from the gradient of h, with dy, to that of m, which takes its place; and that of w_hr.
-  void project_back(const Weights& w, const Buffers& b, LstmCells<T>& cells) const {
+  // h = w_hr m: from the gradient of h, with dy, to that of m, which takes its place; and that of w_hr. A member's hidden units of both.
+  void project_back(const Weights& w, const Buffers& b, const Member& member, LstmCells<T>& cells) const {
+    const auto mine = Base::share(member);
+    const auto [out, end] = Base::outputs_of(member);
+    const long first = mine.ch, n = mine.ch_end - first;
+    T* dh = b.dh[0];
     for (long i = 0; cells.dy && i < cells.rows; ++i)
-      for (long j = 0; j < size; ++j) b.dh[0][i * ldh + j] += cells.dy[i][j];
+      for (long j = out; j < end; ++j) dh[i * ldh + j] += cells.dy[i][j];
     cells.dy = nullptr;
     for (long i = 0; w.need_hr && i < cells.rows; ++i) {
       T* m = b.m + i * ldh;
-      k.tanh(hidden, cells.c + i * cells.ldc, m);
-      for (long c = 0; c < hidden; ++c) {
-        const long ch = c / kBlock * kBlock, width = std::min<long>(kBlock, hidden - ch);
-        m[c] *= static_cast<T>(static_cast<const A*>(cells.gates.data)[i * cells.ldg + 4 * ch + 3 * width + c - ch]);
+      k.tanh(n, cells.c + i * cells.ldc + first, m + first);
+      for (long ch = first; ch < mine.ch_end; ch += kBlock) {
+        const long width = std::min<long>(kBlock, hidden - ch);
+        const A* o = static_cast<const A*>(cells.gates.data) + i * cells.ldg + 4 * ch + 3 * width;
+        for (long c = 0; c < width; ++c) m[ch + c] *= static_cast<T>(o[c]);
       }
     }
-    if (w.need_hr) k.outer_sum({cells.rows, b.dh[0], rows_of(size, ldh), b.m, ldh, hidden, b.dw_hr, ldh});
-    k.gemm({cells.rows, {b.dh[0]}, {rows_of(size, ldh)}, w.w_hr, size, hidden, nullptr, 0, b.dm, ldh});
+    member.wait();  // for all of dh
+    Base::ask_for(member, cells.rows, dh, size);
+    if (w.need_hr) k.outer_sum({cells.rows, dh, rows_of(size, ldh), b.m + first, ldh, n, b.dw_hr + first, round_up(hidden, k.lanes)});
+    k.gemm({cells.rows, {dh}, {rows_of(size, ldh)}, w.w_hr + first * (w.ld_hr ? 1 : size), size, n, nullptr, 0, b.dm + first, ldh, w.ld_hr});
     cells.dh = b.dm;
   }
 
@@ -529,7 +549,7 @@ struct Backward : Engine<A> {
     }
     if (w.need_bias) to[kBias] = bias_gradient(parts);
     if (w.need_peephole) add_parts(parts, &Buffers::dpeephole, hidden, to[kPeephole] = empty_cpu({3, hidden}, scalar_type<A>()));
-    if (w.need_hr) add_parts(parts, &Buffers::dw_hr, ldh, to[kWhr] = empty_cpu({size, hidden}, scalar_type<A>()));
+    if (w.need_hr) add_parts(parts, &Buffers::dw_hr, round_up(hidden, k.lanes), to[kWhr]);
   }
 };
 

@@ -75,10 +75,32 @@ struct Engine {
 
   // The panel from column `start` on.
   void pack_panel(const Tensor& w, long n, long start, T* panel, long first) const {
-    const long left = columns - start, width = left > k.lanes ? k.panel : k.lanes, real = std::min(4 * hidden - start, width);
+    const long left = columns - start, width = panel_width(k, left), real = std::min(4 * hidden - start, width);
     panel += first * width;
     read_columns(k, data(w), w.stride(0), w.stride(1), n, hidden, start, real, panel, width);
+    clear_rest(panel, n, real, width);
+  }
+
+  // Columns [real, width) of a panel of n rows.
+  static void clear_rest(T* panel, long n, long real, long width) {
     for (long i = 0; real < width && i < n; ++i) std::fill(panel + i * width + real, panel + (i + 1) * width, T(0));
+  }
+
+  // Columns [begin, end), whole panels, of the operand of a linear layer w [O, n].
+  void pack_linear(const Tensor& w, long begin, long end, T* packed) const {
+    const long outputs = w.size(0), n = w.size(1);
+    std::vector<T> wide;
+    for (long first = begin; first < std::min(outputs, end); first += k.panel) {
+      const long left = outputs - first, width = panel_width(k, left), real = std::min(left, width);
+      turn_rows(k, data(w) + first * w.stride(0), w.stride(0), w.stride(1), n, real, packed + first * n, width, wide);
+      clear_rest(packed + first * n, n, real, width);
+    }
+  }
+
+  void pack_linear(const Tensor& w, T* packed) const {
+    const long outputs = w.size(0);
+    parallel((outputs + k.panel - 1) / k.panel, [&](long begin, long end) { pack_linear(w, begin * k.panel, end * k.panel, packed); },
+             std::max(1l, kPackGrain / (w.size(1) * k.panel)));
   }
 
   void pack_peephole(const Tensor& t, T* to) const {
@@ -111,12 +133,8 @@ struct Engine {
       for (long n = 0; n < 4 * hidden; ++n) to.bias[n] = static_cast<T>(static_cast<A>(to.bias[n] + static_cast<T>(source[p.weight_row(n) * stride])));
     }
     if (d.peephole) pack_peephole(*d.peephole, to.peephole);
-    if (d.w_hr) {
-      const A* const w_hr = data(*d.w_hr);
-      const long s0 = d.w_hr->stride(0), s1 = d.w_hr->stride(1);
-      pack_panels(k, hidden, size, to.w_hr, [=](long i, long n) { return static_cast<T>(w_hr[n * s0 + i * s1]); });
-    }
     if (plan.once()) return;
+    if (d.w_hr) pack_linear(*d.w_hr, to.w_hr);
     if (plan.by_parts()) {
       const auto pack_columns = [&](long depth, bool of_x, bool of_h, Part* packed) {
         pack_split<Unsplit<A>>(*plan.split_by, 4 * hidden, depth, kParts, packed, [&](long column, Unsplit<A>* row) { read_column(d, column, depth, of_x, of_h, row); });
@@ -219,10 +237,9 @@ struct Engine {
   void set_head(const Head& from) { head = pack(from); }
 
   PackedHead pack(const Head& from) {
-    const A* const w = data(*from.weight);
-    const long outputs = from.weight->size(0), n = from.weight->size(1), s0 = from.weight->stride(0), s1 = from.weight->stride(1);
+    const long outputs = from.weight->size(0), n = from.weight->size(1);
     T *weight = workspace.take<T>(n * round_up(outputs, k.lanes)), *bias = workspace.take<T>(round_up(outputs, k.lanes));
-    pack_panels(k, n, outputs, weight, [=](long i, long o) { return static_cast<T>(w[o * s0 + i * s1]); });
+    pack_linear(*from.weight, weight);
     std::fill(bias, bias + round_up(outputs, k.lanes), T(0));
     if (from.bias) read(data(*from.bias), from.bias->stride(0), outputs, bias);
     return {weight, bias, n, outputs};
@@ -482,10 +499,28 @@ struct Engine {
     k.lstm_step({rows, {nullptr}}, cells);
   }
 
-  // What of h is a member's: all of it where a projection mixes the hidden units.
-  std::pair<long, long> outputs_of(const Task& t) const {
-    const Share mine = share(t.member);
-    return t.w.w_hr ? std::make_pair(0l, size) : std::make_pair(mine.ch, mine.ch_end);
+  // What of h is a member's: its hidden units, or whole panels of what a projection makes of all of them.
+  std::pair<long, long> outputs_of(const Member& member) const {
+    const Share mine = share(member);
+    if (!p.projected) return {mine.ch, mine.ch_end};
+    const long panels = (size + k.panel - 1) / k.panel;
+    return {std::min(size, member.begin(panels) * k.panel), std::min(size, member.end(panels) * k.panel)};
+  }
+
+  // What others wrote: all lines at once, not as a sum comes to each.
+  void ask_for(const Member& member, long rows, const T* from, long n) const {
+    if (member.team->size() == 1) return;
+    for (long i = 0; i < rows; ++i)
+      for (long j = 0; j < n; j += 64 / long(sizeof(T))) __builtin_prefetch(from + i * ldh + j);
+  }
+
+  // A member's columns of h = w_hr m.
+  void project(const Task& t, long rows, T* h) const {
+    const auto [out, end] = outputs_of(t.member);
+    if (plan.once()) pack_linear(*in.directions[t.g.direction].w_hr, out, end, t.w.w_hr);
+    t.member.wait();
+    ask_for(t.member, rows, t.b.m, hidden);
+    k.gemm({rows, {t.b.m}, {rows_of(hidden, ldh)}, t.w.w_hr + out * hidden, hidden, end - out, nullptr, 0, h + out, ldh});
   }
 
   void split_rows(const Buffers& b, long rows, long n, const T* from, long ld, long at) const {
@@ -494,7 +529,7 @@ struct Engine {
 
   void start(const Task& t) const {
     const Share mine = share(t.member);
-    const auto [out, out_end] = outputs_of(t);
+    const auto [out, out_end] = outputs_of(t.member);
     read_state(in.c0, t.g, mine.ch, mine.ch_end, t.b.c[t.member.rank], ldh);
     read_state(in.h0, t.g, out, out_end, t.b.h_after(0), ldh);
     if (t.b.split) split_rows(t.b, t.g.rows, size, t.b.h_after(0), ldh, plan.split_x());
@@ -529,21 +564,19 @@ struct Engine {
       cells.y = direct_y ? y.at(g.sample(0), g.frame(0, s)) + g.direction * size : nullptr;
       cells.ldy = g.stride * y.sample;
     }
-    if (before && member.team->size() > 1)  // what others wrote: all lines at once, not as the sum comes to each
-      for (long i = 0; i < rows; ++i)
-        for (long j = 0; j < size; j += 64 / long(sizeof(T))) __builtin_prefetch(before + i * ldh + j);
+    if (before) ask_for(member, rows, before, size);
     if (plan.once()) only_step(t, rows, z, x, cells);
     else if (w.split_ih && (before || x.data)) step_by_parts(t, rows, before, z, x, cells);
     else if (x.data) k.lstm_step({rows, {x.data, before}, {rows_of(inputs, x.stride), rows_of(size, ldh)}, w.w_ih, inputs + size, columns, w.bias, 0, z, ldz}, cells);
     else k.lstm_step({rows, {before}, {rows_of(size, ldh)}, w.w_hh, size, columns, z, ldz, z, ldz}, cells);
-    if (w.w_hr) k.gemm({rows, {b.m}, {rows_of(hidden, ldh)}, w.w_hr, hidden, size, nullptr, 0, h, ldh});
+    if (w.w_hr) project(t, rows, h);
     if (inside && kNarrow)
       for (long i = 0; i < rows; ++i) round_to<A>(size, h + i * ldh);
     if (head.weight) {
       apply(head, rows, h, ldh, b.out);
       for (long i = 0; i < rows; ++i) write(b.out + i * head.ld(), head.outputs, y.at(g.sample(i), g.frame(i, s)));
     }
-    const auto [out, out_end] = outputs_of(t);
+    const auto [out, out_end] = outputs_of(member);
     for (long i = 0; !inside && !direct_y && i < rows; ++i) {
       A* to = y.at(g.sample(i), g.frame(i, s)) + g.direction * size + out;
       write(h + i * ldh + out, out_end - out, to);
@@ -556,7 +589,7 @@ struct Engine {
   void finish(const Task& t) const {
     const auto& [g, w, b, member, outputs, y, c, gates, all_z, ldz] = t;
     const Share mine = share(member);
-    const auto [out, out_end] = outputs_of(t);
+    const auto [out, out_end] = outputs_of(member);
     for (long i = 0; i < g.rows; ++i) {
       const long sample = g.sample(i), length = g.length(i), row = state_row(g.direction) * p.batch + sample;
       write(b.h_after(length) + i * ldh + out, out_end - out, out_data(outputs.h_n) + row * size + out);

@@ -44,8 +44,8 @@ struct Plan {
   // Of a step's rows of x and h, [row][part][split_depth()], with a gap for the sets of the cache.
   long split_ld() const { return kParts * split_depth() + kSplitDepth; }
 
-  // Of both weights.
-  long operand_bytes() const { return (p.inputs + p.size) * columns * long(sizeof(T)); }
+  // Of the weights.
+  long operand_bytes() const { return ((p.inputs + p.size) * columns + (p.projected ? p.hidden * p.size : 0)) * long(sizeof(T)); }
   long weight_bytes() const { return by_parts() ? split_size(4 * p.hidden, split_depth(), kParts) * long(sizeof(Part)) : operand_bytes(); }
 
   // Members of a team share out pairs of blocks: whole panels of hidden units, too.
@@ -67,14 +67,12 @@ struct Plan {
     const long few = !by_dots() ? kFewRows : pass.forward && 2 * weight_bytes() > l2_bytes() ? kFewOfLarge : kFewDots;
     if (stages > 1) return {threads / stages, stages};
     long team = 1;
-    if (!p.projected) {
-      const bool brief = pass.forward && p.time <= kFewSteps && p.batch <= kRowsOfFewSteps;
-      if (brief || p.batch < few * threads) team = std::min(threads, units());
-      else if (p.batch < kSomeRows * threads && !by_tiles() && !by_dots()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
-      // Each part has sums of its own for the gradients of the weights. (Teams would do without the products of bfloat16.)
-      const long most = std::clamp<long>(kMostCopies / operand_bytes(), 1, threads);
-      if (!pass.forward && !split_by && p.batch > most) team = std::max(team, std::min(units(), threads / most));
-    }
+    const bool brief = pass.forward && p.time <= kFewSteps && p.batch <= kRowsOfFewSteps;
+    if (brief || p.batch < few * threads) team = std::min(threads, units());
+    else if (p.batch < kSomeRows * threads && !by_tiles() && !by_dots()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
+    // Each part has sums of its own for the gradients of the weights. (Teams would do without the products of bfloat16.)
+    const long most = std::clamp<long>(kMostCopies / operand_bytes(), 1, threads);
+    if (!pass.forward && !split_by && p.batch > most) team = std::max(team, std::min(units(), threads / most));
     return {std::clamp<long>(p.batch, 1, threads / team), team};
   }
 
@@ -85,7 +83,7 @@ struct Plan {
   // One step of few rows: weights are read once. All threads share out the hidden units, and each packs a block's weights where it needs
   // them, in its cache.
   bool once() const {
-    if (!pass.forward || p.time > 1 || p.batch > pass.most_rows || p.projected) return false;
+    if (!pass.forward || p.time > 1 || p.batch > pass.most_rows) return false;
     return !by_tiles() || p.batch < kTogether * threads;
   }
 
