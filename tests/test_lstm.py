@@ -270,7 +270,10 @@ def test_same_bits_again_and_a_sample_does_not_depend_on_its_batch(name: str, ba
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("name", ["hidden_70", "time_40_batch_9", "everything"])
 def test_any_number_of_threads(name: str, count: int, backend: str) -> None:
-    case = LSTM[name]
+    check_threads(LSTM[name], count, backend)
+
+
+def check_threads(case: LSTMCase, count: int, backend: str) -> None:
     found = []
     for number in (1, count):
         with threads(number):
@@ -626,6 +629,19 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
 TOGETHER = LSTMCase("together", batch=1, time=40, features=5, hidden=130, given=("bias", "h0", "c0"))
 
 
+# Of what the projection makes, some threads have nothing.
+@pytest.mark.parametrize("projected", [70, 33, 1])
+@pytest.mark.parametrize("batch, time", [(1, 40), (3, 1), (5, 4), (70, 2)])
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_threads_share_out_a_projection(count: int, batch: int, time: int, projected: int, native_ops: Any) -> None:
+    lengths = None if time == 1 else tuple(b % (time + 1) for b in range(batch, 0, -1))
+    given = LSTM_EVERYTHING if batch == 5 else ()
+    case = LSTMCase("shared", batch, time, 5, 130, projected=projected, directions=2, given=given, lengths=lengths)
+    check_threads(case, count, "cpu")
+    with threads(count):
+        check(case, torch.float32, "cpu")
+
+
 def test_fewer_threads_than_asked_for_do_not_hang(native_ops: Any) -> None:
     script = """
 import torch
@@ -701,8 +717,12 @@ def test_gates_too_many_for_the_cache_are_those_of_half_the_batch(dtype: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("batch, hidden", [(1, 128), (7, 70), (33, 17), (64, 40), (65, 16)])
-def test_one_step_is_the_first_of_many(batch: int, hidden: int, dtype: torch.dtype, native_ops: Any) -> None:
-    case = LSTMCase("steps", batch=batch, time=2, features=37, hidden=hidden, given=LSTM_STATE, directions=2)
+@pytest.mark.parametrize("projected", [None, 15])
+def test_one_step_is_the_first_of_many(
+    projected: int | None, batch: int, hidden: int, dtype: torch.dtype, native_ops: Any
+) -> None:
+    case = LSTMCase("steps", batch, 2, 37, hidden, projected=projected, given=LSTM_STATE, directions=2)
+    size = projected or hidden
     a = case.arguments(dtype)
     for count in (1, 2, 3):
         with threads(count):
@@ -711,15 +731,18 @@ def test_one_step_is_the_first_of_many(batch: int, hidden: int, dtype: torch.dty
                 one, h, _ = case.call(lstm, a | {"input": a["input"][:, :1]}, backend="cpu")
             training, _, _ = case.call(lstm, a | {"input": a["input"][:, :1]}, backend="cpu")
             for found in (one, training.detach()):
-                torch.testing.assert_close(found[:, 0, :hidden], both[:, 0, :hidden], **exactly("cpu"))
-            torch.testing.assert_close(h, one[:, 0].unflatten(1, (2, hidden)).transpose(0, 1), **exactly("cpu"))
+                torch.testing.assert_close(found[:, 0, :size], both[:, 0, :size], **exactly("cpu"))
+            torch.testing.assert_close(h, one[:, 0].unflatten(1, (2, size)).transpose(0, 1), **exactly("cpu"))
 
 
-@pytest.mark.parametrize("time", [60, 300], ids=["weights_as_they_lie", "weights_packed"])
-@pytest.mark.parametrize("hidden", [48, 64])
-def test_backward_of_teams_reads_weights_two_ways(hidden: int, time: int, native_ops: Any) -> None:
-    with threads(2):
-        check(LSTMCase("long", batch=2, time=time, features=32, hidden=hidden, given=LSTM_STATE), torch.float32, "cpu")
+@pytest.mark.parametrize("count, time", [(2, 60), (2, 300), (1, 3)], ids=["as_they_lie", "packed", "few_as_they_lie"])
+@pytest.mark.parametrize("hidden, projected", [(48, None), (64, None), (64, 32)])
+def test_backward_reads_weights_two_ways(
+    hidden: int, projected: int | None, count: int, time: int, native_ops: Any
+) -> None:
+    case = LSTMCase("long", 2, time, 32, hidden, projected=projected, given=LSTM_STATE)
+    with threads(count):
+        check(case, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("batch, count", [(40, 3), (63, 5), (9, 5), (12, 2)])

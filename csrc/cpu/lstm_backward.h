@@ -79,7 +79,7 @@ struct Backward : Engine<A> {
 
   // Of a part of the rows: scratch, and sums over its rows.
   struct Buffers {
-    T *z, *c0, *dm, *m;
+    T *z, *c0, *dm, *m, *dhs;                      // m and its dh: of a chunk, where w_hr's gradient is wanted
     T *dw_ih, *dw_hh, *dbias, *dpeephole, *dw_hr;  // [4H][I], [4H][P], whole vectors, [ldz], [3][H], [P][H], whole vectors; null = not wanted
     std::vector<T*> dh, dc, x, h, dx, dy;          // of each member; dh: of all together where a projection mixes the hidden units
     SplitBuffers split;                            // splits_z(); the sums of weights are transposed then, [I][ldz] and [P][ldz]
@@ -87,12 +87,12 @@ struct Backward : Engine<A> {
 
   static const T* wide_data(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
 
-  // From row to row of a weight where it is read as it lies, else 0. Few rows for few steps would take about as long as the packing; more
-  // of them are faster with it: a member's columns of rows that are a power of two apart share half of a cache's sets.
+  // From row to row of a weight where it is read as it lies, else 0. Few rows for few steps would take about as long as the packing, which
+  // the threads of a team wait for; more of them are faster with it: columns of rows that are a power of two apart share sets of the cache.
   long reads_directly(const Tensor& w) const {
-    constexpr long kFewSamplesTimesSteps = 384;
+    constexpr long kFew = 16, kFewOfTeam = 384;  // samples times steps
     const bool whole = hidden % kBlock == 0 && w.size(1) % k.lanes == 0 && w.stride(1) == 1;
-    return !Base::kNarrow && plan.sharing().team > 1 && p.batch * p.time < kFewSamplesTimesSteps && whole ? w.stride(0) : 0;
+    return !Base::kNarrow && p.batch * p.time < (plan.sharing().team > 1 ? kFewOfTeam : kFew) && whole ? w.stride(0) : 0;
   }
 
   // Gradients of gates as an operand for weights with rows in the order of blocks or, unpacked, of gates.
@@ -265,7 +265,8 @@ struct Backward : Engine<A> {
         b.z = workspace.template take<T>(steps * rows * ldz);
         b.c0 = in.c0 ? workspace.template take<T>(rows * ldh) : nullptr;
         b.dm = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
-        b.m = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
+        b.m = w.need_hr ? workspace.template take<T>(steps * rows * ldh) : nullptr;
+        b.dhs = w.need_hr ? workspace.template take<T>(steps * rows * ldh) : nullptr;
         const bool first = &b == parts.data();
         b.dw_ih = w.need_ih ? gates_sum(to[kWih], first) : nullptr;
         b.dw_hh = w.need_hh ? gates_sum(to[kWhh], first) : nullptr;
@@ -342,7 +343,7 @@ struct Backward : Engine<A> {
           }
           cells.next = &next;
         }
-        if (w.w_hr) project_back(w, b, member, cells);
+        if (w.w_hr) project_back(w, b, member, chunk.at(s), cells);
         k.lstm_cells_backward(cells);
         member.wait();
         const bool goes_on = s > 0 || dh0.numel();
@@ -352,6 +353,7 @@ struct Backward : Engine<A> {
       }
       if (splits_z()) add_split_weight_gradients(w, b, g, chunk, ys);
       else add_weight_gradients(w, b, g, chunk, ys, member);
+      if (w.need_hr) add_projection_gradient(b, g, chunk, c_all, gates_all, member);
       if (w.need_bias) k.outer_sum({chunk.rows(), &one, rows_of(1, 0), b.z + column, ldz, n, b.dbias + column, ldz});
       if (w.split_ih) {
         if constexpr (std::is_same_v<A, BFloat16>)
@@ -468,29 +470,40 @@ struct Backward : Engine<A> {
       }
   }
 
-  // h = w_hr m: from the gradient of h, with dy, to that of m, which takes its place; and that of w_hr. A member's hidden units of both.
-  void project_back(const Weights& w, const Buffers& b, const Member& member, LstmCells<T>& cells) const {
+  // h = w_hr m: from the gradient of h, with dy, to that of m, which takes its place. A member's part of both. `at`: the step's first row of
+  // its chunk.
+  void project_back(const Weights& w, const Buffers& b, const Member& member, long at, LstmCells<T>& cells) const {
     const auto mine = Base::share(member);
     const auto [out, end] = Base::outputs_of(member);
-    const long first = mine.ch, n = mine.ch_end - first;
     T* dh = b.dh[0];
-    for (long i = 0; cells.dy && i < cells.rows; ++i)
-      for (long j = out; j < end; ++j) dh[i * ldh + j] += cells.dy[i][j];
-    cells.dy = nullptr;
-    for (long i = 0; w.need_hr && i < cells.rows; ++i) {
-      T* m = b.m + i * ldh;
-      k.tanh(n, cells.c + i * cells.ldc + first, m + first);
-      for (long ch = first; ch < mine.ch_end; ch += kBlock) {
-        const long width = std::min<long>(kBlock, hidden - ch);
-        const A* o = static_cast<const A*>(cells.gates.data) + i * cells.ldg + 4 * ch + 3 * width;
-        for (long c = 0; c < width; ++c) m[ch + c] *= static_cast<T>(o[c]);
-      }
+    for (long i = 0; i < cells.rows; ++i) {
+      T* row = dh + i * ldh;
+      for (long j = out; cells.dy && j < end; ++j) row[j] += cells.dy[i][j];
+      if (w.need_hr) std::copy(row + out, row + end, b.dhs + (at + i) * ldh + out);
     }
-    member.wait();  // for all of dh
+    member.wait();
     Base::ask_for(member, cells.rows, dh, size);
-    if (w.need_hr) k.outer_sum({cells.rows, dh, rows_of(size, ldh), b.m + first, ldh, n, b.dw_hr + first, round_up(hidden, k.lanes)});
-    k.gemm({cells.rows, {dh}, {rows_of(size, ldh)}, w.w_hr + first * (w.ld_hr ? 1 : size), size, n, nullptr, 0, b.dm + first, ldh, w.ld_hr});
+    k.gemm({cells.rows, {dh}, {rows_of(size, ldh)}, w.w_hr + mine.ch * (w.ld_hr ? 1 : size), size, mine.ch_end - mine.ch, nullptr, 0, b.dm + mine.ch, ldh, w.ld_hr});
     cells.dh = b.dm;
+    cells.dy = nullptr;
+  }
+
+  // Adds dh times m = o tanh(c), a member's hidden units, to the gradient of w_hr.
+  void add_projection_gradient(const Buffers& b, const Group& g, const Chunk& chunk, const T* c, const A* gates, const Member& member) const {
+    const auto mine = Base::share(member);
+    const long n = mine.ch_end - mine.ch;
+    for (long s = chunk.begin; s < chunk.end; ++s)
+      for (long i = 0; i < chunk.active(s); ++i) {
+        const long from = g.saved_row(s) + i * g.stride;
+        T* m = b.m + (chunk.at(s) + i) * ldh;
+        k.tanh(n, c + from * hidden + mine.ch, m + mine.ch);
+        for (long ch = mine.ch; ch < mine.ch_end; ch += kBlock) {
+          const long width = std::min<long>(kBlock, hidden - ch);
+          const A* o = gates + from * 4 * hidden + 4 * ch + 3 * width;
+          for (long j = 0; j < width; ++j) m[ch + j] *= static_cast<T>(o[j]);
+        }
+      }
+    k.outer_sum({chunk.rows(), b.dhs, rows_of(size, ldh), b.m + mine.ch, ldh, n, b.dw_hr + mine.ch, round_up(hidden, k.lanes)});
   }
 
   // Sums over the parts, [channels][ldz], to a gradient [4H][channels].
