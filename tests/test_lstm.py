@@ -629,11 +629,13 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
 TOGETHER = LSTMCase("together", batch=1, time=40, features=5, hidden=130, given=("bias", "h0", "c0"))
 
 
-# Of what the projection makes, some threads have nothing.
-@pytest.mark.parametrize("projected", [70, 33, 1])
+# Of what a projection makes, some threads have nothing; an even number of threads may take both directions at once.
+@pytest.mark.parametrize("projected", [None, 70, 33, 1])
 @pytest.mark.parametrize("batch, time", [(1, 40), (3, 1), (5, 4), (70, 2)])
-@pytest.mark.parametrize("count", [2, 3, 7])
-def test_threads_share_out_a_projection(count: int, batch: int, time: int, projected: int, native_ops: Any) -> None:
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_threads_share_out_hidden_units_and_directions(
+    count: int, batch: int, time: int, projected: int | None, native_ops: Any
+) -> None:
     lengths = None if time == 1 else tuple(b % (time + 1) for b in range(batch, 0, -1))
     given = LSTM_EVERYTHING if batch == 5 else ()
     case = LSTMCase("shared", batch, time, 5, 130, projected=projected, directions=2, given=given, lengths=lengths)

@@ -247,50 +247,67 @@ struct Backward : Engine<A> {
     }
     if (needs[kH0] && in.h0) grads[kH0] = empty_cpu({p.directions, p.batch, size}, narrow);
     grads[kC0] = needs[kC0] && in.c0 ? empty_cpu({p.directions, p.batch, hidden}, in.c0->scalar_type()) : empty_cpu({0}, wide);
-    // With two directions the sum of their dx, before it is rounded.
-    T* dx_sum = needs[kX] && p.directions == 2 ? workspace.template take<T>(p.batch * p.time * inputs) : nullptr;
-
     for (long gate = 0; gate < 4; ++gate)
       for (long block = 0; block < hidden / kBlock; ++block) gates_first.push_back(block * kSlab + gate * kBlock);
     const auto s = plan.sharing();
-    const long rows = plan.most_rows(s), steps = plan.steps_of_chunk();
-    for (long d = 0; d < p.directions; ++d) {
-      const Weights w = pack(d, needs);
-      Tensor* to = grads.data() + (d ? kReverse - kWih : 0);
-      if (w.need_ih) to[kWih] = empty_cpu({4 * hidden, inputs}, narrow);
-      if (w.need_hh) to[kWhh] = empty_cpu({4 * hidden, size}, narrow);
-      if (w.need_hr) to[kWhr] = empty_cpu({size, hidden}, narrow);
-      std::vector<Buffers> parts(s.parts);
-      for (Buffers& b : parts) {
-        b.z = workspace.template take<T>(steps * rows * ldz);
-        b.c0 = in.c0 ? workspace.template take<T>(rows * ldh) : nullptr;
-        b.dm = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
-        b.m = w.need_hr ? workspace.template take<T>(steps * rows * ldh) : nullptr;
-        b.dhs = w.need_hr ? workspace.template take<T>(steps * rows * ldh) : nullptr;
-        const bool first = &b == parts.data();
-        b.dw_ih = w.need_ih ? gates_sum(to[kWih], first) : nullptr;
-        b.dw_hh = w.need_hh ? gates_sum(to[kWhh], first) : nullptr;
-        b.dw_hr = w.need_hr ? weight_sum(to[kWhr], first) : nullptr;
-        b.dbias = w.need_bias ? new_sum(ldz) : nullptr;
-        b.dpeephole = w.need_peephole ? new_sum(3 * hidden) : nullptr;
-        for (long i = 0; i < s.team; ++i) {
-          b.dh.push_back(i > 0 && w.w_hr ? b.dh[0] : workspace.template take<T>(round_up(rows, kTileRows) * ldh));
-          b.dc.push_back(workspace.template take<T>(rows * ldh));
-          b.x.push_back(w.need_ih && !splits_z() ? workspace.template take<T>(steps * rows * ldx) : nullptr);
-          b.h.push_back(w.need_hh && !splits_z() ? workspace.template take<T>(steps * rows * ldh) : nullptr);
-          b.dx.push_back(needs[kX] ? workspace.template take<T>(round_up(steps * rows, kTileRows) * ld_dx()) : nullptr);
-          b.dy.push_back(given.dy ? workspace.template take<T>(rows * ldh) : nullptr);
-        }
-        if (splits_z()) b.split = take_split(rows, steps * rows);
+    // With two directions the sum of their dx, before it is rounded; of each, where both run at once.
+    const long numbers = p.batch * p.time * inputs;
+    T* dx_sum = needs[kX] && p.directions == 2 ? workspace.template take<T>(s.abreast * numbers) : nullptr;
+    for (long d = 0; d < p.directions; d += s.abreast) {
+      std::vector<Weights> weights;
+      std::vector<std::vector<Buffers>> parts;
+      const auto to = [&](long direction) { return grads.data() + (direction ? kReverse - kWih : 0); };
+      for (long i = d; i < d + s.abreast; ++i) {
+        weights.push_back(pack(i, needs));
+        parts.push_back(take_parts(weights.back(), needs[kX], given.dy.has_value(), to(i)));
       }
       clear_sums();
-      Base::run(d, [&](const Group& g, long part, const Member& member) { run_backward(g, w, parts[part], member, given, dx, dx_sum, grads[kH0], grads[kC0]); });
-      finish(w, parts, to);
+      Base::run(d, [&](const Group& g, long part, const Member& member) {
+        const long i = g.direction - d;
+        T* sum = s.abreast > 1 && dx_sum ? dx_sum + i * numbers : dx_sum;
+        run_backward(g, weights[i], parts[i][part % s.parts], member, given, dx, sum, grads[kH0], grads[kC0]);
+      });
+      for (long i = 0; i < s.abreast; ++i) finish(weights[i], parts[i], to(d + i));
     }
+    if (dx_sum && s.abreast > 1) add_directions(dx_sum, dx_sum + numbers, SequenceOf<A>(dx));
     return grads;
   }
 
-  void run_backward(const Group& g, const Weights& w, const Buffers& b, const Member& member, const Given& given, const Tensor& dx, T* dx_sum,
+  // Buffers of a direction's parts, and its weights' gradients.
+  std::vector<Buffers> take_parts(const Weights& w, bool need_x, bool has_dy, Tensor* to) {
+    const auto s = plan.sharing();
+    const ScalarType narrow = scalar_type<A>();
+    const long rows = plan.most_rows(s), steps = plan.steps_of_chunk();
+    if (w.need_ih) to[kWih] = empty_cpu({4 * hidden, inputs}, narrow);
+    if (w.need_hh) to[kWhh] = empty_cpu({4 * hidden, size}, narrow);
+    if (w.need_hr) to[kWhr] = empty_cpu({size, hidden}, narrow);
+    std::vector<Buffers> parts(s.parts);
+    for (Buffers& b : parts) {
+      b.z = workspace.template take<T>(steps * rows * ldz);
+      b.c0 = in.c0 ? workspace.template take<T>(rows * ldh) : nullptr;
+      b.dm = w.w_hr ? workspace.template take<T>(rows * ldh) : nullptr;
+      b.m = w.need_hr ? workspace.template take<T>(steps * rows * ldh) : nullptr;
+      b.dhs = w.need_hr ? workspace.template take<T>(steps * rows * ldh) : nullptr;
+      const bool first = &b == parts.data();
+      b.dw_ih = w.need_ih ? gates_sum(to[kWih], first) : nullptr;
+      b.dw_hh = w.need_hh ? gates_sum(to[kWhh], first) : nullptr;
+      b.dw_hr = w.need_hr ? weight_sum(to[kWhr], first) : nullptr;
+      b.dbias = w.need_bias ? new_sum(ldz) : nullptr;
+      b.dpeephole = w.need_peephole ? new_sum(3 * hidden) : nullptr;
+      for (long i = 0; i < s.team; ++i) {
+        b.dh.push_back(i > 0 && w.w_hr ? b.dh[0] : workspace.template take<T>(round_up(rows, kTileRows) * ldh));
+        b.dc.push_back(workspace.template take<T>(rows * ldh));
+        b.x.push_back(w.need_ih && !splits_z() ? workspace.template take<T>(steps * rows * ldx) : nullptr);
+        b.h.push_back(w.need_hh && !splits_z() ? workspace.template take<T>(steps * rows * ldh) : nullptr);
+        b.dx.push_back(need_x ? workspace.template take<T>(round_up(steps * rows, kTileRows) * ld_dx()) : nullptr);
+        b.dy.push_back(has_dy ? workspace.template take<T>(rows * ldh) : nullptr);
+      }
+      if (splits_z()) b.split = take_split(rows, steps * rows);
+    }
+    return parts;
+  }
+
+  void run_backward(const Group& g, const Weights w, const Buffers& b, const Member& member, const Given& given, const Tensor& dx, T* dx_sum,
                     const Tensor& dh0, const Tensor& dc0) {
     const auto [first, last, ch, ch_end, column, n] = Base::share(member);
     const auto [h_begin, h_end] = Base::outputs_of(member);
@@ -454,13 +471,14 @@ struct Backward : Engine<A> {
   }
 
   void write_dx(const Group& g, const Chunk& chunk, long begin, long end, const T* from, const SequenceOf<A>& dx, T* dx_sum) const {
+    const bool adds = g.direction == 1 && plan.sharing().abreast == 1;
     for (long s = chunk.begin; s < chunk.end; ++s)
       for (long i = std::max<long>(0, begin - chunk.at(s)); i < std::min(chunk.active(s), end - chunk.at(s)); ++i) {
         const long sample = g.sample(i), frame = g.frame(i, s);
         T* row = const_cast<T*>(from) + (chunk.at(s) + i - begin) * ld_dx();
         if (dx_sum) {
           T* sum = dx_sum + (sample * p.time + frame) * inputs;
-          if (g.direction == 0) {
+          if (!adds) {
             Base::write(row, inputs, sum);
             continue;
           }
@@ -468,6 +486,19 @@ struct Backward : Engine<A> {
         }
         Base::write(row, inputs, dx.at(sample, frame), dx.feature);
       }
+  }
+
+  // dx of two directions that ran at once.
+  void add_directions(const T* one, const T* other, const SequenceOf<A>& dx) const {
+    parallel(p.batch * p.time, [&](long begin, long end) {
+      std::vector<T> sum(inputs);
+      for (long i = begin; i < end; ++i) {
+        const long sample = i / p.time, frame = i % p.time;
+        if (frame >= p.lengths[sample]) continue;
+        for (long j = 0; j < inputs; ++j) sum[j] = one[i * inputs + j] + other[i * inputs + j];
+        Base::write(sum.data(), inputs, dx.at(sample, frame), dx.feature);
+      }
+    }, std::max(1l, kPackGrain / inputs));
   }
 
   // h = w_hr m: from the gradient of h, with dy, to that of m, which takes its place. A member's part of both. `at`: the step's first row of

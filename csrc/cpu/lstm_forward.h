@@ -38,16 +38,18 @@ struct Engine {
   static A* out_data(const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); }
   static Runs rows_of(long length, long stride) { return {&kZero, 1, length, stride}; }
 
-  // call(group, team, rank) on every member of every team, group after group of its part's rows.
+  // call(group, part, member) on every member of every team, group after group of its part's rows; of the directions from the first on that
+  // run at once, whose parts are counted through.
   template <class F>
-  void run(long direction, const F& call) {
+  void run(long first_direction, const F& call) {
     const auto s = plan.sharing();
     const long most = plan.most_rows(s);
-    in_teams(s.parts, s.team, [&](long part, const Member& member) {
+    in_teams(s.abreast * s.parts, s.team, [&](long of_all, const Member& member) {
+      const long part = of_all % s.parts, direction = first_direction + of_all / s.parts;
       // Neighbours in memory; where lengths differ, each part has as many long ones as short ones.
       const long stride = in.lengths ? s.parts : 1, first = in.lengths ? part : p.batch * part / s.parts;
       const long rows = in.lengths ? (p.batch - part + s.parts - 1) / s.parts : p.batch * (part + 1) / s.parts - first;
-      for (long i = 0; i < rows; i += most) call(Group{&p, direction, first + i * stride, stride, std::min(most, rows - i)}, part, member);
+      for (long i = 0; i < rows; i += most) call(Group{&p, direction, first + i * stride, stride, std::min(most, rows - i)}, of_all, member);
     });
   }
 
@@ -282,7 +284,7 @@ struct Engine {
   std::vector<Buffers> buffers() {
     const auto s = plan.sharing();
     const long rows = plan.most_rows(s), steps = plan.steps_of_chunk(), at_once = plan.together() ? 1 : steps;
-    std::vector<Buffers> parts(s.parts);
+    std::vector<Buffers> parts(s.abreast * s.parts);
     for (Buffers& b : parts) {
       b.z_rows = at_once * (plan.by_tiles() ? round_up(rows, kTileRows) : rows);
       b.z = workspace.take<T>(b.z_rows * (ldz + s.team * leading(2 * kSlab)));
@@ -304,7 +306,7 @@ struct Engine {
   // A member's work on the rows of a group: start(), step() by step, finish().
   struct Task {
     const Group& g;
-    const Packed& w;
+    const Packed w;
     const Buffers& b;
     const Member& member;
     const Outputs& outputs;
@@ -336,11 +338,15 @@ struct Engine {
     if (p.batch == 0) return;
     plan.pass = all.gates ? Plan<A>::kTraining : Plan<A>::kInference;
     const std::vector<Buffers> parts = buffers();
-    for (long d = 0; d < p.directions; ++d) {
-      const Packed w = take(in.directions[d]);
-      pack(in.directions[d], w);
+    const long abreast = plan.sharing().abreast;
+    for (long d = 0; d < p.directions; d += abreast) {
+      std::vector<Packed> weights;
+      for (long i = d; i < d + abreast; ++i) {
+        weights.push_back(take(in.directions[i]));
+        pack(in.directions[i], weights.back());
+      }
       run(d, [&](const Group& g, long part, const Member& member) {
-        run_layers({this}, {task(g, w, parts[part], member, all)}, 0, 1, nullptr);
+        run_layers({this}, {task(g, weights[g.direction - d], parts[part], member, all)}, 0, 1, nullptr);
       });
     }
   }

@@ -51,15 +51,16 @@ struct Plan {
   // Members of a team share out pairs of blocks: whole panels of hidden units, too.
   long units() const { return (p.blocks() + 1) / 2; }
 
-  // How the threads share the work: parts of the rows, each with a team that shares the blocks of hidden units, or the layers of a
-  // pipeline.
+  // How the threads share the work: parts of a direction's rows, each with a team that shares the blocks of hidden units, or the layers of
+  // a pipeline; and directions at once, each with as many.
   struct Sharing {
-    long parts, team;
+    long parts, team, abreast = 1;
   };
 
   // Few rows, or some for a few steps, which take less time than one core takes to get the weights that the others have packed: teams as
   // large as can be. Some more, and weights that a core's L2 does not hold, so that they come from behind it at every step: teams whose
-  // members' shares it holds.
+  // members' shares it holds. Of two directions neither waits for the other: each has half of the threads where rows are few, unless that
+  // leaves a core with more weights, and too many for its L2.
   Sharing sharing() const {
     constexpr long kFewRows = 4, kSomeRows = 16, kFewOfLarge = 6, kFewSteps = 16, kRowsOfFewSteps = 12;
     constexpr long kMostCopies = 256 << 20;  // bytes
@@ -68,8 +69,14 @@ struct Plan {
     if (stages > 1) return {threads / stages, stages};
     long team = 1;
     const bool brief = pass.forward && p.time <= kFewSteps && p.batch <= kRowsOfFewSteps;
-    if (brief || p.batch < few * threads) team = std::min(threads, units());
-    else if (p.batch < kSomeRows * threads && !by_tiles() && !by_dots()) team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
+    if (brief || p.batch < few * threads) {
+      team = std::min(threads, units());
+      const long half = std::min(threads / 2, team);
+      if (p.directions == 2 && threads % 2 == 0 && (half == team || (pass.forward ? 2 : 1) * operand_bytes() <= half * l2_bytes()))
+        return {std::clamp<long>(p.batch, 1, threads / 2 / half), half, 2};
+    } else if (p.batch < kSomeRows * threads && !by_tiles() && !by_dots()) {
+      team = std::min({threads, units(), (operand_bytes() + l2_bytes() - 1) / l2_bytes()});
+    }
     // Each part has sums of its own for the gradients of the weights. (Teams would do without the products of bfloat16.)
     const long most = std::clamp<long>(kMostCopies / operand_bytes(), 1, threads);
     if (!pass.forward && !split_by && p.batch > most) team = std::max(team, std::min(units(), threads / most));
