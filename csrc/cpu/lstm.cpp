@@ -1,11 +1,11 @@
 // LSTM on the CPU: glue between tensors and the kernels. The contract is in ops.h.
 //
 // A thread owns rows (samples) and runs their whole sequence, waiting for nobody. Where rows are few, threads share out the hidden units
-// instead and wait for each other once a step (team.h); or, without gradients, the layers, each a few steps behind the one below. Else
-// layers without gradients take turns of a few steps on every thread. Steps are taken in chunks: the input part of a chunk's gates is one
-// GEMM over all its rows, and so are dx and the weights' gradients, while the chunk is in L2. Inside a step, GEMM and cell alternate block
-// by block. Samples are ordered by length, so that the rows of a step are the first ones. A sequence of one step packs no weights but a
-// block's at a time.
+// instead and wait for each other once a step (team.h), half of them for each of two directions; or, without gradients, the layers, each a
+// few steps behind the one below. Else layers without gradients take turns of a few steps on every thread. Steps are taken in chunks: the
+// input part of a chunk's gates is one GEMM over all its rows, and so are dx and the weights' gradients, while the chunk is in L2. Inside a
+// step, GEMM and cell alternate block by block. Samples are ordered by length, so that the rows of a step are the first ones. A sequence of
+// one step packs no weights but a block's at a time.
 // Floor: 8 H (I + P) operations per row and step at the FMA peak, three times that for training; for few rows, 16 H P bytes of w_hh a
 // step from L2.
 #include <torch/csrc/stable/library.h>
