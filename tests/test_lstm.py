@@ -638,7 +638,7 @@ def test_threads_share_out_hidden_units_and_directions(
 ) -> None:
     lengths = None if time == 1 else tuple(b % (time + 1) for b in range(batch, 0, -1))
     given = LSTM_EVERYTHING if batch == 5 else ()
-    case = LSTMCase("shared", batch, time, 5, 130, projected=projected, directions=2, given=given, lengths=lengths)
+    case = LSTMCase("shared", batch, time, 64, 260, projected=projected, directions=2, given=given, lengths=lengths)
     check_threads(case, count, "cpu")
     with threads(count):
         check(case, torch.float32, "cpu")
@@ -718,7 +718,7 @@ def test_gates_too_many_for_the_cache_are_those_of_half_the_batch(dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("batch, hidden", [(1, 128), (7, 70), (33, 17), (64, 40), (65, 16)])
+@pytest.mark.parametrize("batch, hidden", [(1, 128), (2, 300), (7, 70), (33, 17), (64, 40), (65, 16)])
 @pytest.mark.parametrize("projected", [None, 15])
 def test_one_step_is_the_first_of_many(
     projected: int | None, batch: int, hidden: int, dtype: torch.dtype, native_ops: Any
