@@ -111,3 +111,18 @@ def test_explain_of_frames_that_do_not_fit() -> None:
     module = convfast.ConvLSTM(3, 4, 3, padding="valid")
     with pytest.raises(ValueError, match=r"^ConvLSTM: input with frames of \[2, 2\] gives layer 0 a state of size \[0"):
         convfast.explain(module, torch.empty(1, 2, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "hip, found, usable",
+    [(None, [(8, 0)], True), (None, [(7, 5), (9, 0)], True), (None, [(7, 5)], False), ("6.2", [(7, 5)], True)],
+)
+def test_which_gpus_are_new_enough(
+    hip: str | None, found: list[tuple[int, int]], usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i])
+    reason = backends.gpu_reason.__wrapped__()
+    assert reason is None if usable else "compute capability 7.5, expected at least 8.0" in reason

@@ -730,6 +730,8 @@ def test_environment_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="conv_lstm: CONVFAST_BACKEND is 'abacus', expected one of cpu, triton"):
         call()
     call(backend="reference")
+    monkeypatch.setenv("CONVFAST_BACKEND", "")
+    call()
 
 
 OPCHECK = ["plain", "everything", "no_input", "input_convolved_before", "frame_1d", "frame_3d", "stride_2"]

@@ -1,5 +1,6 @@
 """torch's counter of operations finds in convfast's ops what it finds in plain modules."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -87,11 +88,71 @@ def test_conv1d_lstm(options: dict[str, Any], train: bool, native_ops) -> None:
     assert counted(module, x, train) == counted(plain, x, train) > 0
 
 
-@pytest.mark.parametrize("build", [lambda: convfast.CNN_LSTM(3, 2, 4, 3, 5), lambda: convfast.LSTM(3, 5, 2)])
-def test_one_op_counts_as_its_layers(build: Callable[[], nn.Module], native_ops) -> None:
-    module, x = build().eval(), torch.randn(2, 6, 3)
+def conv1d_lstm() -> nn.Module:
+    return convfast.Conv1dLSTM(3, [4, 6], 5, [3, 2], stride=[2, 1], padding="valid", bias=False)
+
+
+@pytest.mark.parametrize(
+    "build, op",
+    [
+        (lambda: convfast.CNN_LSTM(3, 2, 4, 3, 5), "lstm_layers"),
+        (conv1d_lstm, "conv1d_lstm_layers"),
+        (lambda: convfast.LSTM(3, 5, 2), "lstm_layers"),
+    ],
+)
+def test_one_op_counts_as_its_layers(
+    build: Callable[[], nn.Module], op: str, native_ops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = build().eval(), torch.randn(2, 12, 3)
     layers = build().eval()
-    layers.register_forward_hook(lambda *_: None)
     for part in layers.modules():
         part.register_forward_hook(lambda *_: None)
-    assert counted(module, x, False) == counted(layers, x, False) > 0
+    expected = counted(layers, x, False)
+    # The counter's own hooks, on every module, would keep the op away.
+    monkeypatch.setattr("convfast.nn.hooks._has_any_global_hook", lambda: False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(x)
+    assert counter.get_total_flops() == expected > 0
+    assert any(op in str(name) for name in counter.get_flop_counts()["Global"])
+
+
+# (Of the gradient of a weight in groups torch counts too much.)
+@pytest.mark.parametrize(
+    "options, train",
+    [({"stride": 2, "groups": 2}, False), ({"dilation": 2, "bias": False}, True), ({"stride": 2}, True)],
+)
+def test_conv1d(options: dict[str, Any], train: bool, native_ops) -> None:
+    x = torch.randn(2, 9, 4, requires_grad=train)
+    plain = nn.Conv1d(4, 6, 3, **options)
+    expected = counted(plain, x.detach().transpose(1, 2).requires_grad_(train), train)
+    assert counted(convfast.Conv1d(4, 6, 3, **options), x, train) == expected > 0
+
+
+@pytest.mark.parametrize(
+    "module, pixels", [(convfast.LSTM(3, 5, batch_first=True), ()), (convfast.ConvLSTM(3, 5, 3), (7, 4))]
+)
+def test_what_needs_no_gradient_does_not_count(module: nn.Module, pixels: tuple[int, ...], native_ops) -> None:
+    batch, time = 2, 6
+    (w_ih, w_hh), n = (w for name, w in module.named_parameters() if "weight" in name), batch * math.prod(pixels)
+
+    def count(needs_input: bool = True, needs_h: bool = False, frozen: Tensor | None = None) -> int:
+        x = torch.randn(batch, time, 3, *pixels, requires_grad=needs_input)
+        h, c = (torch.randn(1, batch, 5, *pixels) for _ in range(2))
+        for weight in (w_ih, w_hh):
+            weight.requires_grad_(weight is not frozen)
+        with FlopCounterMode(display=False) as counter:
+            state = (h.requires_grad_(needs_h), c)
+            module(x, [(h[0], c[0])] if pixels else state)[0].sum().backward()
+        return counter.get_total_flops()
+
+    everything = count()
+    assert count(needs_input=False) == count(frozen=w_ih) == everything - 2 * n * time * w_ih.numel()
+    assert count(frozen=w_hh) == everything - 2 * n * time * w_hh.numel()
+    assert count(needs_h=True) == everything + 2 * n * w_hh.numel()
+
+
+def test_conv_lstm_without_input(native_ops) -> None:
+    weight, h = torch.randn(16, 4, 3, 3), torch.randn(2, 4, 7, 5)
+    with FlopCounterMode(display=False) as counter:
+        convfast.conv_lstm(None, None, weight, state=(h, None), steps=3, backend="cpu")
+    assert counter.get_total_flops() == 2 * 2 * 3 * 7 * 5 * weight.numel()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import convfast
-from convfast import info
+from convfast import backends, info, native, toolchain
 from convfast.environment import ENVIRONMENT, enabled
 from convfast.toolchain import BUILD_FILE, PACKAGE
 from convfast.triton import runtime as triton_runtime
@@ -61,3 +61,18 @@ def test_report_names_every_variable() -> None:
     report = info.report()
     assert report.splitlines()[:4] == info.versions()[:4]
     assert all(f"\n{name}=" in report for name in ENVIRONMENT)
+
+
+def test_report_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise toolchain.NativeUnavailable("no compiler")
+
+    monkeypatch.setattr(toolchain, "describe", missing)
+    monkeypatch.setattr(native, "reason", lambda name="cpu": f"no {name}")
+    monkeypatch.setattr(native, "origin", lambda name="cpu": "cpu.so" if name == "cpu" else None)
+    monkeypatch.setattr(backends, "available", lambda op: {"cpu": "why not", "reference": True})
+    monkeypatch.delenv("CONVFAST_POISON", raising=False)
+    lines = info.report().splitlines()
+    assert {"compiler     no compiler", "library      cpu.so", "for CUDA     not available: no cuda"} <= set(lines)
+    assert {"lstm         cpu: why not", "lstm         reference: yes"} <= set(lines)
+    assert any(line.startswith("CONVFAST_POISON=  (") for line in lines)
