@@ -606,6 +606,7 @@ BAD_CONSTRUCTION = {
     "hidden_size": ({"hidden_size": 0}, "LSTM: hidden_size is 0, expected an int >= 1"),
     "padding": ({"padding": ["same", "half"]}, "Conv1d: padding is 'half', expected .* valid, same, full, causal"),
     "pool": ({"pool": ("min", 2)}, r"Conv1dLSTM: pool is \('min', 2\), expected None or a tuple"),
+    "pool_none": ({"pool": ("none", 2)}, r"Conv1dLSTM: pool is \('none', 2\), expected None or a tuple"),
     "pool_kernel": ({"pool": ("max", 0)}, "Conv1dLSTM: kernel of pool is 0, expected an int >= 1"),
     "pool_stride": ({"pool": ("max", 2, 0)}, "Conv1dLSTM: stride of pool is 0, expected an int >= 1"),
 }
@@ -755,6 +756,9 @@ def test_bad_state_of_a_step() -> None:
     with pytest.raises(TypeError, match=r"Conv1dLSTM: state is a tuple of 2, expected None or what step\(\) returned"):
         module.step(X, (H, H))
     _, state = module.step(X)
+    h, c = state.lstm
+    with pytest.raises(ValueError, match=r"^Conv1dLSTM: c of lstm of state has shape \[1, 2, 5\], expected"):
+        module.step(X, state._replace(lstm=(h, c[:, 1:])))
     with pytest.raises(ValueError, match="Conv1dLSTM: input has 2 samples, expected 3 as state has"):
         module.step(X[1:], state)
     with pytest.raises(TypeError, match=r"layer 0 has dtype torch\.float32, expected torch\.float16"):

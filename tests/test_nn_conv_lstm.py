@@ -588,6 +588,16 @@ def test_parameters_have_the_names_shapes_and_range_of_the_docs() -> None:
     assert not any(name.startswith("bias") for name, _ in ConvLSTM(3, 4, 3, bias=False).named_parameters())
 
 
+def test_reset_draws_weights_anew_and_makes_peepholes_zero() -> None:
+    module = build(peephole=True, image_size=SPACE)
+    before = module.weight_ih_l0.clone()
+    with torch.no_grad():
+        module.peephole_l1.add_(1)
+    module.reset_parameters()
+    assert not module.peephole_l1.any()
+    assert not torch.equal(module.weight_ih_l0, before)
+
+
 def test_state_dict_round_trip() -> None:
     options = {"bidirectional": True, "peephole": True, "image_size": SPACE}
     module, other, x = build(**options), build(**options), frames()

@@ -20,9 +20,10 @@ class Pool1d(nn.Module):
     def __init__(self, spec: Pool, owner: str = "Pool1d") -> None:
         super().__init__()
         self.owner = owner
-        spec = ("none", 1) if spec is None else spec
-        if not isinstance(spec, tuple) or len(spec) not in (2, 3) or spec[0] not in ("none", "max", "avg"):
+        valid = isinstance(spec, tuple) and len(spec) in (2, 3) and spec[0] in ("max", "avg")
+        if not valid and spec is not None:
             raise ValueError(f"{owner}: pool is {spec!r}, expected None or a tuple ('max' or 'avg', kernel[, stride])")
+        spec = ("none", 1) if spec is None else spec
         named = zip(("kernel of pool", "stride of pool"), spec[1:])
         sizes = [check_count(owner, name, number, 1) for name, number in named]
         self.kind, self.kernel, self.stride = spec[0], sizes[0], sizes[-1]
