@@ -264,7 +264,7 @@ struct Backward : Engine<A> {
       clear_sums();
       Base::run(d, [&](const Group& g, long part, const Member& member) {
         const long i = g.direction - d;
-        T* sum = s.abreast > 1 && dx_sum ? dx_sum + i * numbers : dx_sum;
+        T* sum = dx_sum ? dx_sum + i * numbers : nullptr;
         run_backward(g, weights[i], parts[i][part % s.parts], member, given, dx, sum, grads[kH0], grads[kC0]);
       });
       for (long i = 0; i < s.abreast; ++i) finish(weights[i], parts[i], to(d + i));

@@ -64,7 +64,7 @@ struct Plan {
   Sharing sharing() const {
     constexpr long kFewRows = 4, kSomeRows = 16, kFewOfLarge = 6, kFewSteps = 16, kRowsOfFewSteps = 12;
     constexpr long kMostCopies = 256 << 20;  // bytes
-    constexpr long kLeast = 96 << 10;        // weights of one step that are worth another thread, where eight rows take as long as to pack them
+    constexpr long kLeast = 96 << 10;        // weights of one step that are worth waking a thread for; eight rows through them take as long as packing them
     if (once()) return {1, std::clamp<long>(operand_bytes() / long(sizeof(T)) * (8 + p.batch) / 8 / kLeast, 1, std::min(threads, units()))};
     const long few = !by_dots() ? kFewRows : pass.forward && 2 * weight_bytes() > l2_bytes() ? kFewOfLarge : kFewDots;
     if (stages > 1) return {threads / stages, stages};
